@@ -1,0 +1,47 @@
+"""Being a guest in somebody's training run: whatever the measurement touches is put back bit for bit."""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from odp_callbacks.functional.gradients import evaluating
+
+
+@contextmanager
+def guest(*models: nn.Module) -> Iterator[None]:
+    """Measure inside, leave no trace outside.
+
+    Models are put into evaluation mode and back, each module into the mode that it had. The random streams of torch
+    (CPU and every CUDA device in use), numpy and Python are put back, also where a reward function drew from them.
+    Gradients are off inside unless they are switched on, and inference mode, which would forbid them, is left.
+
+    Args:
+        models: The models that will run.
+    """
+    with ExitStack() as stack:
+        stack.callback(_restore_random_state, _random_state())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for model in models:
+            stack.enter_context(evaluating(model))
+        yield
+
+
+def _random_state() -> tuple[Any, Any, Any, list[torch.Tensor]]:
+    # Asking a CUDA device for its state would start CUDA in a process that does not use it.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _restore_random_state(state: tuple[Any, Any, Any, list[torch.Tensor]]) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,110 @@
+"""Student rollouts: the responses that the student gives by itself, and what the verifier says of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odp_callbacks.engine.decoding import Start, prefill, sample_continuations
+from odp_callbacks.engine.prompts import Question
+from odp_callbacks.engine.rewards import RewardFunction, score
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response of the student.
+
+    Attributes:
+        question: What was asked.
+        response_ids: The sampled tokens, with the end token if there was one.
+        text: The response without end and special tokens, as the verifier sees it.
+        truncated: Whether the length limit cut it before an end token.
+        reward: In [0, 1]; NaN until it is scored.
+    """
+
+    question: Question
+    response_ids: tuple[int, ...]
+    text: str
+    truncated: bool
+    reward: float = float("nan")
+
+    @property
+    def sequence(self) -> Tensor:
+        """Prompt and response, ``(P + T,)`` int64."""
+        return torch.cat([self.question.prompt_ids, torch.tensor(self.response_ids, dtype=torch.long)])
+
+
+def response_text(tokenizer: Any, tokens: Sequence[int], eos_token_ids: Sequence[int]) -> str:
+    """Decode a response; the token that ended it is not part of what was said."""
+    if tokens and tokens[-1] in eos_token_ids:
+        tokens = tokens[:-1]
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return text
+
+
+def sample_rollouts(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    per_question: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_ids: Sequence[int],
+    generator: torch.Generator | None,
+    batch_size: int,
+) -> list[Rollout]:
+    """Sample ``per_question`` responses to each question; each prompt is prefilled once.
+
+    Returns:
+        ``len(questions) * per_question`` rollouts, those of one question together.
+    """
+    cache = prefill(model, [q.prompt_ids[:-1] for q in questions])
+    starts = [
+        Start(i, len(q.prompt_ids) - 1, int(q.prompt_ids[-1]), max_new_tokens)
+        for i, q in enumerate(questions)
+        for _ in range(per_question)
+    ]
+    sampled = sample_continuations(
+        model,
+        cache,
+        starts,
+        temperature=temperature,
+        eos_token_ids=eos_token_ids,
+        generator=generator,
+        batch_size=batch_size,
+    )
+    return [
+        Rollout(
+            questions[start.sequence],
+            continuation.tokens,
+            response_text(tokenizer, continuation.tokens, eos_token_ids),
+            continuation.truncated,
+        )
+        for start, continuation in zip(starts, sampled, strict=True)
+    ]
+
+
+def score_rollouts(reward: RewardFunction, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The same rollouts, with their rewards."""
+    rewards = score(
+        reward, [r.question for r in rollouts], [r.text for r in rollouts], [r.response_ids for r in rollouts]
+    )
+    return [replace(rollout, reward=value) for rollout, value in zip(rollouts, rewards, strict=True)]
+
+
+def end_tokens(model: nn.Module, tokenizer: Any, extra: Sequence[int] = ()) -> tuple[int, ...]:
+    """Every token that ends a response: the model's, the tokenizer's and the caller's.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found: set[int] = set(extra)
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    if not found:
+        raise ValueError("no end-of-sequence token is known; set `tokenizer.eos_token` or give `eos_token_ids`.")
+    return tuple(sorted(found))

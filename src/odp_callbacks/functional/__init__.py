@@ -1,0 +1,22 @@
+"""The mathematics: pure functions on tensors."""
+
+from odp_callbacks.functional.alignment import gradient_alignment
+from odp_callbacks.functional.divergences import (
+    Divergence,
+    distillation_logit_gradient,
+    distillation_loss,
+    node_predictors,
+)
+from odp_callbacks.functional.gradients import lora_gradients, lora_parameters
+from odp_callbacks.functional.ideal import ideal_logit_gradient
+
+__all__ = [
+    "Divergence",
+    "distillation_logit_gradient",
+    "distillation_loss",
+    "gradient_alignment",
+    "ideal_logit_gradient",
+    "lora_gradients",
+    "lora_parameters",
+    "node_predictors",
+]

@@ -1,0 +1,111 @@
+"""What a probe leaves behind: per node all that its figures are computed from, and nothing that needs a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """A rollout as a reader needs it.
+
+    Attributes:
+        question: Id of the question.
+        prompt: What the student was shown, decoded.
+        pieces: Text of each response token.
+        text: The response as the verifier saw it.
+        reward: In [0, 1].
+        correct: Whether the reward reached the success threshold.
+        truncated: Whether the length limit cut it.
+    """
+
+    question: str
+    prompt: str
+    pieces: tuple[str, ...]
+    text: str
+    reward: float
+    correct: bool
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """A node: ``A`` branches, ``K`` teachers, ``M`` LoRA modules, ``C = A - 1 + K`` directions.
+
+    The ideal gradient is ``sum_a weight_a (Q_a - Q_0) u_a`` over the branches ``a = 1 .. A - 1``, where ``u_a`` is the
+    direction ``(e_token - p) / temperature``. The Gram matrices are those of ``u_1 .. u_{A-1}`` and then of each
+    teacher's distillation gradient.
+
+    Attributes:
+        rollout: Index of the rollout in its probe.
+        question: Id of the question.
+        depth: Response tokens before the node.
+        inclusion: Probability that the node was selected.
+        correct: Whether its rollout was correct.
+        tokens: ``(A,)`` int64; the first is the student's most probable.
+        probability: ``(A,)``, the student's.
+        weight: ``(A,)``, see :class:`~odp_callbacks.engine.branches.Branch`.
+        tail: ``(A,)`` bool: drawn from the tail.
+        taken: Which branch the rollout took.
+        count: ``(A,)`` int64, continuations scored.
+        total: ``(A,)``, sum of their rewards.
+        total_square: ``(A,)``, sum of their squares.
+        exact: ``(A,)`` bool: the branch ends the response, and its success is known.
+        gram: ``(M, C, C)`` float64, on each module's LoRA parameters.
+        logit_gram: ``(C, C)``, on the logits.
+        teacher_probability: ``(K, A)``.
+        teacher_tail: ``(K,)``: each teacher's mass outside the candidates.
+        predictors: ``(K,)`` each: divergences, cosine, entropies (nats).
+    """
+
+    rollout: int
+    question: str
+    depth: int
+    inclusion: float
+    correct: bool
+    tokens: NDArray[np.int64]
+    probability: Floats
+    weight: Floats
+    tail: NDArray[np.bool_]
+    taken: int
+    count: NDArray[np.int64]
+    total: Floats
+    total_square: Floats
+    exact: NDArray[np.bool_]
+    gram: Floats
+    logit_gram: Floats
+    teacher_probability: Floats
+    teacher_tail: Floats
+    predictors: Mapping[str, Floats]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """All that one probe measured.
+
+    Attributes:
+        teachers: Names, in the order of every ``K`` axis.
+        modules: LoRA modules, in the order of every ``M`` axis.
+        rollouts: One record for each rollout.
+        nodes: One record for each node.
+        generated_tokens: By stage: ``rollouts``, ``continuations``.
+        continuations: How many were sampled.
+        truncated: How many of the rollouts and continuations the length limit cut.
+        seconds: By stage.
+        settings: The probe's configuration, for the reader.
+    """
+
+    teachers: tuple[str, ...]
+    modules: tuple[str, ...]
+    rollouts: tuple[RolloutRecord, ...]
+    nodes: tuple[NodeRecord, ...]
+    generated_tokens: Mapping[str, int]
+    continuations: int
+    truncated: int
+    seconds: Mapping[str, float]
+    settings: Mapping[str, Any] = field(default_factory=dict)
