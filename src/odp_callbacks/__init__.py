@@ -1,0 +1,27 @@
+"""Is my teacher helping? Gradient alignment of on-policy distillation, measured while you train."""
+
+from odp_callbacks.callback import GradientAlignmentCallback
+from odp_callbacks.distillation import OnPolicyDistillation
+from odp_callbacks.engine import (
+    AdapterTeacher,
+    BaseTeacher,
+    EMATeacher,
+    ModelTeacher,
+    ProbeConfig,
+    Teacher,
+    diagnose,
+)
+from odp_callbacks.metrics import GradientAlignment
+
+__all__ = [
+    "AdapterTeacher",
+    "BaseTeacher",
+    "EMATeacher",
+    "GradientAlignment",
+    "GradientAlignmentCallback",
+    "ModelTeacher",
+    "OnPolicyDistillation",
+    "ProbeConfig",
+    "Teacher",
+    "diagnose",
+]

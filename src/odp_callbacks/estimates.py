@@ -107,4 +107,5 @@ def _teacher_advantage(node: NodeRecord, success: Floats) -> Floats:
     base = success[0]
     tail = float(np.average(success[node.tail], weights=node.weight[node.tail])) if node.tail.any() else base
     gained = node.teacher_probability[:, candidates] @ (success[candidates] - base) + node.teacher_tail * (tail - base)
-    return gained - (student_success(node, success) - base)
+    advantage: Floats = gained - (student_success(node, success) - base)
+    return advantage

@@ -35,13 +35,13 @@ def guest(*models: nn.Module) -> Iterator[None]:
 def _random_state() -> tuple[Any, Any, Any, list[torch.Tensor]]:
     # Asking a CUDA device for its state would start CUDA in a process that does not use it.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002 (the users' legacy stream)
 
 
 def _restore_random_state(state: tuple[Any, Any, Any, list[torch.Tensor]]) -> None:
     python, numpy, cpu, cuda = state
     random.setstate(python)
-    np.random.set_state(numpy)
+    np.random.set_state(numpy)  # noqa: NPY002 (as above)
     torch.set_rng_state(cpu)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)

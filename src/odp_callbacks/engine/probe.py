@@ -1,6 +1,7 @@
 """The probe: from rows to a report, in one pass through the stages."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,19 +15,14 @@ from odp_callbacks.engine.branches import Branch, choose_branches
 from odp_callbacks.engine.decoding import PrefixCache, Progress, prefill
 from odp_callbacks.engine.directions import Direction, UserLoss, distillation_direction
 from odp_callbacks.engine.guest import guest
+from odp_callbacks.engine.logits import node_logits
 from odp_callbacks.engine.nodes import Node, NodeSelector, exponential_windows, select_nodes
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
 from odp_callbacks.engine.pullback import gram_matrices, lora_modules
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
 from odp_callbacks.engine.success import Outcomes, Spent, measure_success
-from odp_callbacks.engine.teachers import (
-    Teacher,
-    as_teachers,
-    node_logits,
-    teacher_logits,
-    teacher_prompt_ids,
-)
+from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_logits, teacher_prompt_ids
 from odp_callbacks.functional.divergences import Divergence, check_divergence, node_predictors
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import NodeRecord, ProbeReport, RolloutRecord
@@ -165,17 +161,27 @@ class Probe:
         if len(rows) == 0:
             raise ValueError("`prompts` has no rows; give at least one question.")
         questions = as_questions(rows, self.tokenizer)
+        self._check_lengths(questions)
+        with guest():
+            try:
+                score(self.reward, questions[:2], [""] * len(questions[:2]), [()] * len(questions[:2]))
+            except RewardError:
+                raise
+            except Exception as error:
+                # Many verifiers never meet an empty response, so this one may still be sound.
+                warnings.warn(f"`reward` raised {type(error).__name__} on an empty completion: {error}", stacklevel=2)
+
+    def _check_lengths(self, questions: Sequence[Question]) -> None:
+        limit = self.config.max_new_tokens
         for question in questions:
-            check_length(question.prompt_ids, self.config.max_new_tokens, self.student, f"question {question.id}")
+            check_length(question.prompt_ids, limit, self.student, f"question {question.id}")
             for name, teacher in self.teachers.items():
                 ids = teacher_prompt_ids(teacher, self.tokenizer, question)
                 model = getattr(teacher, "model", self.student)
-                check_length(ids, self.config.max_new_tokens, model, f"question {question.id} for teacher {name!r}")
-        with guest():
-            score(self.reward, questions[:2], [""] * len(questions[:2]), [()] * len(questions[:2]))
+                check_length(ids, limit, model, f"question {question.id} for teacher {name!r}")
 
     def run(
-        self, rows: Sequence[Row], *, seed: int = 0, first_id: int = 0, progress: Progress | None = None
+        self, rows: Sequence[Row], *, seed: int = 0, ids: Sequence[str] | None = None, progress: Progress | None = None
     ) -> ProbeReport:
         """Measure on these rows.
 
@@ -184,13 +190,14 @@ class Probe:
         Args:
             rows: Questions, in TRL's convention.
             seed: Of everything random in the probe.
-            first_id: Number of the first row, for rows without an ``id``.
+            ids: Identifies each question in the records; its ``id`` column or its place by default.
             progress: Called with stage, done, total.
         """
         with guest(self.student):
-            return self._run(as_questions(rows, self.tokenizer, first_id), seed, _Ledger(progress))
+            return self._run(as_questions(rows, self.tokenizer, ids), seed, _Ledger(progress))
 
     def _run(self, questions: list[Question], seed: int, ledger: _Ledger) -> ProbeReport:
+        self._check_lengths(questions)
         config = self.config
         device = next(self.student.parameters()).device
         sampler = torch.Generator(device).manual_seed(seed)

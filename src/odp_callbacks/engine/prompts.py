@@ -72,29 +72,29 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> Tensor:
     return torch.as_tensor(ids, dtype=torch.long)
 
 
-def as_questions(rows: Sequence[Row], tokenizer: Any, first_id: int = 0) -> list[Question]:
+def as_questions(rows: Sequence[Row], tokenizer: Any, ids: Sequence[str] | None = None) -> list[Question]:
     """Encode rows.
 
     Args:
         rows: Mappings with a ``prompt``, or with ``input_ids`` and, where those are padded, ``attention_mask``.
         tokenizer: A transformers tokenizer.
-        first_id: Where the numbering starts for rows without an ``id``.
+        ids: Identifies each question; its ``id`` column or its place by default.
 
     Raises:
         ValueError: If a row has no prompt, or one that cannot be encoded.
     """
     questions = []
-    for number, row in enumerate(rows, start=first_id):
+    for number, row in enumerate(rows):
         if "prompt" in row:
-            ids = encode_prompt(tokenizer, row["prompt"])
+            prompt_ids = encode_prompt(tokenizer, row["prompt"])
         elif "input_ids" in row:
-            ids = _unpadded(row)
-            row = {**row, "prompt": tokenizer.decode(ids)}
+            prompt_ids = _unpadded(row)
+            row = {**row, "prompt": tokenizer.decode(prompt_ids)}
         else:
             raise ValueError(
                 f"each row needs a column 'prompt' (or 'input_ids'), but row {number} has {sorted(map(str, row))}."
             )
-        questions.append(Question(str(row.get("id", number)), row, ids))
+        questions.append(Question(str(row.get("id", number)) if ids is None else ids[number], row, prompt_ids))
     return questions
 
 

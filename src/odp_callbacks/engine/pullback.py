@@ -75,7 +75,7 @@ def _module(name: str) -> str:
     return name.split(".lora_")[0].removeprefix("base_model.model.")
 
 
-def _gram(pulled: list[tuple[Tensor | None, ...]], parameters: dict[str, Tensor], modules: list[str]) -> Tensor:
+def _gram(pulled: Sequence[tuple[Tensor | None, ...]], parameters: dict[str, Tensor], modules: list[str]) -> Tensor:
     """``(M, C, C)`` from the chunks' gradients, each parameter's ``(chunk, *shape)``."""
     size = sum(len(next(g for g in chunk if g is not None)) for chunk in pulled)
     gram = torch.zeros(len(modules), size, size, dtype=torch.float64)

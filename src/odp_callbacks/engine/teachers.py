@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from odp_callbacks.engine.logits import node_logits, vocabulary_size
 from odp_callbacks.engine.prompts import Prompt, Question, Row, encode_prompt, is_conversational
-from odp_callbacks.functional.gradients import evaluating, logits_at, lora_parameters
+from odp_callbacks.functional.gradients import evaluating, lora_parameters
 
 Context = str | Callable[[Row], Prompt]
 """A template over the row's columns, or a function from row to prompt."""
@@ -25,14 +26,14 @@ Policy = tuple[nn.Module, dict[str, Tensor] | None]
 
 
 class Teacher:
-    """The student itself, as it is now: useful with a context that it does not have when it answers.
+    r"""The student itself, as it is now: useful with a context that it does not have when it answers.
 
     Base class of the other teachers, which override :meth:`policy`. With no context it equals the student, and every
     alignment with it is undefined.
 
     Args:
         context: What the teacher is shown in place of the row's prompt. A string is a template over the row's
-            columns, such as ``"The answer is {answer}.\\n{prompt}"``; on conversational rows it becomes the last user
+            columns, such as ``"The answer is {answer}.\n{prompt}"``; on conversational rows it becomes the last user
             message, and ``{prompt}`` stands for that message's text. A function takes the row and returns a prompt
             (string or messages). None: the row's own prompt.
 
@@ -75,8 +76,15 @@ class Teacher:
     def check(self, student: nn.Module, tokenizer: Any) -> None:
         """Raise ``ValueError`` where this teacher cannot teach this student."""
 
-    def update(self, student: nn.Module) -> None:
-        """Called after every optimizer step of the student."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep of this teacher."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint kept."""
+
+    def update(self, student: nn.Module, step: int) -> None:
+        """Called after every optimizer step of the student, by whoever uses this teacher; ``step`` counts them."""
 
 
 class BaseTeacher(Teacher):
@@ -167,33 +175,36 @@ class EMATeacher(Teacher):
             raise ValueError(f"`decay` must lie in [0, 1), but {decay!r} was given.")
         self.decay = decay
         self.average: dict[str, Tensor] = {}
+        # A trainer and a callback may share this teacher, and both tell it of the same step.
+        self.step = -1
 
     @contextmanager
     def policy(self, student: nn.Module) -> Iterator[Policy]:
         """The student with the averaged parameters in place of its own."""
         if not self.average:
-            self.update(student)
+            self.update(student, self.step)
         yield student, {name: value.to(p) for (name, value), p in self._paired(student)}
 
     @torch.no_grad()
-    def update(self, student: nn.Module) -> None:
-        """Move the average towards the student; the first call copies it."""
+    def update(self, student: nn.Module, step: int) -> None:
+        """Move the average towards the student, once for each step; the first call copies it."""
         if not self.average:
             self.average = {name: p.detach().clone() for name, p in lora_parameters(student).items()}
-            return
-        for (_, value), p in self._paired(student):
-            value.lerp_(p.detach().to(value), 1 - self.decay)
+        elif step > self.step:
+            for (_, value), p in self._paired(student):
+                value.lerp_(p.detach().to(value), 1 - self.decay)
+        self.step = max(step, self.step)
 
     def _paired(self, student: nn.Module) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
         yield from zip(self.average.items(), lora_parameters(student).values(), strict=True)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averaged parameters."""
-        return dict(self.average)
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged parameters, and how far they are."""
+        return {"average": dict(self.average), "step": self.step}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up an average that was saved."""
-        self.average = dict(state)
+        self.average, self.step = dict(state["average"]), state["step"]
 
 
 def as_teachers(teachers: object) -> dict[str, Teacher]:
@@ -271,66 +282,9 @@ def teacher_logits(
     ]
     positions = [[len(p) - 1 + t for t in d] for p, d in zip(prompts, depths, strict=True)]
     size = vocabulary_size(student)
-    with teacher.policy(student) as (model, parameters):
+    with torch.no_grad(), teacher.policy(student) as (model, parameters):
         logits = node_logits(model, sequences, positions, parameters)
     return [x[..., :size].to(device) for x in logits]
-
-
-@torch.no_grad()
-def node_logits(
-    model: nn.Module,
-    sequences: Sequence[Tensor],
-    positions: Sequence[Sequence[int]],
-    parameters: dict[str, Tensor] | None = None,
-    most_elements: int = 2**26,
-) -> list[Tensor]:
-    """Logits at chosen positions of each sequence; student and teachers take this same way, in the same batches.
-
-    Hence a teacher that equals the student gives the same bits, and is seen to say nothing.
-
-    Args:
-        model: Causal language model in evaluation mode.
-        sequences: ``(T_s,)`` int64 each.
-        positions: For each sequence, the positions asked for.
-        parameters: Replacements for parameters of ``model``.
-        most_elements: The most logits to hold in one batch.
-
-    Returns:
-        ``(N_s, V)`` each.
-    """
-    device = next(model.parameters()).device
-    found: list[Tensor] = []
-    for first, last in _batches(positions, vocabulary_size(model), most_elements):
-        batch = sequences[first:last]
-        wanted = sorted({p for row in positions[first:last] for p in row})
-        lengths = torch.tensor([len(s) for s in batch])
-        ids = torch.nn.utils.rnn.pad_sequence([s.cpu() for s in batch], batch_first=True)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        logits = logits_at(model, ids.to(device), torch.tensor(wanted, device=device), mask.to(device), parameters)
-        place = {p: i for i, p in enumerate(wanted)}
-        found += [logits[row, [place[p] for p in ps]] for row, ps in enumerate(positions[first:last])]
-    return found
-
-
-def _batches(positions: Sequence[Sequence[int]], vocabulary: int, most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive runs of sequences whose common positions' logits are at most ``most`` numbers."""
-    first, union = 0, set(positions[0]) if positions else set()
-    for index in range(1, len(positions)):
-        joined = union | set(positions[index])
-        if (index - first + 1) * len(joined) * vocabulary > most:
-            yield first, index
-            first, joined = index, set(positions[index])
-        union = joined
-    if positions:
-        yield first, len(positions)
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """Number of logits that ``model`` gives."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(output, "weight", None)
-    config: Any = getattr(model, "config", None)
-    return int(weight.shape[0]) if weight is not None else int(config.get_text_config().vocab_size)
 
 
 def _fill(template: str, row: Row) -> str:

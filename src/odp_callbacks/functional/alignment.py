@@ -48,4 +48,5 @@ def _unit(x: Tensor) -> Tensor:
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
     defined = (largest > 0) & torch.isfinite(largest)
     scaled = x / torch.where(defined, largest, torch.nan)
-    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / norm

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ def logits_at(
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
     """Names of the arguments that the language model's own ``forward`` takes (peft's wrapper hides them)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return frozenset(inspect.signature(inner.forward).parameters)
 
 

@@ -44,8 +44,10 @@ def ideal_logit_gradient(student_logits: Tensor, success: Tensor, temperature: f
             f"but its shape is {tuple(success.shape)}."
         )
     dtype = working(student_logits, success)
-    z, q = torch.broadcast_tensors(student_logits.to(dtype), success.to(dtype))
+    shape = torch.broadcast_shapes(student_logits.shape, success.shape)
+    z, q = student_logits.to(dtype).expand(shape), success.to(dtype).expand(shape)
     p = torch.softmax(z / temperature, dim=-1)
     q = q - q.gather(-1, z.argmax(dim=-1, keepdim=True))
     value = (p * q).sum(dim=-1, keepdim=True)
-    return (p * (q - value) / temperature).to(student_logits.dtype)
+    gradient: Tensor = p * (q - value) / temperature
+    return gradient.to(student_logits.dtype)

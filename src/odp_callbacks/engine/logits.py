@@ -1,0 +1,66 @@
+"""Logits where they are needed, and nowhere else."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from odp_callbacks.functional.gradients import logits_at
+
+
+def node_logits(
+    model: nn.Module,
+    sequences: Sequence[Tensor],
+    positions: Sequence[Sequence[int]],
+    parameters: dict[str, Tensor] | None = None,
+    most_elements: int = 2**26,
+) -> list[Tensor]:
+    """Logits at chosen positions of each sequence; student and teachers take this same way, in the same batches.
+
+    Hence a teacher that equals the student gives the same bits, and is seen to say nothing.
+
+    Args:
+        model: Causal language model in the mode that the caller wants.
+        sequences: ``(T_s,)`` int64 each.
+        positions: For each sequence, the positions asked for.
+        parameters: Replacements for parameters of ``model``.
+        most_elements: The most logits to hold in one batch.
+
+    Returns:
+        ``(N_s, V)`` each.
+    """
+    device = next(model.parameters()).device
+    found: list[Tensor] = []
+    for first, last in _batches(positions, vocabulary_size(model), most_elements):
+        batch = sequences[first:last]
+        wanted = sorted({p for row in positions[first:last] for p in row})
+        lengths = torch.tensor([len(s) for s in batch])
+        ids = pad_sequence([s.cpu() for s in batch], batch_first=True)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        logits = logits_at(model, ids.to(device), torch.tensor(wanted, device=device), mask.to(device), parameters)
+        place = {p: i for i, p in enumerate(wanted)}
+        found += [logits[row, [place[p] for p in ps]] for row, ps in enumerate(positions[first:last])]
+    return found
+
+
+def _batches(positions: Sequence[Sequence[int]], vocabulary: int, most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive runs of sequences whose common positions' logits are at most ``most`` numbers."""
+    first, union = 0, set(positions[0]) if positions else set()
+    for index in range(1, len(positions)):
+        joined = union | set(positions[index])
+        if (index - first + 1) * len(joined) * vocabulary > most:
+            yield first, index
+            first, joined = index, set(positions[index])
+        union = joined
+    if positions:
+        yield first, len(positions)
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of logits that ``model`` gives."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(output, "weight", None)
+    config: Any = getattr(model, "config", None)
+    return int(weight.shape[0]) if weight is not None else int(config.get_text_config().vocab_size)
