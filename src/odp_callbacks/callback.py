@@ -345,16 +345,24 @@ class _Progress:
     """A progress bar that goes when the probe is done; none where the trainer shows none."""
 
     def __init__(self, trainer: Trainer) -> None:
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        self.bar = tqdm(disable=not shown, leave=False, dynamic_ncols=True)
+        self.shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        self.bar: tqdm[Any] | None = None
+        self.drawn = 0.0
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         return self.report
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def report(self, stage: str, done: int, total: int) -> None:
-        self.bar.set_description(f"probe: {stage}", refresh=False)
+        now = time.monotonic()
+        if not self.shown or now - self.drawn < 0.5:
+            return
+        self.drawn = now
+        if self.bar is None:
+            self.bar = tqdm(leave=False, dynamic_ncols=True, bar_format="{desc} {n}/{total} {bar} {elapsed}")
+        self.bar.set_description_str(f"probe: {stage}", refresh=False)
         self.bar.total, self.bar.n = total, done
         self.bar.refresh()

@@ -2,6 +2,7 @@
 
 import math
 
+from rich.markup import escape
 from rich.table import Table
 
 from odp_callbacks.records import ProbeReport
@@ -20,45 +21,37 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Table:
         title="Does the teacher pull where success lies?",
         caption=(
             f"{len(report.rollouts)} rollouts, success rate {success_rate(report):.0%}; "
-            f"{report.continuations} continuations, {truncated:.0%} cut by the length limit. "
-            f"{confidence:.0%} intervals over questions. Alignment: mean cosine, pulled towards 0 by few continuations; "
-            "predicted gain: success gained per unit step, unbiased."
+            f"{report.continuations} continuations, {truncated:.0%} cut by the length limit.\n"
+            f"{confidence:.0%} intervals, clustered by question. Alignment: mean cosine with the ideal\n"
+            "gradient, pulled towards 0 by few continuations. Predicted gain: success gained\n"
+            "per unit step along the teacher's gradient, unbiased. Undefined: no alignment\n"
+            "exists; unclear: the continuations cannot tell."
         ),
     )
-    for column in ("teacher", "rollouts"):
-        table.add_column(column)
-    for column in (
-        "alignment",
-        "predicted gain",
-        "teacher advantage",
-        "nodes",
-        "questions",
-        "undefined",
-        "undetermined",
-    ):
+    table.add_column("teacher\nrollouts", no_wrap=True)
+    for column in ("alignment", "predicted gain", "teacher\nadvantage"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("nodes\nquestions", "undefined\nunclear"):
         table.add_column(column, justify="right")
     for summary in summarise(report, confidence):
         figures = summary.figures
         table.add_row(
-            summary.teacher if summary.split == "all" else "",
-            summary.split,
+            f"[bold]{escape(summary.teacher)}[/bold]\n{summary.split}",
             *(show(figures[name]) for name in ("alignment", "predicted_gain", "teacher_advantage")),
-            str(summary.nodes),
-            str(figures["predicted_gain"].questions),
-            _share(summary.undefined, summary.nodes),
-            _share(summary.undetermined, summary.nodes),
+            f"{summary.nodes}\n{figures['predicted_gain'].questions}",
+            f"{_share(summary.undefined, summary.nodes)}\n{_share(summary.undetermined, summary.nodes)}",
             end_section=summary.split == "incorrect",
         )
     return table
 
 
 def show(figure: Figure) -> str:
-    """A figure with its interval, or why there is none."""
+    """A figure above its interval, or why there is none."""
     if math.isnan(figure.value):
-        return "undefined"
+        return "undefined\nno node"
     if math.isnan(figure.low):
-        return f"{figure.value:+.3f} (1 question: no interval)"
-    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
+        return f"{figure.value:+.3f}\none question"
+    return f"{figure.value:+.3f}\n{figure.low:+.2f} to {figure.high:+.2f}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -109,7 +109,7 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
         max_new_tokens=config.max_new_tokens,
         eos_token_ids=newline,
         reward=task.reward,
-        learning_rate=5e-4,
+        learning_rate=2e-4,
     )
     callback = GradientAlignmentCallback(
         teachers,
@@ -131,10 +131,11 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
     console.print(f"watch it live:  [bold]tensorboard --logdir {config.output}[/bold]")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         trainer = Trainer(
             max_steps=config.steps,
-            max_epochs=-1,
+            max_epochs=config.steps,
             accelerator="auto",
             devices=1,
             logger=logger,

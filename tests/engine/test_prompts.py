@@ -1,0 +1,114 @@
+import pytest
+import torch
+from conftest import BOS, EOS, PAD, WORDS, tiny
+
+from odp_callbacks.engine.prompts import (
+    as_questions,
+    check_length,
+    context_limit,
+    encode_prompt,
+    is_conversational,
+    rows_from_batch,
+)
+from odp_callbacks.engine.teachers import Teacher, teacher_prompt_ids
+
+A, B, C = (WORDS.index(w) for w in "abc")
+USER, ASSISTANT = WORDS.index("user"), WORDS.index("assistant")
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a b", [BOS, A, B]),
+        ("", [BOS]),
+        ([message("user", "a")], [BOS, USER, A, EOS, ASSISTANT]),
+        ((message("user", "a"), message("assistant", "b c")), [BOS, USER, A, EOS, ASSISTANT, B, C]),
+    ],
+)
+def test_encode(tokenizer, prompt, expected):
+    """A string as the tokenizer does it; messages with one BOS, that of the template; a started answer goes on."""
+    ids = encode_prompt(tokenizer, prompt)
+    assert ids.dtype == torch.long
+    assert ids.tolist() == expected
+
+
+@pytest.mark.parametrize("prompt", [[], None, 3, ["a"], [{"content": "a"}], b"a"])
+def test_encode_rejects_what_is_no_prompt(tokenizer, prompt):
+    with pytest.raises(ValueError, match="`prompt` must be a string or a non-empty list of messages with a 'role'"):
+        encode_prompt(tokenizer, prompt)
+
+
+def test_encode_needs_tokens_and_a_template(world):
+    with pytest.raises(ValueError, match=r"`prompt` '' has no tokens; a prompt needs at least one"):
+        encode_prompt(world.tokenizer, "")
+    with pytest.raises(ValueError, match="`tokenizer` has no chat template"):
+        encode_prompt(world.tokenizer, [message("user", "a")])
+
+
+def test_is_conversational():
+    assert is_conversational([message("user", "a")])
+    assert not is_conversational("a")
+
+
+def test_questions_have_ids(tokenizer):
+    rows = [{"prompt": "a"}, {"prompt": "b", "id": 7}]
+    assert [q.id for q in as_questions(rows, tokenizer)] == ["0", "7"]
+    assert [q.id for q in as_questions(rows, tokenizer, ["x", "y"])] == ["x", "y"]
+    assert as_questions(rows, tokenizer)[1].row is rows[1]
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+@pytest.mark.parametrize(
+    ("ids", "mask"),
+    [([PAD, PAD, BOS, A, B], [0, 0, 1, 1, 1]), ([BOS, A, B, PAD], [1, 1, 1, 0]), ([BOS, A, B], None)],
+)
+def test_padding_goes_on_either_side(tokenizer, kind, ids, mask):
+    row = {"input_ids": kind(ids)} | ({} if mask is None else {"attention_mask": kind(mask)})
+    (question,) = as_questions([row], tokenizer)
+    assert question.prompt_ids.tolist() == [BOS, A, B]
+    assert question.prompt_ids.dtype == torch.long
+    assert question.row["prompt"].split()[-2:] == ["a", "b"]
+
+
+def test_a_template_over_encoded_rows_adds_no_second_bos(tokenizer):
+    (question,) = as_questions([{"input_ids": [BOS, A, B]}], tokenizer)
+    assert teacher_prompt_ids(Teacher("{prompt}"), tokenizer, question).tolist() == [BOS, A, B]
+
+
+def test_rows_without_a_prompt(tokenizer):
+    with pytest.raises(ValueError, match=r"needs a column 'prompt' \(or 'input_ids'\), but row 1 has \['question'\]"):
+        as_questions([{"prompt": "a"}, {"question": "b"}], tokenizer)
+    with pytest.raises(ValueError, match="`input_ids` are empty once its padding is taken off"):
+        as_questions([{"input_ids": [PAD], "attention_mask": [0]}], tokenizer)
+
+
+def test_rows_from_batches():
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+    assert rows_from_batch(rows) == rows
+    assert rows_from_batch({"prompt": ["a", "b"], "answer": ["1", "2"], "loss": 3.0}) == rows
+    found = rows_from_batch(
+        {"input_ids": torch.tensor([[1, 2], [3, 4]]), "attention_mask": torch.ones(2, 2), "id": [5, 6]}
+    )
+    assert [(r["input_ids"].tolist(), r["id"]) for r in found] == [([1, 2], 5), ([3, 4], 6)]
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 2), {"labels": [1]}, [], [1, 2], "ab", None])
+def test_rows_from_other_batches(batch):
+    with pytest.raises(ValueError, match="questions can be taken from the current batch only if"):
+        rows_from_batch(batch)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_length_is_checked_against_the_context(family):
+    model = tiny(family)
+    assert context_limit(model) == 64
+    check_length(torch.zeros(60), 4, model, "it")
+    with pytest.raises(
+        ValueError, match="question 3 has 61 tokens and `max_new_tokens` is 4, together more than .* 64"
+    ):
+        check_length(torch.zeros(61), 4, model, "question 3")
+    assert context_limit(torch.nn.Linear(1, 1)) is None

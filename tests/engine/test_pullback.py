@@ -1,0 +1,79 @@
+import pytest
+import torch
+from conftest import Snapshot, relative, tiny
+
+from odp_callbacks.engine.pullback import gram_matrices, lora_modules
+from odp_callbacks.functional import lora_gradients, lora_parameters
+
+IDS = torch.tensor([1, 5, 6, 9, 7, 8, 11, 6, 5])
+POSITIONS = [2, 8, 5]
+
+
+def directions(counts=(3, 1, 5), scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return [scale * torch.randn(c, 12, generator=generator, dtype=torch.float64) for c in counts]
+
+
+def gradients(model, position, cotangents):
+    return lora_gradients(model, IDS, torch.tensor([position]), cotangents[None])[0]
+
+
+@pytest.mark.parametrize("most", [16, 2])
+def test_are_those_of_the_plain_gradients(family, most):
+    model = tiny(family)
+    modules = lora_modules(list(lora_parameters(model)))
+    sizes = [sum(p.numel() for n, p in lora_parameters(model).items() if f"{m}.lora_" in n) for m in modules]
+    grams = gram_matrices(model, IDS, POSITIONS, directions(), most)
+    for position, cotangents, gram in zip(POSITIONS, directions(), grams, strict=True):
+        assert gram.dtype == torch.float64
+        rows = gradients(model, position, cotangents)
+        assert relative(gram.sum(0), rows @ rows.mT) < 1e-6
+        # Each module's own block, and nothing of another's.
+        expected = torch.stack([part @ part.mT for part in rows.split(sizes, dim=1)])
+        assert relative(gram, expected) < 1e-6
+        assert (expected.diagonal(dim1=1, dim2=2) > 0).all()
+
+
+def test_single_precision_and_directions_of_any_size():
+    model = tiny().float()
+    wide = gram_matrices(tiny(), IDS, POSITIONS, directions())
+    for scale in (1.0, 1e-18, 1e12):  # squared in float32, 1e-36 and 1e24 times anything would be lost
+        for found, expected in zip(gram_matrices(model, IDS, POSITIONS, directions(scale=scale)), wide, strict=True):
+            assert relative(found / scale**2, expected) < 1e-4
+
+
+def test_a_zero_direction_and_none(student):
+    v = torch.cat([torch.zeros(1, 12), torch.ones(1, 12).cumsum(1)]).double()
+    first, second = gram_matrices(student, IDS, [4, 5], [v, v[:0]])
+    assert (first[:, 0] == 0).all()
+    assert (first[:, :, 0] == 0).all()
+    assert (first[:, 1, 1] > 0).all()
+    assert second.shape == (len(first), 0, 0)
+
+
+@pytest.mark.parametrize("outside", [torch.no_grad, torch.inference_mode])
+def test_leaves_no_trace(student, outside):
+    before, state = Snapshot(student), torch.get_rng_state()
+    with outside():
+        found = gram_matrices(student, IDS, POSITIONS, directions())
+    before.check()
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(found, gram_matrices(student, IDS, POSITIONS, directions()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_that_do_not_train_are_left_out(student):
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("lora_B" in name and "layers.1" in name)
+    assert len(lora_modules(list(lora_parameters(student)))) == 3
+    rows = gradients(student, 4, directions()[0])
+    (gram,) = gram_matrices(student, IDS, [4], directions()[:1])
+    assert gram.shape == (3, 3, 3)
+    assert relative(gram.sum(0), rows @ rows.mT) < 1e-6
+
+
+def test_modules_keep_their_order(student):
+    modules = lora_modules(list(lora_parameters(student)))
+    assert modules == [
+        f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    ]

@@ -1,0 +1,114 @@
+import numpy as np
+import torch
+from conftest import make_world
+from scipy import stats
+
+from odp_callbacks.engine.branches import Branch
+from odp_callbacks.engine.decoding import prefill
+from odp_callbacks.engine.nodes import Node
+from odp_callbacks.engine.prompts import as_questions
+from odp_callbacks.engine.rollouts import Rollout
+from odp_callbacks.engine.success import Outcomes, Spent, measure_success
+
+WORLD = make_world()
+ROLLOUTS = [Rollout(as_questions([WORLD.row], WORLD.tokenizer)[0], ids, "", False) for ids in ((1, 2, 0), (3, 0))]
+NODES = [Node(0, 0, 1.0), Node(0, 1, 1.0), Node(0, 2, 1.0), Node(1, 1, 1.0)]
+BRANCHES = [[Branch(k, 0.2, 0.2, False, False) for k in range(5)] for _ in NODES]
+
+
+def measure(allocation, reward=WORLD.reward, outcomes=None, seed=0, **changes):
+    outcomes = outcomes or [[Outcomes() for _ in row] for row in BRANCHES]
+    spent = Spent()
+    with torch.no_grad():
+        measure_success(
+            WORLD.model,
+            WORLD.tokenizer,
+            reward,
+            ROLLOUTS,
+            prefill(WORLD.model, [r.sequence[:-1] for r in ROLLOUTS]),
+            NODES,
+            BRANCHES,
+            **{
+                "allocation": allocation,
+                "max_new_tokens": WORLD.horizon,
+                "temperature": 1.0,
+                "eos_token_ids": [0],
+                "generator": torch.Generator().manual_seed(seed),
+                "batch_size": 64,
+                "outcomes": outcomes,
+                "spent": spent,
+                **changes,
+            },
+        )
+    return outcomes, spent
+
+
+def test_branches_that_end_the_response_are_known():
+    outcomes, spent = measure([[2] * 5 for _ in NODES])
+    with torch.no_grad():
+        exact = WORLD.solve()
+    for node, row in zip(NODES, outcomes, strict=True):
+        prefix = ROLLOUTS[node.rollout].response_ids[: node.depth]
+        for k, outcome in enumerate(row):
+            ends = k == 0 or node.depth == WORLD.horizon - 1  # an end token, or the last that the limit allows
+            assert outcome.exact == ends
+            assert len(outcome.rewards) == (1 if ends else 2)
+            if ends:
+                assert outcome.rewards == [exact[prefix].success[k]]
+    assert spent.continuations == 3 * 4 * 2
+    # From depth 0 up to two more tokens each, from depth 1 one.
+    assert spent.tokens <= 4 * 2 * 2 + 2 * 4 * 2
+
+
+def test_rewards_are_unbiased_samples_of_the_success():
+    n = 800
+    outcomes, _ = measure([[n] * 5, [0] * 5, [0] * 5, [n] * 5], batch_size=4000)
+    with torch.no_grad():
+        exact = WORLD.solve()
+    for at, prefix in ((0, ()), (3, (3,))):
+        for k in range(1, 5):
+            rewards, truth = np.array(outcomes[at][k].rewards), float(exact[prefix].success[k])
+            assert len(rewards) == n
+            assert stats.ttest_1samp(rewards, truth).pvalue > 1e-3
+
+
+def test_the_verifier_sees_the_whole_response():
+    seen = []
+
+    def reward(prompts, completions, completion_ids):
+        seen.extend(zip(completion_ids, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    _, spent = measure([[1] * 5 for _ in NODES], reward=reward)
+    starts = [(*ROLLOUTS[n.rollout].response_ids[: n.depth], b.token) for n, row in zip(NODES, BRANCHES) for b in row]
+    over = [start for start in starts if start[-1] == 0 or len(start) == WORLD.horizon]
+    going = [start for start in starts if start not in over]
+    assert [tuple(ids) for ids, _ in seen[: len(over)]] == over
+    assert [tuple(ids[: len(start)]) for (ids, _), start in zip(seen[len(over) :], going, strict=True)] == going
+    for ids, text in seen:
+        assert text == WORLD.text(tuple(ids))
+        assert 0 not in ids[:-1]
+        assert len(ids) == WORLD.horizon or ids[-1] == 0
+    assert spent.truncated == sum(ids[-1] != 0 for ids, _ in seen[len(over) :])
+
+
+def test_more_are_added_and_nothing_known_is_scored_again():
+    outcomes, _ = measure([[1] * 5 for _ in NODES])
+    before = [[list(o.rewards) for o in row] for row in outcomes]
+    scored = []
+
+    def reward(prompts, completions):
+        scored.extend(completions)
+        return WORLD.reward(prompts, completions)
+
+    _, spent = measure([[0, 3, 0, 1, 0]] * 4, reward=reward, outcomes=outcomes, seed=1)
+    added = [[len(o.rewards) - len(old) for o, old in zip(row, olds)] for row, olds in zip(outcomes, before)]
+    assert added == [[0, 3, 0, 1, 0], [0, 3, 0, 1, 0], [0] * 5, [0, 3, 0, 1, 0]]
+    assert len(scored) == spent.continuations == 12
+    assert all(o.rewards[: len(old)] == old for row, olds in zip(outcomes, before) for o, old in zip(row, olds))
+
+
+def test_nothing_to_do():
+    outcomes, spent = measure([[0] * 5 for _ in NODES], eos_token_ids=[9])
+    assert spent == Spent()
+    assert sum(len(o.rewards) for row in outcomes for o in row) == 5

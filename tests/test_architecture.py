@@ -1,0 +1,44 @@
+"""Imports point downwards only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import odp_callbacks
+
+ROOT = Path(odp_callbacks.__file__).parent
+TRAINERS = {"lightning", "pytorch_lightning", "torchmetrics", "trl", "matplotlib", "tensorboard"}
+ALLOWED = {
+    "functional": {"functional"},
+    "engine": {"engine", "functional", "records"},
+    "records.py": set(),
+    "estimates.py": {"records"},
+    "summaries.py": {"estimates", "records"},
+}
+SOURCES = [(part, path) for part in ALLOWED for path in (sorted((ROOT / part).glob("*.py")) or [ROOT / part])]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module
+
+
+@pytest.mark.parametrize(("part", "path"), SOURCES, ids=[str(path.relative_to(ROOT)) for _, path in SOURCES])
+def test_imports(part, path):
+    for name in imports(path):
+        first, *rest = name.split(".")
+        assert first not in TRAINERS
+        if first == "odp_callbacks":
+            assert rest, f"{path} imports the package as a whole"
+            assert rest[0] in ALLOWED[part]
+        if part.endswith(".py"):
+            assert first not in {"torch", "transformers", "peft"}, "records and figures need no model"
+
+
+def test_every_part_was_found():
+    assert len(SOURCES) > len(ALLOWED) + 10
