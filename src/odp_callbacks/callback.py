@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from peft import PeftModel
 from torch import nn
@@ -147,8 +148,8 @@ class GradientAlignmentCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # A student that `configure_model` builds is not there yet; `on_fit_start` comes after it, and insists.
-        if self._find(pl_module):
+        # A student that `configure_model` builds is not there yet; `on_fit_start` comes after it.
+        if self._find(pl_module) or not is_overridden("configure_model", pl_module):
             self._prepare(pl_module)
 
     @override

@@ -2,6 +2,7 @@
 
 import math
 
+from rich.box import SIMPLE_HEAVY
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,21 +19,24 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Table:
     """
     truncated = report.truncated / max(1, len(report.rollouts) + report.continuations)
     table = Table(
+        box=SIMPLE_HEAVY,
+        show_edge=False,
+        pad_edge=False,
         title="Does the teacher pull where success lies?",
         caption=(
             f"{len(report.rollouts)} rollouts, success rate {success_rate(report):.0%}; "
             f"{report.continuations} continuations, {truncated:.0%} cut by the length limit.\n"
             f"{confidence:.0%} intervals, clustered by question. Alignment: mean cosine with the ideal\n"
             "gradient, pulled towards 0 by few continuations. Predicted gain: success gained\n"
-            "per unit step along the teacher's gradient, unbiased. Undefined: no alignment\n"
+            "per unit step along the teacher's gradient, unbiased. Undef.: no alignment\n"
             "exists; unclear: the continuations cannot tell."
         ),
     )
     table.add_column("teacher\nrollouts", no_wrap=True)
     for column in ("alignment", "predicted gain", "teacher\nadvantage"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("nodes\nquestions", "undefined\nunclear"):
-        table.add_column(column, justify="right")
+    for column in ("nodes\nquest.", "undef.\nunclear"):
+        table.add_column(column, justify="right", no_wrap=True)
     for summary in summarise(report, confidence):
         figures = summary.figures
         table.add_row(
@@ -51,7 +55,7 @@ def show(figure: Figure) -> str:
         return "undefined\nno node"
     if math.isnan(figure.low):
         return f"{figure.value:+.3f}\none question"
-    return f"{figure.value:+.3f}\n{figure.low:+.2f} to {figure.high:+.2f}"
+    return f"{figure.value:+.3f}\n{figure.low:.2f} to {figure.high:.2f}"
 
 
 def _share(part: int, whole: int) -> str:

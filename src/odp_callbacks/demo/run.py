@@ -100,6 +100,7 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
     else:
         external, its_tokenizer = load_student(config.teacher_model, console.print)
         teachers["external"] = ModelTeacher(external, tokenizer=its_tokenizer)
+    student.train()
     # A line's end ends the response, as it does in the examples of the prompt.
     newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
     module = OnPolicyDistillation(

@@ -1,0 +1,349 @@
+"""The callback as a guest in a real training run, on a tiny student."""
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, word_tokenizer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from odp_callbacks import (
+    BaseTeacher,
+    EMATeacher,
+    GradientAlignmentCallback,
+    ModelTeacher,
+    OnPolicyDistillation,
+    Teacher,
+)
+
+ROWS = [{"prompt": p, "answer": a} for p, a in zip(("a b", "c", "b a d", "d c"), "abcd", strict=True)]
+TEACHERS = {"answer": Teacher("{answer} {prompt}"), "base": BaseTeacher()}
+
+
+def starts_right(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+    """A verifier that draws from every global random stream, as careless ones do."""
+    torch.rand(1), np.random.rand(), random.random()  # noqa: B018, NPY002
+    return [float(a in c.split()) for c, a in zip(completions, answer, strict=True)]
+
+
+def make_callback(**changes: Any) -> GradientAlignmentCallback:
+    options: dict[str, Any] = {
+        "teachers": dict(TEACHERS),
+        "prompts": ROWS,
+        "reward": starts_right,
+        "every_n_steps": 2,
+        "questions_per_probe": 3,
+        "strict": True,
+        "rollouts_per_question": 2,
+        "max_new_tokens": 5,
+        "continuations": 2,
+    }
+    return GradientAlignmentCallback(**(options | changes))
+
+
+def make_module(dropout: float = 0.0, **changes: Any) -> OnPolicyDistillation:
+    student = tiny("llama", dropout=dropout).float().train()
+    options = {"max_new_tokens": 5, "learning_rate": 1e-2, "reward": starts_right}
+    return OnPolicyDistillation(student, word_tokenizer(), Teacher("{answer} {prompt}"), **(options | changes))
+
+
+def make_trainer(callback: Any = None, **changes: Any) -> Trainer:
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "log_every_n_steps": 1,
+        "callbacks": [] if callback is None else [callback],
+    }
+    return Trainer(**(options | changes))
+
+
+def loader(rows: Any = ROWS, batch_size: int = 2) -> DataLoader[Any]:
+    return DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=list)
+
+
+class Manual(OnPolicyDistillation):
+    """The same by manual optimization, with two optimizers."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        losses, mask = self.token_losses(self.sample(batch))
+        self.manual_backward((losses * mask).sum() / mask.sum())
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [torch.optim.Adam(parameters[::2], lr=1e-2), torch.optim.SGD(parameters[1::2], lr=1e-2, momentum=0.9)]
+
+
+def scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(folder)
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def end_state(trainer: Trainer) -> tuple[Any, ...]:
+    module = trainer.lightning_module
+    return (
+        {name: p.detach().clone() for name, p in module.named_parameters()},
+        [optimizer.state_dict() for optimizer in trainer.optimizers],
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002
+        [m.training for m in module.modules()],
+        [p.requires_grad for p in module.parameters()],
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_thirty_steps_end_in_the_same_bits_with_and_without_the_callback(optimizer: str) -> None:
+    class Chosen(OnPolicyDistillation):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            parameters = [p for p in self.parameters() if p.requires_grad]
+            if optimizer == "adamw":
+                return torch.optim.AdamW(parameters, lr=1e-2)
+            return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
+
+    def train(callback: Any) -> tuple[Any, ...]:
+        seed_everything(5, verbose=False)
+        student = tiny("llama", dropout=0.2).float().train()
+        module = Chosen(student, word_tokenizer(), Teacher("{answer} {prompt}"), max_new_tokens=5, reward=starts_right)
+        trainer = make_trainer(callback, max_steps=30, accumulate_grad_batches=2, max_epochs=100)
+        trainer.fit(module, loader())
+        assert trainer.global_step == 30
+        return end_state(trainer)
+
+    callback = make_callback(every_n_steps=7, at_start=True, teachers={**TEACHERS, "ema": EMATeacher(0.5)})
+    with_callback, without = train(callback), train(None)
+    assert callback._probes == 5
+    assert callback.last_report is not None
+    assert callback.last_report.nodes
+    for ours, theirs in zip(with_callback, without, strict=True):
+        assert same(ours, theirs)
+
+
+def test_it_logs_every_teacher_and_split_at_optimizer_steps(tmp_path: Path) -> None:
+    callback = make_callback(at_start=True)
+    loggers = [TensorBoardLogger(str(tmp_path / "tb")), CSVLogger(str(tmp_path / "csv"))]
+    trainer = make_trainer(callback, logger=loggers, accumulate_grad_batches=2, max_epochs=100)
+    trainer.fit(make_module(), loader())
+    logged = scalars(loggers[0].log_dir)
+    for figure in ("alignment", "predicted_gain", "logit_alignment", "teacher_advantage", "reverse_kl"):
+        for teacher in TEACHERS:
+            for split in ("all", "correct", "incorrect"):
+                for end in ("", "_low", "_high"):
+                    steps = [step for step, _ in logged[f"odp/{figure}{end}/{teacher}/{split}"]]
+                    assert steps == [0, 2, 4]
+    for name in ("success_rate", "undefined_share", "truncated_share", "nodes", "generated_tokens", "seconds"):
+        assert all(np.isfinite(value) for _, value in logged[f"odp/probe/{name}"])
+    assert all(0 < value < 1 for _, value in logged["odp/probe/time_share"])
+    events = EventAccumulator(loggers[0].log_dir)
+    events.Reload()
+    assert any(tag.startswith("odp/rollout/") for tag in events.Tags()["images"])
+    assert any(tag.startswith("odp/alignment_histogram/answer") for tag in events.Tags()["histograms"])
+    assert "odp/alignment/answer/all" in (Path(loggers[1].log_dir) / "metrics.csv").read_text()
+    assert "odp/alignment/answer/all" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_precisions(precision: Any) -> None:
+    callback = make_callback()
+    make_trainer(callback, precision=precision, max_steps=2).fit(make_module(), loader())
+    assert callback.last_report is not None
+    gains = [n.gram.sum(0).diagonal() for n in callback.last_report.nodes]
+    assert all(np.isfinite(g).all() for g in gains)
+    assert any((g > 0).any() for g in gains)
+
+
+def test_manual_optimization_with_two_optimizers_probes_by_optimizer_steps() -> None:
+    module = Manual(tiny("llama").float().train(), word_tokenizer(), Teacher("{answer} {prompt}"), max_new_tokens=5)
+    callback = make_callback(every_n_steps=3)
+    trainer = make_trainer(callback, max_steps=8, max_epochs=100)
+    trainer.fit(module, loader())
+    # Two steps a batch: 2, 4, 6, 8; the multiples 3 and 6 of three are passed at 4 and 6.
+    assert callback._probes == 2
+    assert callback._last_probe == 6
+
+
+def test_gradient_checkpointing_stays_on() -> None:
+    module = make_module()
+    base = module.student.get_base_model()
+    enable = "activation_checkpointing_enable" if hasattr(base, "activation_checkpointing_enable") else None
+    getattr(base, enable or "gradient_checkpointing_enable")()
+    module.student.enable_input_require_grads()
+    callback = make_callback()
+    make_trainer(callback, max_steps=2).fit(module, loader())
+    assert callback._probes == 1
+    assert base.model.layers[0].gradient_checkpointing
+
+
+def test_probes_at_validation(tmp_path: Path) -> None:
+    callback = make_callback(on_validation=True)
+
+    class Validated(OnPolicyDistillation):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    module = Validated(tiny("llama").float().train(), word_tokenizer(), "base", max_new_tokens=5)
+    logger = TensorBoardLogger(str(tmp_path))
+    make_trainer(callback, logger=logger).validate(module, DataLoader(ROWS, collate_fn=list), verbose=False)
+    assert callback._probes == 1
+    logger.finalize("success")
+    assert "odp/alignment/answer/all" in scalars(logger.log_dir)
+
+
+def test_questions_from_the_current_batch() -> None:
+    callback = make_callback(prompts=None)
+    make_trainer(callback, max_steps=2).fit(make_module(), loader())
+    assert callback.last_report is not None
+    assert len({r.question for r in callback.last_report.rollouts}) == 2
+
+
+def test_every_question_comes_once_before_any_comes_twice() -> None:
+    callback = make_callback(questions_per_probe=1)
+    seen = [callback._next_rows(None)[0][0] for _ in range(8)]
+    assert sorted(seen[:4]) == sorted(seen[4:]) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning")
+def test_resumed_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    def fit(callback: Any, steps: int, checkpoint: Path | None = None) -> Trainer:
+        seed_everything(1, verbose=False)
+        trainer = make_trainer(callback, max_steps=steps, max_epochs=100)
+        trainer.fit(make_module(), loader(), ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+        return trainer
+
+    whole = make_callback(every_n_steps=3, teachers={"ema": EMATeacher(0.5)})
+    fit(whole, 9)
+    first = make_callback(every_n_steps=3, teachers={"ema": EMATeacher(0.5)})
+    fit(first, 5).save_checkpoint(tmp_path / "half.ckpt")
+    second = make_callback(every_n_steps=3, teachers={"ema": EMATeacher(0.5)})
+    fit(second, 9, tmp_path / "half.ckpt")
+    assert second._probes == whole._probes == 3
+    assert second._order == whole._order
+    assert torch.equal(second._stream.get_state(), whole._stream.get_state())
+    assert second.teachers["ema"].average.keys() == whole.teachers["ema"].average.keys()
+    assert second.teachers["ema"].step == 9
+
+
+class Nested(LightningModule):
+    """A user's own module, with the student somewhere inside and no tokenizer."""
+
+    def __init__(self, students: int = 1) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({f"s{i}": tiny("gpt2").float().train() for i in range(students)})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        ids = torch.tensor([[1, 7, 8, 9]])
+        return sum(part(input_ids=ids, labels=ids).loss for part in self.parts.values())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("student", [None, "parts.s0", lambda module: module.parts["s0"]])
+def test_it_finds_the_student_in_any_module(student: Any) -> None:
+    callback = make_callback(student=student, tokenizer=word_tokenizer())
+    make_trainer(callback, max_steps=2).fit(Nested(), loader())
+    assert callback._probes == 1
+
+
+def refuse(match: str, module: LightningModule | None = None, **changes: Any) -> None:
+    """The error comes before the first training step."""
+    with pytest.raises((ValueError, TypeError), match=match):
+        trainer = make_trainer(make_callback(**changes))
+        trainer.fit(module or make_module(), loader())
+    if "trainer" in locals():
+        assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("match", "changes"),
+    [
+        ("`every_n_steps` must be a positive integer, but 0", {"every_n_steps": 0}),
+        ("`questions_per_probe`", {"questions_per_probe": -1}),
+        ("`confidence`", {"confidence": 1.0}),
+        ("`teachers` is empty", {"teachers": {}}),
+        ("no '/'", {"teachers": {"a/b": BaseTeacher()}}),
+        ("unknown argument 'max_tokens'", {"max_tokens": 3}),
+        ("`max_new_tokens` must be a positive integer", {"max_new_tokens": 0}),
+        ("`temperature` must be a positive number", {"temperature": 0.0}),
+        ("`divergence` must be one of", {"divergence": "kl"}),
+        ("`beta` must lie in", {"divergence": "jsd", "beta": 2.0}),
+        ("`prompts` has no rows", {"prompts": []}),
+        ("needs a column 'prompt'", {"prompts": [{"question": "a"}]}),
+        ("names the column 'hint'", {"teachers": {"x": Teacher("{hint} {prompt}")}}),
+        ("one number for each of the 2 completions", {"reward": lambda prompts, completions, **_: [1.0]}),
+        ("numbers in \\[0, 1\\], but 2.0", {"reward": lambda prompts, completions, **_: [2.0] * len(prompts)}),
+        ("more than the model's context of 64", {"prompts": [{"prompt": "a " * 60, "answer": "a"}]}),
+        ("student has 12 logits and this teacher 20", {"teachers": {"m": ModelTeacher(tiny(vocabulary=20))}}),
+        ("`reward` must be a function", {"reward": "exact"}),
+    ],
+)
+def test_bad_input_is_refused_before_training(match: str, changes: dict[str, Any]) -> None:
+    refuse(match, **changes)
+
+
+def test_a_module_without_or_with_several_students_is_refused() -> None:
+    refuse("`student` must be one peft model, but 0", Nested(0), tokenizer=word_tokenizer())
+    refuse("`student` must be one peft model, but 2", Nested(2), tokenizer=word_tokenizer())
+    refuse("no such submodule", student="model.student")
+    refuse("`tokenizer` was not given", Nested())
+
+
+def test_a_failing_verifier_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
+    def fails_later(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+        if any(completions):
+            raise ConnectionError("no verifier today")
+        return [0.0] * len(prompts)
+
+    logger = TensorBoardLogger(str(tmp_path))
+    trainer = make_trainer(make_callback(reward=fails_later, strict=False), max_steps=6, logger=logger, max_epochs=9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(make_module(reward=None), loader())
+    assert trainer.global_step == 6
+    said = [str(w.message) for w in caught if "no verifier today" in str(w.message)]
+    assert len(said) == 1
+    logger.finalize("success")
+    assert all(np.isnan(v) for _, v in scalars(logger.log_dir)["odp/alignment/answer/all"])
+    with pytest.raises(ConnectionError, match="no verifier today"):
+        make_trainer(make_callback(reward=fails_later)).fit(make_module(reward=None), loader())
+
+
+def test_a_constant_reward_is_said_once_and_gives_nan(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path))
+    callback = make_callback(reward=lambda prompts, completions, **_: [0.0] * len(prompts))
+    with pytest.warns(UserWarning, match=r"gave 0\.0 to every rollout") as caught:
+        make_trainer(callback, logger=logger).fit(make_module(), loader())
+    assert len([w for w in caught if "to every rollout" in str(w.message)]) == 1
+    logger.finalize("success")
+    logged = scalars(logger.log_dir)
+    assert all(np.isnan(v) for _, v in logged["odp/alignment/answer/all"])
+    assert [v for _, v in logged["odp/undefined_share/base/all"]]
+    assert all(np.isnan(v) for _, v in logged["odp/alignment/answer/correct"])

@@ -1,0 +1,78 @@
+"""The pictures, the table and the command line's own checks."""
+
+import warnings
+from dataclasses import replace
+from io import StringIO
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import tiny, word_tokenizer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich.console import Console
+
+from odp_callbacks import Teacher, diagnose
+from odp_callbacks.cli import main
+from odp_callbacks.demo.task import make_task
+from odp_callbacks.pictures import rollout_figure, telling_rollout
+from odp_callbacks.records import ProbeReport
+from odp_callbacks.table import summary_table
+
+
+@pytest.fixture(scope="module")
+def report() -> ProbeReport:
+    rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "d", "answer": "a"}]
+
+    def reward(prompts: Any, completions: list[str], answer: list[str]) -> list[float]:
+        return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+    teachers = {"answer": Teacher("{answer} {prompt}"), "self": Teacher()}
+    return diagnose(tiny("llama").float(), word_tokenizer(), rows, reward, teachers, max_new_tokens=8, continuations=2)
+
+
+def drawn(report: ProbeReport, index: int) -> np.ndarray[Any, Any]:
+    canvas = FigureCanvasAgg(rollout_figure(report, index))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def test_a_rollout_is_drawn_with_colours_where_it_was_measured(report: ProbeReport) -> None:
+    index = next(i for i in (telling_rollout(report, True), telling_rollout(report, False)) if i is not None)
+    plain = replace(report, nodes=())
+    assert (drawn(report, index) != drawn(plain, index)).any()
+
+
+@pytest.mark.parametrize("piece", ["$\\frac{", "<script>alert(1)</script>", "\x00\x1b[31m", "שלום", "x" * 100_000, ""])
+def test_hostile_tokens_change_nothing_but_text(report: ProbeReport, piece: str) -> None:
+    rollout = replace(report.rollouts[0], pieces=(piece,) * 30, prompt=f"{piece}\n{piece}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        assert drawn(replace(report, rollouts=(rollout, *report.rollouts[1:])), 0).size
+
+
+def test_the_table_shows_every_class_with_intervals_in_eighty_columns(report: ProbeReport) -> None:
+    out = StringIO()
+    Console(file=out, width=80).print(summary_table(report))
+    text = out.getvalue()
+    for word in ("answer", "self", "correct", "incorrect", "undefined", " to "):
+        assert word in text
+    assert "…" not in text
+
+
+def test_the_demo_tasks_own_solutions_satisfy_its_verifier() -> None:
+    task = make_task("chain_sum", questions=6, lines=5, shots=2, seed=0)
+    assert len(task.rows) == 6
+    assert len(task.lines) == 5
+    entries = [r["entry"] for r in task.rows]
+    right = [r["solution"].removeprefix(r["prompt"].splitlines()[-1]) for r in task.rows]
+    assert task.reward(prompts=[""] * 6, completions=right, entry=entries) == [1.0] * 6
+    wrong = ["Answer: 77", "", r"Answer:", right[0] + "1", "no", "7"]
+    assert task.reward(prompts=[""] * 6, completions=wrong, entry=entries) == [0.0] * 6
+
+
+def test_the_command_line_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, said in ((["--steps", "0"], "`steps`"), (["--probes", "9", "--steps", "2"], "`probes` must be at most")):
+        with pytest.raises(SystemExit) as stop:
+            main(["demo", *flags])
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
