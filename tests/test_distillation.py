@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny, word_tokenizer
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from conftest import tiny, word_tokenizer
 from odp_callbacks import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, OnPolicyDistillation, Teacher
 from odp_callbacks.functional import distillation_loss
 

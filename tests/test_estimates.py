@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import synthetic
 
+from conftest import synthetic
 from odp_callbacks.estimates import (
     DEFINED,
     UNDEFINED,

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny, word_tokenizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
+from conftest import tiny, word_tokenizer
 from odp_callbacks import Teacher, diagnose
 from odp_callbacks.cli import main
 from odp_callbacks.demo.task import make_task

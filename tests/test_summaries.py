@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import synthetic
 from scipy import stats
 
+from conftest import synthetic
 from odp_callbacks.estimates import estimate
 from odp_callbacks.records import ProbeReport, RolloutRecord
 from odp_callbacks.summaries import (

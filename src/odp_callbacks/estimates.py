@@ -54,7 +54,9 @@ def ideal_coefficients(weight: Floats, success: Floats) -> Floats:
         weight: ``(A,)``.
         success: ``(..., A)``.
     """
-    return weight[1:] * (success[..., 1:] - success[..., :1])
+    difference = success[..., 1:] - success[..., :1]
+    # The mean of three rewards of 0.1 is not 0.1 in floating point; no two successes differ by as little.
+    return weight[1:] * np.where(np.abs(difference) > 16 * np.finfo(np.float64).eps, difference, 0)
 
 
 def student_success(node: NodeRecord, success: Floats) -> float:
@@ -68,16 +70,19 @@ def estimate(node: NodeRecord) -> NodeEstimate:
     Source: arXiv:2605.10889 for alignment and teacher advantage; predicted gain is this project's.
     """
     success = branch_success(node)
-    arms, teachers = len(node.tokens) - 1, len(node.teacher_tail)
+    arms = len(node.tokens) - 1
     coefficients = ideal_coefficients(node.weight, success)
     gram = node.gram.sum(axis=0)
     alignment, ideal_norm = _cosines(gram, coefficients)
     teacher_norm = np.sqrt(np.diagonal(gram)[arms:].clip(min=0))
     inner = coefficients @ gram[:arms, arms:]
-    gain = np.divide(inner, teacher_norm, out=np.zeros(teachers), where=teacher_norm > 0)
-    certain = arms == 0 or bool(node.exact.all())
+    nothing = np.where(teacher_norm == 0, 0.0, np.nan)  # NaN: a teacher infinitely far has no finite gradient
+    gain = np.divide(inner, teacher_norm, out=nothing, where=teacher_norm > 0)
+    # Certain only if every possible token was seen: a tail holds more than the tokens that were drawn from it.
+    seen = np.isclose(node.weight[node.tail].sum(), node.probability[node.tail].sum(), rtol=1e-9, atol=0)
+    certain = bool(seen) and (arms == 0 or bool(node.exact.all()))
     blank = UNDEFINED if certain else UNDETERMINED
-    status = np.where(teacher_norm == 0, UNDEFINED, np.where(ideal_norm == 0, blank, DEFINED))
+    status = np.where(teacher_norm > 0, np.where(ideal_norm == 0, blank, DEFINED), UNDEFINED)
     return NodeEstimate(
         alignment=alignment,
         module_alignment=np.stack([_cosines(g, coefficients)[0] for g in node.gram]),

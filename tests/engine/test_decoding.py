@@ -3,9 +3,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import count_tokens, paddable
 from scipy import stats
 
+from conftest import count_tokens, paddable
 from odp_callbacks.engine import decoding
 from odp_callbacks.engine.decoding import Start, prefill, sample_continuations
 
@@ -14,7 +14,8 @@ SEQUENCES = [torch.tensor(s) for s in ([1, 6, 7, 8, 9, 10, 11, 5, 6, 9, 8], [1],
 STARTS = [
     Start(sequence, prefix, token, limit)
     for sequence, prefix, token, limit in [
-        (0, 11, 7, 6), (2, 3, 5, 2), (0, 0, 9, 4), (1, 1, 8, 6), (2, 8, 11, 1), (0, 5, 10, 6), (0, 0, 4, 5), (1, 0, 6, 3)
+        (0, 11, 7, 6), (2, 3, 5, 2), (0, 0, 9, 4), (1, 1, 8, 6),
+        (2, 8, 11, 1), (0, 5, 10, 6), (0, 0, 4, 5), (1, 0, 6, 3),
     ]
 ]  # fmt: skip
 ENDS = [8, 10]

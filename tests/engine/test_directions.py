@@ -1,8 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIVERGENCES
 
+from conftest import DIVERGENCES
 from odp_callbacks.engine.directions import distillation_direction
 from odp_callbacks.functional import distillation_logit_gradient
 
@@ -63,5 +63,5 @@ def test_a_users_loss_of_another_shape(bad):
 def test_options_are_checked_when_it_is_made():
     with pytest.raises(ValueError, match="`beta` belongs to divergence 'jsd'"):
         distillation_direction("reverse_kl", 0.5, None, 1.0)
-    with pytest.raises(ValueError, match="`divergence` must be one of .* or a function"):
+    with pytest.raises(ValueError, match=r"`divergence` must be one of .* or a function"):
         distillation_direction("kl", None, None, 1.0)

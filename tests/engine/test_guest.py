@@ -3,8 +3,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
 
+from conftest import tiny
 from odp_callbacks.engine.guest import guest
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import count_tokens, paddable, randomise, tiny, tiny_base
 
+from conftest import count_tokens, paddable, randomise, tiny, tiny_base
 from odp_callbacks.engine.logits import node_logits, vocabulary_size
 from odp_callbacks.functional import lora_parameters
 

@@ -35,7 +35,7 @@ def test_inclusion_is_the_frequency_and_the_mean_unbiased(generator):
     for low, high in ((2, 4), (4, 8), (8, 11)):
         assert stats.chisquare(seen[low:high]).pvalue > 1e-3
     error = np.std(totals) / np.sqrt(draws)
-    assert 0 < error
+    assert error > 0
     assert abs(np.mean(totals) - values.sum()) < 3.5 * error
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import BOS, EOS, PAD, WORDS, tiny
 
+from conftest import BOS, EOS, PAD, WORDS, tiny
 from odp_callbacks.engine.prompts import (
     as_questions,
     check_length,
@@ -108,7 +108,7 @@ def test_length_is_checked_against_the_context(family):
     assert context_limit(model) == 64
     check_length(torch.zeros(60), 4, model, "it")
     with pytest.raises(
-        ValueError, match="question 3 has 61 tokens and `max_new_tokens` is 4, together more than .* 64"
+        ValueError, match=r"question 3 has 61 tokens and `max_new_tokens` is 4, together more than .* 64"
     ):
         check_length(torch.zeros(61), 4, model, "question 3")
     assert context_limit(torch.nn.Linear(1, 1)) is None

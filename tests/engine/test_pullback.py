@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import Snapshot, relative, tiny
 
+from conftest import Snapshot, relative, tiny
 from odp_callbacks.engine.pullback import gram_matrices, lora_modules
 from odp_callbacks.functional import lora_gradients, lora_parameters
 

@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BOS, EOS, count_tokens, tiny
 
+from conftest import BOS, EOS, count_tokens, tiny
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.rollouts import end_tokens, response_text, sample_rollouts, score_rollouts
 

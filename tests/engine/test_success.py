@@ -1,8 +1,8 @@
 import numpy as np
 import torch
-from conftest import make_world
 from scipy import stats
 
+from conftest import make_world
 from odp_callbacks.engine.branches import Branch
 from odp_callbacks.engine.decoding import prefill
 from odp_callbacks.engine.nodes import Node

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import BOS, WORDS, Snapshot, flat_parameters, paddable, randomise, tiny, tiny_base, word_tokenizer
 from peft import LoraConfig
 
+from conftest import BOS, WORDS, Snapshot, flat_parameters, paddable, randomise, tiny, tiny_base, word_tokenizer
 from odp_callbacks.engine.logits import node_logits
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.teachers import (
@@ -218,7 +218,7 @@ def test_contexts(context, row, expected):
 def test_contexts_that_cannot_be(tokenizer):
     with pytest.raises(ValueError, match=r"`context` names the column 'solution', but the row has only \['answer'"):
         Teacher("{solution}").prompt(ROW)
-    with pytest.raises(ValueError, match="`context` replaces the last user message, but .* has none"):
+    with pytest.raises(ValueError, match=r"`context` replaces the last user message, but .* has none"):
         Teacher("{prompt}").prompt({"prompt": CHAT[:1]})
     with pytest.raises(TypeError, match="`context` must be a template, a function of the row or None, but 3"):
         Teacher(3)

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from conftest import DTYPES
 from odp_callbacks.functional import gradient_alignment
 
 FINITE = st.floats(-1e300, 1e300, allow_nan=False)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIVERGENCES, DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
+from conftest import DIVERGENCES, DTYPES
 from odp_callbacks.functional import (
     distillation_logit_gradient,
     distillation_loss,

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import PAD, Snapshot, randomise, relative, tiny, tiny_base
 from peft import LoraConfig
 
+from conftest import PAD, Snapshot, randomise, relative, tiny, tiny_base
 from odp_callbacks.functional import lora_gradients, lora_parameters
 from odp_callbacks.functional.gradients import evaluating, logits_at
 

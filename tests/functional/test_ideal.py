@@ -1,9 +1,9 @@
 import pytest
 import torch
-from conftest import DTYPES, make_world, relative
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import DTYPES, make_world, relative
 from odp_callbacks.functional import (
     distillation_logit_gradient,
     gradient_alignment,

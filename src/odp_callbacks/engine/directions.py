@@ -5,7 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from odp_callbacks.functional.divergences import Divergence, check_divergence, distillation_logit_gradient
+from odp_callbacks.functional.divergences import (
+    Divergence,
+    check_divergence,
+    distillation_logit_gradient,
+    silent_teacher,
+)
 
 UserLoss = Callable[[Tensor, Tensor], Tensor]
 """``f(student_logits, teacher_logits)``, ``(..., V)`` each, to a loss for each token, ``(...)``."""
@@ -59,4 +64,7 @@ def _descent(loss: UserLoss, student_logits: Tensor, teacher_logits: Tensor) -> 
             raise ValueError(
                 f"`divergence` must return one loss for each token, shape {tuple(z.shape[:-1])}, but it gave {given}."
             )
-        return -torch.autograd.grad(value.sum(), z)[0]
+        pulled = -torch.autograd.grad(value.sum(), z)[0]
+    # Where the teacher only repeats the student, what autograd leaves of the loss's gradient is rounding.
+    rounding = pulled.abs().amax(dim=-1, keepdim=True) <= 64 * torch.finfo(z.dtype).eps
+    return pulled.masked_fill(rounding & silent_teacher(z.detach(), teacher_logits), 0)

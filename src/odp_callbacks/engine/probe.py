@@ -76,7 +76,7 @@ class ProbeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but {value!r} was given.")
-        if self.budget is not None and not (isinstance(self.budget, int) and self.budget > 0):
+        if self.budget is not None and (type(self.budget) is not int or self.budget < 1):
             raise ValueError(f"`budget` must be a positive number of tokens or None, but {self.budget!r} was given.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be a positive number, but {self.temperature!r} was given.")
@@ -268,7 +268,7 @@ class Probe:
         chooser: torch.Generator,
         ledger: _Ledger,
     ) -> tuple[list[list[Outcomes]], Spent]:
-        """Targeted continuations: one a branch first, whose length tells how many more the budget allows."""
+        """Targeted continuations: one a branch first, then rounds that cannot exceed what is left of the budget."""
         config = self.config
         outcomes = [[Outcomes() for _ in row] for row in branches]
         spent = Spent()
@@ -298,9 +298,11 @@ class Probe:
             add([[config.continuations] * len(row) for row in branches])
             return outcomes, spent
         add([[1] * len(row) for row in branches])
-        if spent.continuations and config.continuations > 1:
-            each = spent.tokens / spent.continuations
-            add(_spread(int((config.budget - spent.tokens) / each), outcomes, config.continuations - 1, chooser))
+        while (left := config.budget - spent.tokens) > config.budget // 50:
+            allocation = _spread(left, nodes, outcomes, config, chooser)
+            if not any(map(sum, allocation)):
+                break
+            add(allocation)
         return outcomes, spent
 
     def _pull_back(
@@ -437,14 +439,24 @@ def _by_question(rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> Iterator
         yield indices, [depths[i] for i in indices]
 
 
-def _spread(affordable: int, outcomes: list[list[Outcomes]], most: int, chooser: torch.Generator) -> list[list[int]]:
-    """Spread continuations evenly over the branches that are not known exactly; who gets one more is drawn."""
-    flat = [(n, b) for n, row in enumerate(outcomes) for b, outcome in enumerate(row) if not outcome.exact]
+def _spread(
+    left: int, nodes: list[Node], outcomes: list[list[Outcomes]], config: ProbeConfig, chooser: torch.Generator
+) -> list[list[int]]:
+    """Spread continuations evenly over the branches that are not known exactly; ties are drawn.
+
+    No more than ``left`` tokens even if every one of them runs to the length limit. As most end before it, another
+    round follows.
+    """
+    open_ = [(n, b) for n, row in enumerate(outcomes) for b, outcome in enumerate(row) if not outcome.exact]
+    open_ = [open_[i] for i in torch.randperm(len(open_), generator=chooser).tolist()]
     allocation = [[0] * len(row) for row in outcomes]
-    affordable = max(0, min(affordable, most * len(flat)))
-    for place, i in enumerate(torch.randperm(len(flat), generator=chooser).tolist()):
-        n, b = flat[i]
-        allocation[n][b] = affordable // len(flat) + (place < affordable % len(flat))
+    for count in range(1, config.continuations):
+        for n, b in open_:
+            if len(outcomes[n][b].rewards) + allocation[n][b] == count:
+                left -= config.max_new_tokens - nodes[n].depth - 1
+                if left < 0:
+                    return allocation
+                allocation[n][b] += 1
     return allocation
 
 

@@ -89,7 +89,9 @@ def as_questions(rows: Sequence[Row], tokenizer: Any, ids: Sequence[str] | None 
             prompt_ids = encode_prompt(tokenizer, row["prompt"])
         elif "input_ids" in row:
             prompt_ids = _unpadded(row)
-            row = {**row, "prompt": tokenizer.decode(prompt_ids)}
+            # A tokenizer that adds a BOS adds it again when a teacher's context is encoded.
+            told = prompt_ids[int(prompt_ids[0] == getattr(tokenizer, "bos_token_id", None)) :]
+            row = {**row, "prompt": tokenizer.decode(told)}
         else:
             raise ValueError(
                 f"each row needs a column 'prompt' (or 'input_ids'), but row {number} has {sorted(map(str, row))}."

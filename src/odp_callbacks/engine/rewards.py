@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from odp_callbacks.engine.prompts import Question, is_conversational
@@ -77,6 +77,8 @@ def _named_arguments(reward: RewardFunction) -> tuple[set[str], bool]:
 
 def _checked(result: object, expected: int) -> list[float]:
     try:
+        if isinstance(result, str | bytes | Mapping):
+            raise TypeError
         scores = list(result)  # type: ignore[call-overload]  # whatever the user's function gave
     except TypeError:
         raise RewardError(

@@ -218,24 +218,32 @@ def _prepare(
             support = support.scatter(-1, z.topk(top_k, dim=-1).indices, True)
         if effective < 1:
             support = support.scatter(-1, t.topk(top_k, dim=-1).indices, True)
-    silent = _silent(z, t, support, student_logits.dtype, teacher_logits.dtype)
+    silent = _silent(z, t, support, max(torch.finfo(x.dtype).eps for x in (student_logits, teacher_logits)))
     z, t = (x.masked_fill(~support, -math.inf) / temperature for x in (z, t))
     return torch.log_softmax(z, dim=-1), torch.log_softmax(t, dim=-1), silent, effective
 
 
-def _silent(z: Tensor, t: Tensor, support: Tensor, z_dtype: torch.dtype, t_dtype: torch.dtype) -> Tensor:
-    """``(..., 1)``: where ``t - z`` is one constant over the support, up to the rounding of the inputs' own dtypes."""
-    eps = max(torch.finfo(z_dtype).eps, torch.finfo(t_dtype).eps)
+def silent_teacher(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """``(..., 1)`` bool: where the teacher's logits are the student's plus a constant, up to rounding."""
+    dtype = working(student_logits, teacher_logits)
+    z, t = student_logits.to(dtype), teacher_logits.to(dtype)
+    eps = max(torch.finfo(x.dtype).eps for x in (student_logits, teacher_logits))
+    return _silent(z, t, torch.ones_like(z, dtype=torch.bool), eps)
+
+
+def _silent(z: Tensor, t: Tensor, support: Tensor, eps: float) -> Tensor:
+    """``(..., 1)``: where ``t - z`` is one constant over the support, up to the rounding ``eps`` of the inputs."""
     # Half precision: only the rounding of the inputs themselves. Wider: also that of the kernels that made them,
     # which differ in the order of their sums from one batch shape to the next.
     allowance = 0.51 if eps > 1e-6 else 4.0
-    top = z.argmax(dim=-1, keepdim=True)
     z, t = z.detach(), t.detach()
+    top = z.masked_fill(~support, -math.inf).argmax(dim=-1, keepdim=True)
     deviation = ((t - z) - (t - z).gather(-1, top)).abs()
     size = t.abs() + z.abs()
     rounding = allowance * eps * (size + size.gather(-1, top))
-    # A token that neither can take (-inf in both) agrees.
-    agree = (deviation <= rounding) | (torch.isneginf(z) & torch.isneginf(t)) | ~support
+    # -inf in one alone is a statement, not rounding; a token that neither can take agrees.
+    close = torch.isfinite(z) & torch.isfinite(t) & (deviation <= rounding)
+    agree = close | (torch.isneginf(z) & torch.isneginf(t)) | ~support
     return agree.all(dim=-1, keepdim=True)
 
 
