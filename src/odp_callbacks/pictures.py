@@ -10,7 +10,7 @@ from odp_callbacks.estimates import DEFINED, UNDEFINED, estimate
 from odp_callbacks.records import ProbeReport
 
 COLOURS = "PuOr"
-LINE = 88  # characters
+LINE, MIN_LINE = 88, 36  # characters: the longest a line gets, and the shortest a picture is wide
 
 
 def telling_rollout(report: ProbeReport, correct: bool) -> int | None:
@@ -36,9 +36,11 @@ def rollout_figure(report: ProbeReport, index: int) -> Figure:
     nodes = {n.depth: estimate(n) for n in report.nodes if n.rollout == index}
     lines = _lines(rollout.pieces)
     height = 0.9 + 0.3 * (len(lines) + 1) * len(report.teachers)
-    figure = Figure(figsize=(10, height), facecolor="white", layout="constrained")
+    # As wide as the text: TensorBoard shrinks a picture to its card, and empty space would shrink the words.
+    columns = max([MIN_LINE, *(x + len(piece) + 1 for line in lines for x, _, piece in line)])
+    figure = Figure(figsize=(1.2 + 0.1 * columns, height), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlim(0, LINE)
+    axes.set_xlim(0, columns)
     axes.set_ylim((len(lines) + 1) * len(report.teachers), -0.2)
     axes.axis("off")
     said = "correct" if rollout.correct else "incorrect"

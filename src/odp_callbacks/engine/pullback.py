@@ -44,7 +44,9 @@ def gram_matrices(
         at = torch.tensor(list(positions), device=device)
         logits = logits_at(model, input_ids.to(device)[None], at, parameters=parameters)[0]  # (N, V)
         for n, (v, scale) in enumerate(zip(cotangents, scales, strict=True)):
-            unit = (v.double().cpu() / scale.clamp(min=torch.finfo(torch.float64).tiny)[:, None]).to(logits)
+            # A direction of exact zeros (a teacher that says nothing) needs no backward. NaN is not zero.
+            heard = (scale != 0).nonzero().squeeze(1)
+            unit = (v.double().cpu()[heard] / scale[heard, None]).to(logits)
             pulled = [
                 torch.autograd.grad(
                     logits[n],
@@ -57,7 +59,9 @@ def gram_matrices(
                 for chunk in unit.split(most_directions)
                 if len(chunk)
             ]
-            grams.append(_gram(pulled, parameters, modules) * scale[:, None] * scale)
+            gram = torch.zeros(len(modules), len(v), len(v), dtype=torch.float64)
+            gram[:, heard[:, None], heard] = _gram(pulled, parameters, modules) * scale[heard, None] * scale[heard]
+            grams.append(gram)
     return grams
 
 
