@@ -251,6 +251,13 @@ def test_resumed_it_goes_on_where_it_was(tmp_path: Path) -> None:
     assert second.teachers["ema"].step == 9
 
 
+def test_a_second_run_with_the_same_callback_is_probed_like_the_first() -> None:
+    callback = make_callback(every_n_steps=3)
+    for probes in (1, 2):
+        make_trainer(callback, max_steps=4).fit(make_module(), loader())
+        assert callback._probes == probes
+
+
 class Nested(LightningModule):
     """A user's own module, with the student somewhere inside and no tokenizer."""
 

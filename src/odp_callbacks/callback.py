@@ -165,7 +165,8 @@ class GradientAlignmentCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock = time.perf_counter()
         self._update_teachers(trainer.global_step)
-        if self._last_step < 0:
+        # A step before the last one seen: this callback watches a new run.
+        if self._last_step < 0 or trainer.global_step < self._last_step:
             self._last_step = trainer.global_step
             if self.at_start and self.prompts is not None:
                 self._run(trainer, None)
@@ -277,7 +278,8 @@ class GradientAlignmentCallback(Callback):
             metrics = {f"odp/alignment/{name}/{split}": float("nan") for name in self.teachers for split in SPLITS}
         self._probe_seconds += time.perf_counter() - start
         self._tick()
-        metrics["odp/probe/time_share"] = self._probe_seconds / max(self._train_seconds, self._probe_seconds)
+        trained = self._train_seconds > 0
+        metrics["odp/probe/time_share"] = self._probe_seconds / self._train_seconds if trained else float("nan")
         self._log(trainer, metrics, report)
         self.last_report = report
 

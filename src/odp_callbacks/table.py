@@ -23,13 +23,16 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Table:
         show_edge=False,
         pad_edge=False,
         title="Does the teacher pull where success lies?",
-        caption=(
-            f"{len(report.rollouts)} rollouts, success rate {success_rate(report):.0%}; "
-            f"{report.continuations} continuations, {truncated:.0%} cut by the length limit.\n"
-            f"{confidence:.0%} intervals, clustered by question. Alignment: mean cosine with the ideal\n"
-            "gradient, pulled towards 0 by few continuations. Predicted gain: success gained\n"
-            "per unit step along the teacher's gradient, unbiased. Undef.: no alignment\n"
-            "exists; unclear: the continuations cannot tell."
+        caption="\n".join(
+            (
+                f"{len(report.rollouts)} rollouts, success rate {success_rate(report):.0%}; "
+                f"{report.continuations} continuations, {truncated:.0%} cut at the limit.",
+                f"{confidence:.0%} intervals, clustered by question.",
+                "Alignment: mean cosine with the ideal gradient; few continuations",
+                "pull it towards 0. Predicted gain: success gained per unit step along",
+                "the teacher's gradient; unbiased. Undef.: no alignment exists.",
+                "Unclear: the continuations cannot tell.",
+            )
         ),
     )
     table.add_column("teacher\nrollouts", no_wrap=True)

@@ -179,7 +179,7 @@ def test_tilted_teachers_align_exactly():
         {"continuations": 1},
         {"branch_mass": 0.3, "max_branches": 1, "tail_draws": 1, "continuations": 2},
         {"branch_mass": 0.6, "max_branches": 2, "tail_draws": 3, "continuations": 1, "nodes": exponential_windows},
-        {"continuations": 3, "budget": 20},
+        {"continuations": 3, "budget": 6000},
     ],
     ids=["every token", "tail of one draw", "windows", "budget"],
 )

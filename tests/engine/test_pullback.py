@@ -51,6 +51,16 @@ def test_a_zero_direction_and_none(student):
     assert second.shape == (len(first), 0, 0)
 
 
+def test_a_direction_that_is_no_number_is_not_silent_and_spoils_no_other(student):
+    v = directions()[0]
+    broken = torch.cat([v[:1], torch.full((1, 12), torch.nan).double(), v[1:]])
+    (found,), (expected,) = (gram_matrices(student, IDS, [4], [x]) for x in (broken, v))
+    assert found[:, 1].isnan().all()
+    assert found[:, :, 1].isnan().all()
+    kept = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(found[:, kept[:, None], kept], expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("outside", [torch.no_grad, torch.inference_mode])
 def test_leaves_no_trace(student, outside):
     before, state = Snapshot(student), torch.get_rng_state()

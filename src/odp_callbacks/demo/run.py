@@ -48,15 +48,15 @@ class DemoConfig:
     model: str | None = None
     teacher_model: str | None = None
     task: str = "chain_sum"
-    steps: int = 8
+    steps: int = 6
     probes: int = 1
-    questions: int = 8
+    questions: int = 6
     rollouts: int = 2
     continuations: int = 4
-    budget: int | None = 5000
+    budget: int | None = 3000
     max_new_tokens: int = 20
     shots: int = 2
-    teacher_steps: int = 16
+    teacher_steps: int = 12
     seed: int = 0
     output: str = "odp-demo"
 
@@ -125,6 +125,7 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
         max_new_tokens=config.max_new_tokens,
         continuations=config.continuations,
         budget=config.budget,
+        max_branches=3,
         tail_draws=1,
         eos_token_ids=newline,
     )

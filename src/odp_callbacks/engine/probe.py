@@ -37,7 +37,9 @@ class ProbeConfig:
         max_new_tokens: Limit of a response, in tokens.
         temperature: Of sampling, and of both models in the loss.
         continuations: Targeted continuations of each branch.
-        budget: The most tokens to spend on continuations; each branch gets at least one. None: no limit.
+        budget: The most tokens to spend on continuations; each branch gets at least one. None: no limit. How many a
+            branch gets then depends a little on how long earlier ones were: with a handful of branches, and rewards
+            that go with length, that is a bias.
         nodes: Which positions are measured.
         branch_mass: Probability that the likely branches of a node hold together, in (0, 1].
         max_branches: The most likely branches of a node.
