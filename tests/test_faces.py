@@ -71,7 +71,13 @@ def test_the_demo_tasks_own_solutions_satisfy_its_verifier() -> None:
 
 
 def test_the_command_line_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, said in ((["--steps", "0"], "`steps`"), (["--probes", "9", "--steps", "2"], "`probes` must be at most")):
+    refusals = {
+        ("--steps", "0"): "`steps`",
+        ("--probes", "9", "--steps", "2"): "`probes` must be at most",
+        ("--budget", "-5"): "`budget`",
+        ("--budget", "much"): "--budget",
+    }
+    for flags, said in refusals.items():
         with pytest.raises(SystemExit) as stop:
             main(["demo", *flags])
         assert stop.value.code == 2

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 
 
@@ -33,9 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     helps = _attribute_helps(DemoConfig.__doc__ or "")
     hints = typing.get_type_hints(DemoConfig)
     for field in fields(DemoConfig):
-        kind = int if int in (hints[field.name], *typing.get_args(hints[field.name])) else str
+        kinds = (hints[field.name], *typing.get_args(hints[field.name]))
+        kind = int if int in kinds else str
         assert field.default is not MISSING
-        demo.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=helps[field.name])
+        demo.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=_optional(kind) if type(None) in kinds else kind,
+            default=field.default,
+            help=helps[field.name],
+        )
     options = vars(parser.parse_args(arguments))
     options.pop("command")
     try:
@@ -48,6 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"odp-callbacks: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _optional(kind: Callable[[str], int | str]) -> Callable[[str], int | str | None]:
+    """Parser of a value that can be ``none``."""
+
+    def value(text: str) -> int | str | None:
+        return None if text.lower() == "none" else kind(text)
+
+    return value
 
 
 def _attribute_helps(docstring: str) -> dict[str, str]:

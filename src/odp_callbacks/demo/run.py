@@ -18,6 +18,7 @@ from odp_callbacks.callback import GradientAlignmentCallback
 from odp_callbacks.demo.student import load_student
 from odp_callbacks.demo.task import Task, make_task
 from odp_callbacks.distillation import OnPolicyDistillation
+from odp_callbacks.engine.probe import ProbeConfig
 from odp_callbacks.engine.prompts import encode_prompt
 from odp_callbacks.engine.teachers import AdapterTeacher, ModelTeacher, Teacher
 from odp_callbacks.records import ProbeReport
@@ -29,15 +30,15 @@ class DemoConfig:
     """What the demo's flags set.
 
     Attributes:
-        model: Local folder or hub name of the student; None for SmolLM2-135M-Instruct.
-        teacher_model: Local folder or hub name of an external teacher; None fine-tunes an adapter on the task.
+        model: Local folder or hub name of the student; none for SmolLM2-135M-Instruct.
+        teacher_model: Local folder or hub name of an external teacher; none fine-tunes an adapter on the task.
         task: A reasoning-gym dataset.
         steps: Optimizer steps of the student.
         probes: Probes during training, besides the one before it.
         questions: Questions in each probe.
         rollouts: Student rollouts of each question.
         continuations: Continuations of each branch, at most.
-        budget: Tokens to spend on the continuations of a probe; None for no limit.
+        budget: Tokens to spend on the continuations of a probe; none for no limit.
         max_new_tokens: Limit of a response.
         shots: Solved examples in each prompt.
         teacher_steps: Optimizer steps of the fine-tuned teacher.
@@ -67,6 +68,19 @@ class DemoConfig:
                 raise ValueError(f"`{name}` must be a positive integer, but {getattr(self, name)!r} was given.")
         if self.probes > self.steps:
             raise ValueError(f"`probes` must be at most `steps` = {self.steps}, but {self.probes} was given.")
+        self.probe_config(())
+
+    def probe_config(self, eos_token_ids: tuple[int, ...]) -> ProbeConfig:
+        """How the demo's probes measure."""
+        return ProbeConfig(
+            rollouts_per_question=self.rollouts,
+            max_new_tokens=self.max_new_tokens,
+            continuations=self.continuations,
+            budget=self.budget,
+            max_branches=3,
+            tail_draws=1,
+            eos_token_ids=eos_token_ids,
+        )
 
 
 def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
@@ -121,13 +135,7 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
         at_start=True,
         seed=config.seed,
         strict=True,
-        rollouts_per_question=config.rollouts,
-        max_new_tokens=config.max_new_tokens,
-        continuations=config.continuations,
-        budget=config.budget,
-        max_branches=3,
-        tail_draws=1,
-        eos_token_ids=newline,
+        config=config.probe_config(newline),
     )
     logger = TensorBoardLogger(config.output, name=config.task)
     console.print(f"watch it live:  [bold]tensorboard --logdir {config.output}[/bold]")
