@@ -359,3 +359,5 @@ def test_a_constant_reward_is_said_once_and_gives_nan(tmp_path: Path) -> None:
     assert all(np.isnan(v) for _, v in logged["odp/alignment/answer/all"])
     assert [v for _, v in logged["odp/undefined_share/base/all"]]
     assert all(np.isnan(v) for _, v in logged["odp/alignment/answer/correct"])
+    for figure in ("predicted_gain", "teacher_advantage", "predicted_gain_low"):
+        assert all(np.isnan(v) for _, v in logged[f"odp/{figure}/answer/all"])

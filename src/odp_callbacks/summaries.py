@@ -1,7 +1,7 @@
 """From nodes to figures of a class (teacher x correct or incorrect), each with its interval."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,8 @@ def summarise(report: ProbeReport, confidence: float = 0.95) -> list[ClassSummar
     """Summarise a report for each teacher and split.
 
     Means are over tokens: each node counts with the inverse of its inclusion probability. Nodes without an alignment
-    are left out of its mean, and counted.
+    are left out of its mean, and counted. Where success did not differ at any node of a class, nothing is known of the
+    teacher there: its predicted gain and advantage are NaN, not 0.
 
     Args:
         report: A probe's report.
@@ -77,11 +78,16 @@ def summarise(report: ProbeReport, confidence: float = 0.95) -> list[ClassSummar
                 if split == "all" or node.correct == (split == "correct")
             ]
             status = [str(e.status[k]) for _, e in chosen]
+            figures = {name: _figure(chosen, FIGURE_VALUES[name], k, confidence) for name in FIGURES}
+            if not any(e.ideal_norm > 0 for _, e in chosen):
+                # Nowhere in this class did success differ: its 0 with an interval of no width would be no finding.
+                for name in ("predicted_gain", "teacher_advantage"):
+                    figures[name] = replace(figures[name], value=np.nan, low=np.nan, high=np.nan)
             summaries.append(
                 ClassSummary(
                     teacher,
                     split,
-                    {name: _figure(chosen, FIGURE_VALUES[name], k, confidence) for name in FIGURES},
+                    figures,
                     nodes=len(chosen),
                     undefined=status.count(UNDEFINED),
                     undetermined=status.count(UNDETERMINED),

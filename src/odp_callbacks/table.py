@@ -55,7 +55,7 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Table:
 def show(figure: Figure) -> str:
     """A figure above its interval, or why there is none."""
     if math.isnan(figure.value):
-        return "undefined\nno node"
+        return "unclear\nno difference" if figure.nodes else "undefined\nno node"
     if math.isnan(figure.low):
         return f"{figure.value:+.3f}\none question"
     return f"{figure.value:+.3f}\n{figure.low:.2f} to {figure.high:.2f}"
