@@ -14,7 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from odp_callbacks.engine.probe import Probe, ProbeConfig
+from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Row, rows_from_batch
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.teachers import as_teachers

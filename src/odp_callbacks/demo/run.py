@@ -18,7 +18,7 @@ from odp_callbacks.callback import GradientAlignmentCallback
 from odp_callbacks.demo.student import load_student
 from odp_callbacks.demo.task import Task, make_task
 from odp_callbacks.distillation import OnPolicyDistillation
-from odp_callbacks.engine.probe import ProbeConfig
+from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import encode_prompt
 from odp_callbacks.engine.teachers import AdapterTeacher, ModelTeacher, Teacher
 from odp_callbacks.records import ProbeReport

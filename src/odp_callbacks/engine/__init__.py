@@ -1,7 +1,8 @@
 """The engine: torch, transformers and peft only; usable alone as a training-free diagnostic."""
 
+from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.nodes import every_node, exponential_windows
-from odp_callbacks.engine.probe import Probe, ProbeConfig, diagnose
+from odp_callbacks.engine.probe import Probe, diagnose
 from odp_callbacks.engine.rewards import RewardError
 from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
 

@@ -2,93 +2,33 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.allocation import spread_evenly
 from odp_callbacks.engine.branches import Branch, choose_branches
+from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.decoding import PrefixCache, Progress, prefill
-from odp_callbacks.engine.directions import Direction, UserLoss, distillation_direction
+from odp_callbacks.engine.directions import Direction, distillation_direction
 from odp_callbacks.engine.guest import guest
 from odp_callbacks.engine.logits import node_logits
-from odp_callbacks.engine.nodes import Node, NodeSelector, exponential_windows, select_nodes
+from odp_callbacks.engine.nodes import Node, select_nodes
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
 from odp_callbacks.engine.pullback import gram_matrices, lora_modules
+from odp_callbacks.engine.recording import node_record
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
 from odp_callbacks.engine.success import Outcomes, Spent, measure_success
 from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_logits, teacher_prompt_ids
-from odp_callbacks.functional.divergences import Divergence, check_divergence, node_predictors
+from odp_callbacks.functional.divergences import node_predictors
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import NodeRecord, ProbeReport, RolloutRecord
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """How a probe measures.
-
-    Attributes:
-        rollouts_per_question: Student responses to each question.
-        max_new_tokens: Limit of a response, in tokens.
-        temperature: Of sampling, and of both models in the loss.
-        continuations: Targeted continuations of each branch.
-        budget: The most tokens to spend on continuations; each branch gets at least one. None: no limit. How many a
-            branch gets then depends a little on how long earlier ones were: with a handful of branches, and rewards
-            that go with length, that is a bias.
-        nodes: Which positions are measured.
-        branch_mass: Probability that the likely branches of a node hold together, in (0, 1].
-        max_branches: The most likely branches of a node.
-        tail_draws: Tokens drawn from the rest.
-        divergence: Name of the distillation loss, or a function ``f(student_logits, teacher_logits)`` from
-            ``(N, V)`` to ``(N,)``.
-        beta: For ``"jsd"``.
-        top_k: Restricts the loss to that many tokens.
-        eos_token_ids: More tokens that end a response.
-        success_threshold: Reward from which a rollout counts as correct.
-        batch_size: The most sequences sampled at a time.
-    """
-
-    rollouts_per_question: int = 4
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    continuations: int = 4
-    budget: int | None = None
-    nodes: NodeSelector = exponential_windows
-    branch_mass: float = 0.95
-    max_branches: int = 4
-    tail_draws: int = 2
-    divergence: Divergence | UserLoss = "reverse_kl"
-    beta: float | None = None
-    top_k: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    success_threshold: float = 1.0
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        whole = (
-            "rollouts_per_question", "max_new_tokens", "continuations", "max_branches", "tail_draws", "batch_size"
-        )  # fmt: skip
-        for name in whole:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, but {value!r} was given.")
-        if self.budget is not None and (type(self.budget) is not int or self.budget < 1):
-            raise ValueError(f"`budget` must be a positive number of tokens or None, but {self.budget!r} was given.")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"`temperature` must be a positive number, but {self.temperature!r} was given.")
-        for name in ("branch_mass", "success_threshold"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in (0, 1], but {getattr(self, name)!r} was given.")
-        if not callable(self.nodes):
-            raise ValueError(f"`nodes` must be a function such as `exponential_windows`, but got {self.nodes!r}.")
-        if not callable(self.divergence):
-            check_divergence(self.divergence, self.beta, self.top_k)
 
 
 @dataclass
@@ -237,7 +177,7 @@ class Probe:
             continuations=spent.continuations,
             truncated=spent.truncated + sum(r.truncated for r in rollouts),
             seconds=ledger.seconds,
-            settings={"seed": seed, **_plain(config)},
+            settings={"seed": seed, **config.plain()},
         )
 
     def _student_logits(self, rollouts: list[Rollout], nodes: list[Node]) -> list[Tensor]:
@@ -301,7 +241,7 @@ class Probe:
             return outcomes, spent
         add([[1] * len(row) for row in branches])
         while (left := config.budget - spent.tokens) > config.budget // 50:
-            allocation = _spread(left, nodes, outcomes, config, chooser)
+            allocation = spread_evenly(left, nodes, outcomes, config, chooser)
             if not any(map(sum, allocation)):
                 break
             add(allocation)
@@ -372,7 +312,7 @@ class Probe:
         first = len(rollout.question.prompt_ids) - 1
         grams = gram_matrices(self.student, rollout.sequence, [first + node.depth for node in nodes], directions)
         return [
-            _node_record(
+            node_record(
                 rollout,
                 node,
                 branches[n],
@@ -439,73 +379,3 @@ def _by_question(rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> Iterator
         groups.setdefault(id(rollouts[index].question), []).append(index)
     for indices in groups.values():
         yield indices, [depths[i] for i in indices]
-
-
-def _spread(
-    left: int, nodes: list[Node], outcomes: list[list[Outcomes]], config: ProbeConfig, chooser: torch.Generator
-) -> list[list[int]]:
-    """Spread continuations evenly over the branches that are not known exactly; ties are drawn.
-
-    No more than ``left`` tokens even if every one of them runs to the length limit. As most end before it, another
-    round follows.
-    """
-    open_ = [(n, b) for n, row in enumerate(outcomes) for b, outcome in enumerate(row) if not outcome.exact]
-    open_ = [open_[i] for i in torch.randperm(len(open_), generator=chooser).tolist()]
-    allocation = [[0] * len(row) for row in outcomes]
-    for count in range(1, config.continuations):
-        for n, b in open_:
-            if len(outcomes[n][b].rewards) + allocation[n][b] == count:
-                left -= config.max_new_tokens - nodes[n].depth - 1
-                if left < 0:
-                    return allocation
-                allocation[n][b] += 1
-    return allocation
-
-
-def _node_record(
-    rollout: Rollout,
-    node: Node,
-    branches: list[Branch],
-    outcomes: list[Outcomes],
-    *,
-    correct: bool,
-    gram: Tensor,
-    directions: Tensor,
-    teacher_probabilities: list[Tensor],
-    predictors: Mapping[str, np.ndarray[Any, Any]],
-) -> NodeRecord:
-    rows = directions.double()
-    tokens = np.array([b.token for b in branches])
-    candidates = [b.token for b in branches if not b.tail]
-    # A token beyond a teacher's vocabulary is a padding row of the student's: the teacher gives it nothing.
-    q = np.array([[float(t[k]) if k < len(t) else 0.0 for k in tokens] for t in teacher_probabilities])
-    inside = np.array([float(sum(t[k] for k in candidates if k < len(t))) for t in teacher_probabilities])
-    return NodeRecord(
-        rollout=node.rollout,
-        question=rollout.question.id,
-        depth=node.depth,
-        inclusion=node.inclusion,
-        correct=correct,
-        tokens=tokens,
-        probability=np.array([b.probability for b in branches]),
-        weight=np.array([b.weight for b in branches]),
-        tail=np.array([b.tail for b in branches]),
-        taken=next(a for a, b in enumerate(branches) if b.taken),
-        count=np.array([len(o.rewards) for o in outcomes]),
-        total=np.array([sum(o.rewards) for o in outcomes]),
-        total_square=np.array([sum(r * r for r in o.rewards) for o in outcomes]),
-        exact=np.array([o.exact for o in outcomes]),
-        gram=gram.numpy(),
-        logit_gram=(rows @ rows.mT).cpu().numpy(),
-        teacher_probability=q,
-        teacher_tail=(1 - inside).clip(0, 1),
-        predictors=dict(predictors),
-    )
-
-
-def _plain(config: ProbeConfig) -> dict[str, Any]:
-    """The configuration with functions by their names."""
-    return {key: getattr(value, "__qualname__", value) for key, value in asdict(config).items()}
-
-
-__all__ = ["Probe", "ProbeConfig", "RewardError", "diagnose"]
