@@ -65,7 +65,7 @@ def prefill(model: nn.Module, sequences: Sequence[Tensor]) -> PrefixCache:
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     cache = DynamicCache()
     if ids.shape[1]:
-        _forward(model, ids.to(device), mask.to(device), None, cache)
+        _forward(model, forward_arguments(model), ids.to(device), mask.to(device), None, cache)
     return PrefixCache([(layer.keys, layer.values) for layer in cache.layers])
 
 
@@ -125,9 +125,11 @@ def _sample_batch(
     lengths = torch.zeros_like(limits)
     ended = torch.zeros_like(limits, dtype=torch.bool)
     alive = torch.arange(len(starts), device=device)
+    takes = forward_arguments(model)  # read once: inspecting a signature has no place in a loop over tokens
     for step in range(written.shape[1]):
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        logits = _forward(model, tokens[:, None], mask, (seen[alive] + step)[:, None], cache)[:, -1]  # (B, V)
+        positions = (seen[alive] + step)[:, None]
+        logits = _forward(model, takes, tokens[:, None], mask, positions, cache)[:, -1]  # (B, V)
         probabilities = torch.softmax(logits.float() / temperature, dim=-1)
         tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         written[alive, step] = tokens
@@ -164,9 +166,15 @@ def _gather(prefixes: PrefixCache, rows: Tensor, lengths: Tensor) -> tuple[Dynam
     return cache, (place >= 0).long()
 
 
-def _forward(model: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor | None, cache: DynamicCache) -> Tensor:
-    """Logits at the last position ``(B, 1, V)``; ``cache`` grows by ``ids``."""
-    takes = forward_arguments(model)
+def _forward(
+    model: nn.Module,
+    takes: frozenset[str],
+    ids: Tensor,
+    mask: Tensor,
+    position_ids: Tensor | None,
+    cache: DynamicCache,
+) -> Tensor:
+    """Logits at the last position ``(B, 1, V)``; ``cache`` grows by ``ids``. ``takes``: the forward's arguments."""
     keywords: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
     # transformers 5.2x renamed the argument; both names are served.
     keywords["cache" if "cache" in takes else "past_key_values"] = cache
