@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from odp_callbacks.demo.student import load_student
-from odp_callbacks.engine.pullback import gram_matrices
+from odp_callbacks.engine.pullback import pull_back
 from odp_callbacks.functional import lora_gradients
 
 
@@ -26,7 +26,7 @@ def main(repeats: int, length: int, nodes: int, directions: int) -> None:
         start = time.perf_counter()
         plain = lora_gradients(student, ids, positions, cotangents)
         middle = time.perf_counter()
-        grams = gram_matrices(student, ids, positions.tolist(), list(cotangents))
+        grams = pull_back(student, ids, positions.tolist(), list(cotangents))
         end = time.perf_counter()
         ratios.append((middle - start) / (end - middle))
         expected = plain.double() @ plain.double().mT

@@ -11,10 +11,15 @@ ROOT = Path(odp_callbacks.__file__).parent
 TRAINERS = {"lightning", "pytorch_lightning", "torchmetrics", "trl", "matplotlib", "tensorboard"}
 ALLOWED = {
     "functional": {"functional"},
-    "engine": {"engine", "functional", "records"},
+    "engine": {"engine", "functional", "records", "evidence", "success_model", "figures"},
     "records.py": set(),
-    "estimates.py": {"records"},
-    "summaries.py": {"estimates", "records"},
+    "evidence.py": {"records"},
+    "success_model.py": {"evidence", "records"},
+    "inference.py": {"records"},
+    "estimates.py": {"evidence", "records"},
+    "correction.py": {"evidence", "records", "success_model"},
+    "figures.py": {"correction", "estimates", "evidence", "inference", "records"},
+    "summaries.py": {"correction", "estimates", "evidence", "figures", "inference", "records", "success_model"},
 }
 SOURCES = [(part, path) for part in ALLOWED for path in (sorted((ROOT / part).glob("*.py")) or [ROOT / part])]
 

@@ -10,7 +10,6 @@ from odp_callbacks.estimates import (
     UNDETERMINED,
     branch_success,
     estimate,
-    ideal_coefficients,
     student_success,
 )
 
@@ -59,17 +58,10 @@ def test_predicted_gain_is_linear_in_the_success():
     np.testing.assert_allclose(gains[2], (gains[0] + gains[1]) / 2, atol=1e-15)
 
 
-def test_coefficients_broadcast():
-    success = np.array([SUCCESS, SUCCESS[::-1]])
-    found = ideal_coefficients(np.array(WEIGHT), success)
-    np.testing.assert_allclose(found[0], [0.2 * -0.5, 0.1 * -0.25, 0.2 * 0.25])
-    assert found.shape == (2, 3)
-
-
 def test_success_is_the_mean_of_the_rewards():
     node = synthetic(SUCCESS, count=[1, 2, 4, 8], weight=WEIGHT).record
     np.testing.assert_allclose(branch_success(node), SUCCESS)
-    assert student_success(node, branch_success(node)) == pytest.approx(np.dot(WEIGHT, SUCCESS))
+    assert student_success(node) == pytest.approx(np.dot(WEIGHT, SUCCESS))
 
 
 def undefined_everywhere(found):

@@ -21,13 +21,13 @@ from odp_callbacks.table import summary_table
 
 @pytest.fixture(scope="module")
 def report() -> ProbeReport:
-    rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "d", "answer": "a"}]
+    rows = [{"prompt": p, "answer": a} for p, a in zip(("a b", "d", "c", "e f", "b"), "cabda", strict=True)]
 
     def reward(prompts: Any, completions: list[str], answer: list[str]) -> list[float]:
         return [float(a in c) for c, a in zip(completions, answer, strict=True)]
 
     teachers = {"answer": Teacher("{answer} {prompt}"), "self": Teacher()}
-    return diagnose(tiny("llama").float(), word_tokenizer(), rows, reward, teachers, max_new_tokens=8, continuations=2)
+    return diagnose(tiny("llama").float(), word_tokenizer(), rows, reward, teachers, max_new_tokens=8, continuations=4)
 
 
 def drawn(report: ProbeReport, index: int) -> np.ndarray[Any, Any]:
@@ -54,7 +54,17 @@ def test_the_table_shows_every_class_with_intervals_in_eighty_columns(report: Pr
     out = StringIO()
     Console(file=out, width=80).print(summary_table(report))
     text = out.getvalue()
-    for word in ("answer", "self", "correct", "incorrect", "undefined", " to "):
+    for word in (
+        "answer",
+        "self",
+        "correct",
+        "incorrect",
+        "gap",
+        "unclear",
+        " to ",
+        "answer - self",
+        "cannot tell which",
+    ):
         assert word in text
     assert "…" not in text
 

@@ -10,61 +10,17 @@ from odp_callbacks.estimates import estimate
 from odp_callbacks.records import ProbeReport, RolloutRecord
 from odp_callbacks.summaries import (
     FIGURES,
+    GAP,
     PREDICTORS,
     SPLITS,
+    Analysis,
     correlations,
-    jackknife_mean,
     scalars,
     success_rate,
     summarise,
 )
 
 RNG = np.random.default_rng(0)
-
-
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_jackknife_leaves_out_one_group_at_a_time(confidence):
-    groups = np.array([*"aaabbcddddeff"])
-    values, weights = RNG.normal(size=len(groups)), RNG.uniform(0.5, 8, size=len(groups))
-    labels = sorted(set(groups))
-    m = len(labels)
-    out = [np.average(values[groups != g], weights=weights[groups != g]) for g in labels]
-    error = math.sqrt((m - 1) / m * sum((x - sum(out) / m) ** 2 for x in out))
-    mean = np.average(values, weights=weights)
-    half = stats.t.ppf(0.5 + confidence / 2, m - 1) * error
-    found = jackknife_mean(values, weights, groups, confidence)
-    assert (found.value, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), rel=1e-12)
-    assert (found.questions, found.nodes) == (6, 13)
-
-
-def test_equal_groups_give_students_interval():
-    values = RNG.normal(size=(8, 5))
-    means = values.mean(axis=1)
-    expected = stats.t.interval(0.95, 7, loc=means.mean(), scale=stats.sem(means))
-    found = jackknife_mean(values.ravel(), np.full(40, 2.5), np.repeat([*"abcdefgh"], 5))
-    assert (found.low, found.high) == pytest.approx(expected, rel=1e-12)
-
-
-def test_the_interval_covers():
-    """95 % over simulated sets of 8 questions whose nodes depend on each other."""
-    rng, hits, runs = np.random.default_rng(1), 0, 1000
-    groups = np.repeat(np.arange(8), 4).astype(str)
-    for _ in range(runs):
-        figure = jackknife_mean(np.repeat(rng.normal(size=8), 4) + rng.normal(size=32), np.ones(32), groups)
-        hits += figure.low <= 0 <= figure.high
-    assert stats.binomtest(hits, runs, 0.95).pvalue > 1e-3
-
-
-def test_too_few_groups_have_no_interval():
-    one = jackknife_mean(np.array([1.0, 3.0]), np.array([3.0, 1.0]), np.array(["a", "a"]))
-    assert one.value == 1.5
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    assert (one.questions, one.nodes) == (1, 2)
-    none = jackknife_mean(np.array([]), np.array([]), np.array([], dtype=str))
-    assert math.isnan(none.value)
-    assert math.isnan(none.low)
-    assert (none.questions, none.nodes) == (0, 0)
 
 
 def rollout(question, reward, truncated=False):
@@ -93,39 +49,127 @@ def nodes(n=12):
     ]
 
 
-def test_summaries_are_weighted_means_over_the_class():
-    given = nodes()
+def by_hand(values, weights, questions, confidence=0.95):
+    """Weighted mean with the delete-one-question jackknife, written out."""
+    labels = sorted(set(questions))
+    out = [np.average(values[questions != q], weights=weights[questions != q]) for q in labels]
+    m = len(labels)
+    error = math.sqrt((m - 1) / m * sum((x - sum(out) / m) ** 2 for x in out))
+    half = stats.t.ppf(0.5 + confidence / 2, m - 1) * error
+    mean = np.average(values, weights=weights)
+    return mean, mean - half, mean + half
+
+
+def test_means_are_over_tokens_and_their_intervals_over_questions():
+    given = nodes(24)
     found = {(s.teacher, s.split): s for s in summarise(report(given))}
-    assert set(found) == {(t, s) for t in ("near", "far") for s in SPLITS}
+    assert set(found) == {(t, s) for t in ("near", "far") for s in (*SPLITS, GAP)}
     for k, teacher in enumerate(("near", "far")):
         for split in SPLITS:
             chosen = [n for n in given if split == "all" or n.correct == (split == "correct")]
             summary, estimates = found[teacher, split], [estimate(n) for n in chosen]
+            weights, groups = np.array([1 / n.inclusion for n in chosen]), np.array([n.question for n in chosen])
             values = {
-                **{f: np.array([getattr(e, f)[k] for e in estimates]) for f in FIGURES[:4]},
+                "predicted_gain": np.array([e.predicted_gain[k] for e in estimates]),
+                "teacher_advantage": np.array([e.teacher_advantage[k] for e in estimates]),
                 **{p: np.array([n.predictors[p][k] for n in chosen]) for p in PREDICTORS},
             }
-            assert set(summary.figures) == set(FIGURES) == set(values)
-            weights, groups = np.array([1 / n.inclusion for n in chosen]), np.array([n.question for n in chosen])
+            assert set(summary.figures) == set(FIGURES)
             for name, value in values.items():
-                kept = ~np.isnan(value)
-                assert summary.figures[name] == jackknife_mean(value[kept], weights[kept], groups[kept])
+                figure = summary.figures[name]
+                assert (figure.value, figure.low, figure.high) == pytest.approx(by_hand(value, weights, groups))
+                assert (figure.questions, figure.nodes) == (3, len(chosen))
             blank = [n for n in chosen if (n.total == n.total[0]).all()]
             assert summary.nodes == len(chosen)
             assert summary.undefined == sum(n.exact.all() for n in blank)
             assert summary.undetermined == sum(not n.exact.all() for n in blank)
-            # Left out of the cosines' means, but not of the gain's.
-            assert summary.figures["alignment"].nodes == summary.figures["logit_alignment"].nodes
-            assert summary.figures["alignment"].nodes == len(chosen) - len(blank)
-            assert summary.figures["predicted_gain"].nodes == len(chosen)
-    assert found["near", "correct"].undefined + found["near", "incorrect"].undefined == 2
-    assert found["near", "all"].undetermined == 1
+            # Beside the corrected one the paper's, where nodes without an alignment are left out.
+            cosine = np.array([e.alignment[k] for e in estimates])
+            there = ~np.isnan(cosine)
+            assert summary.figures["alignment"].uncorrected == pytest.approx(
+                np.average(cosine[there], weights=weights[there])
+            )
+            norms = np.array([e.ideal_norm for e in estimates])
+            assert summary.figures["gain_weighted_alignment"].uncorrected == pytest.approx(
+                (weights @ values["predicted_gain"]) / (weights @ norms)
+            )
+
+
+def known(given):
+    """The same nodes, their success known for certain."""
+    return [
+        replace(n, count=np.ones_like(n.count), total=n.total / n.count, exact=np.ones_like(n.exact)) for n in given
+    ]
+
+
+def test_what_is_known_for_certain_needs_no_correction():
+    given = known([n for n in nodes(40) if not (n.total == n.total[0]).all()])
+    for summary in summarise(report(given)):
+        for name in ("gain_weighted_alignment", "alignment"):
+            figure = summary.figures[name]
+            assert figure.value == pytest.approx(figure.uncorrected, abs=5e-3 if name == "alignment" else 1e-12)
+
+
+def test_the_gap_and_the_contrasts_are_differences_with_their_own_intervals():
+    analysis = Analysis(report(nodes(36)))
+    found = {(s.teacher, s.split): s.figures for s in analysis.summaries()}
+    gap, right, wrong = (found["near", split]["predicted_gain"] for split in (GAP, "correct", "incorrect"))
+    assert gap.value == pytest.approx(wrong.value - right.value)
+    assert gap.half_width > 0
+    (contrast,) = [c.figures["predicted_gain"] for c in analysis.contrasts() if c.split == "all"]
+    near, far = (found[t, "all"]["predicted_gain"] for t in ("near", "far"))
+    assert contrast.value == pytest.approx(near.value - far.value)
+    # Paired: nodes where both teachers say the same leave nothing to doubt.
+    gram = [n.gram.copy() for n in nodes(36)]
+    for g in gram:
+        g[:, -1], g[:, :, -1] = g[:, -2], g[:, :, -2]
+        g[:, -1, -1] = g[:, -2, -2]
+    twins = Analysis(report([replace(n, gram=g) for n, g in zip(nodes(36), gram)]))
+    (same,) = [c.figures["predicted_gain"] for c in twins.contrasts() if c.split == "all"]
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match=r"`by` must be"):
+        analysis.summaries("length")
+
+
+def test_other_ways_to_split():
+    given = [replace(n, depth=i % 6, rollout=i % 4) for i, n in enumerate(nodes(48))]
+    analysis = Analysis(report(given))
+    depths = [s for s in analysis.summaries("depth") if s.teacher == "near"]
+    assert [s.split for s in depths] == ["depth 0", "depth 1", "depth 2-3", "depth 4-7"]
+    assert [s.nodes for s in depths] == [8, 8, 16, 16]
+    modules = {s.split: s for s in analysis.summaries("module") if s.teacher == "near"}
+    assert set(modules) == {"m", "n"}
+    for m, module in enumerate(("m", "n")):
+        alone = [replace(n, gram=n.gram[m : m + 1]) for n in given]
+        (expected, *_) = [s for s in summarise(replace(report(alone), modules=(module,))) if s.split == "all"]
+        for name in ("predicted_gain", "alignment"):
+            assert modules[module].figures[name].value == pytest.approx(expected.figures[name].value, nan_ok=True)
+    questions = [s for s in analysis.summaries("question") if s.teacher == "far"]
+    assert [s.split for s in questions] == ["question 0", "question 1", "question 2"]
+    assert all(s.figures["predicted_gain"].note == "one question" for s in questions)
+    assert len(analysis.summaries("rollout")) == 2 * 4
+
+
+def test_edges_say_what_they_cannot_tell():
+    """One continuation, one node, all correct, all incorrect: finite, or NaN with a reason."""
+    one = [replace(n, count=np.ones_like(n.count), total=np.round(n.total / n.count)) for n in nodes(30)]
+    cases = [one, nodes(1), [replace(n, correct=True) for n in nodes()], [replace(n, correct=False) for n in nodes()]]
+    for given in cases:
+        for summary in [*summarise(report(given)), *Analysis(report(given)).contrasts()]:
+            for figure in summary.figures.values():
+                assert math.isfinite(figure.value) or figure.note
+                assert math.isfinite(figure.low) or figure.note
+                assert not math.isinf(figure.low)
+                assert not math.isinf(figure.high)
+    for summary in summarise(report(one)):
+        assert summary.figures["alignment"].note == "too few continuations"
+        assert math.isfinite(summary.figures["predicted_gain"].value)
 
 
 def test_an_empty_class_is_nan():
     (near, *_) = [s for s in summarise(report([n for n in nodes() if n.correct])) if s.split == "incorrect"]
     assert (near.nodes, near.undefined) == (0, 0)
-    assert all(math.isnan(f.value) for f in near.figures.values())
+    assert all(math.isnan(f.value) and f.note == "no node" for f in near.figures.values())
     assert all(s.nodes == 0 for s in summarise(report([])))
 
 
@@ -158,8 +202,14 @@ def test_scalars_are_named_and_complete():
     logged = scalars(report(given))
     for s in summarise(report(given)):
         for name, figure in s.figures.items():
+            if s.split == GAP and name in PREDICTORS:
+                continue
             ends = [logged[f"odp/{name}{end}/{s.teacher}/{s.split}"] for end in ("", "_low", "_high")]
             assert ends == pytest.approx([figure.value, figure.low, figure.high], nan_ok=True)
+        if s.split == GAP:
+            continue
+        assert logged[f"odp/questions/{s.teacher}/{s.split}"] == 3
+        assert logged[f"odp/nodes/{s.teacher}/{s.split}"] == s.nodes
         assert logged[f"odp/undefined_share/{s.teacher}/{s.split}"] == s.undefined / s.nodes
         assert logged[f"odp/undetermined_share/{s.teacher}/{s.split}"] == s.undetermined / s.nodes
     for (teacher, name), value in correlations(report(given)).items():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from odp_callbacks.evidence import Evidence, gather
 from odp_callbacks.records import Floats, NodeRecord
 
 DEFINED, UNDEFINED, UNDETERMINED = "defined", "undefined", "undetermined"
@@ -15,7 +16,8 @@ class NodeEstimate:
     """Figures of one node; ``K`` teachers, ``M`` modules. NaN where a figure does not exist.
 
     Attributes:
-        alignment: ``(K,)``, cosine of ideal and distillation gradient on the LoRA parameters.
+        alignment: ``(K,)``, cosine of ideal and distillation gradient on the LoRA parameters, as it comes: noise in
+            the success pulls it towards 0.
         module_alignment: ``(M, K)``, the same on each module alone.
         logit_alignment: ``(K,)``, the same on the logits.
         predicted_gain: ``(K,)``, success probability gained per unit step of the LoRA parameters along the
@@ -42,26 +44,17 @@ def branch_success(node: NodeRecord) -> Floats:
     return node.total / node.count
 
 
-def ideal_coefficients(weight: Floats, success: Floats) -> Floats:
-    r"""Coefficients of the ideal gradient on the branch directions, ``(..., A - 1)``.
-
-    :math:`g^* = \sum_{a \ge 1} w_a (Q_a - Q_0)\, u_a` with :math:`u_a = (e_{k_a} - p)/\tau`. Over all tokens
-    :math:`\sum_k p_k u_k = 0`, so any constant may be taken off every :math:`Q`; taking that of branch 0 spares its
-    pull-back, makes equal successes cancel exactly, and keeps the draws from the tail, whose weights only add up in
-    the mean, from adding noise of their own.
-
-    Args:
-        weight: ``(A,)``.
-        success: ``(..., A)``.
-    """
-    difference = success[..., 1:] - success[..., :1]
-    # The mean of three rewards of 0.1 is not 0.1 in floating point; no two successes differ by as little.
-    return weight[1:] * np.where(np.abs(difference) > 16 * np.finfo(np.float64).eps, difference, 0)
-
-
-def student_success(node: NodeRecord, success: Floats) -> float:
+def student_success(node: NodeRecord) -> float:
     """The student's success probability at the node: weights add up to one over candidates and tail."""
-    return float(node.weight @ success / node.weight.sum())
+    return float(node.weight @ branch_success(node) / node.weight.sum())
+
+
+def statuses(evidence: Evidence) -> NDArray[np.str_]:
+    """Whether each node's alignment with each teacher exists, ``(N, K)``."""
+    zero = np.where(evidence.certain, UNDEFINED, UNDETERMINED)[:, None]
+    ideal = np.where(evidence.ideal_norm[:, None] == 0, zero, DEFINED)
+    found: NDArray[np.str_] = np.where(evidence.teacher_norm > 0, ideal, UNDEFINED)
+    return found
 
 
 def estimate(node: NodeRecord) -> NodeEstimate:
@@ -69,48 +62,24 @@ def estimate(node: NodeRecord) -> NodeEstimate:
 
     Source: arXiv:2605.10889 for alignment and teacher advantage; predicted gain is this project's.
     """
-    success = branch_success(node)
-    arms = len(node.tokens) - 1
-    coefficients = ideal_coefficients(node.weight, success)
-    gram = node.gram.sum(axis=0)
-    alignment, ideal_norm = _cosines(gram, coefficients)
-    teacher_norm = np.sqrt(np.diagonal(gram)[arms:].clip(min=0))
-    inner = coefficients @ gram[:arms, arms:]
-    nothing = np.where(teacher_norm == 0, 0.0, np.nan)  # NaN: a teacher infinitely far has no finite gradient
-    gain = np.divide(inner, teacher_norm, out=nothing, where=teacher_norm > 0)
-    # Certain only if every possible token was seen: a tail holds more than the tokens that were drawn from it.
-    seen = np.isclose(node.weight[node.tail].sum(), node.probability[node.tail].sum(), rtol=1e-9, atol=0)
-    certain = bool(seen) and (arms == 0 or bool(node.exact.all()))
-    blank = UNDEFINED if certain else UNDETERMINED
-    status = np.where(teacher_norm > 0, np.where(ideal_norm == 0, blank, DEFINED), UNDEFINED)
+    evidence = gather([node])
     return NodeEstimate(
-        alignment=alignment,
-        module_alignment=np.stack([_cosines(g, coefficients)[0] for g in node.gram]),
-        logit_alignment=_cosines(node.logit_gram, coefficients)[0],
-        predicted_gain=gain,
-        teacher_advantage=_teacher_advantage(node, success),
-        ideal_norm=ideal_norm,
-        success=student_success(node, success),
-        status=status,
+        alignment=evidence.cosine[0],
+        module_alignment=np.stack([gather([node], module=m).cosine[0] for m in range(len(node.gram))]),
+        logit_alignment=gather([node], logits=True).cosine[0],
+        predicted_gain=evidence.gain[0],
+        teacher_advantage=teacher_advantage(node),
+        ideal_norm=float(evidence.ideal_norm[0]),
+        success=student_success(node),
+        status=statuses(evidence)[0],
     )
 
 
-def _cosines(gram: Floats, coefficients: Floats) -> tuple[Floats, float]:
-    """Cosine of the ideal with each teacher's gradient ``(K,)``, NaN where either is zero; and the ideal's norm."""
-    arms = len(coefficients)
-    inner = coefficients @ gram[:arms, arms:]
-    # A quadratic form can come out at -1e-20 where it is zero.
-    ideal = np.sqrt(max(float(coefficients @ gram[:arms, :arms] @ coefficients), 0.0))
-    norms = ideal * np.sqrt(np.diagonal(gram)[arms:].clip(min=0))
-    cosine = np.divide(inner, norms, out=np.full(len(inner), np.nan), where=norms > 0)
-    return cosine.clip(-1, 1), ideal
-
-
-def _teacher_advantage(node: NodeRecord, success: Floats) -> Floats:
+def teacher_advantage(node: NodeRecord) -> Floats:
     """Success of the teacher's next token less the student's, the tail counted as one token: ``(K,)``."""
-    candidates = ~node.tail
+    success, candidates = branch_success(node), ~node.tail
     base = success[0]
     tail = float(np.average(success[node.tail], weights=node.weight[node.tail])) if node.tail.any() else base
     gained = node.teacher_probability[:, candidates] @ (success[candidates] - base) + node.teacher_tail * (tail - base)
-    advantage: Floats = gained - (student_success(node, success) - base)
+    advantage: Floats = gained - (student_success(node) - base)
     return advantage

@@ -85,6 +85,25 @@ class NodeRecord:
 
 
 @dataclass(frozen=True)
+class StepSums:
+    """Summed gradients, as inner products: what the step alignment is computed from.
+
+    One group for each question and correctness. Its ``2 + K`` vectors are the ideal gradient from two disjoint halves
+    of the continuations, and each teacher's distillation gradient, summed over the group's nodes with their token
+    weights.
+
+    Attributes:
+        question: ``(G,)`` ids.
+        correct: ``(G,)``.
+        gram: ``(G, 2 + K, G, 2 + K)`` float64, on all LoRA parameters.
+    """
+
+    question: tuple[str, ...]
+    correct: tuple[bool, ...]
+    gram: Floats
+
+
+@dataclass(frozen=True)
 class ProbeReport:
     """All that one probe measured.
 
@@ -98,6 +117,9 @@ class ProbeReport:
         truncated: How many of the rollouts and continuations the length limit cut.
         seconds: By stage.
         settings: The probe's configuration, for the reader.
+        step: Of the summed gradients; None where they were not measured.
+        free: No continuations were spent: each node's success is its rollout's own reward against its siblings', so
+            only predicted gain exists, and not split by correctness.
     """
 
     teachers: tuple[str, ...]
@@ -109,3 +131,5 @@ class ProbeReport:
     truncated: int
     seconds: Mapping[str, float]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    step: StepSums | None = None
+    free: bool = False

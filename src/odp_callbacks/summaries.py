@@ -1,46 +1,37 @@
-"""From nodes to figures of a class (teacher x correct or incorrect), each with its interval."""
+"""From nodes to figures of a class (teacher x correct or incorrect, depth, module), each with its interval."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
-from odp_callbacks.estimates import DEFINED, UNDEFINED, UNDETERMINED, NodeEstimate, estimate
-from odp_callbacks.records import Floats, NodeRecord, ProbeReport
+from odp_callbacks.correction import correct
+from odp_callbacks.estimates import DEFINED, UNDEFINED, UNDETERMINED, statuses, teacher_advantage
+from odp_callbacks.evidence import gather
+from odp_callbacks.figures import RANGE, gradient_figures, questions_of, token_mean
+from odp_callbacks.inference import Estimator, Figure, jackknife
+from odp_callbacks.records import Floats, ProbeReport
+from odp_callbacks.success_model import fit_success_model
 
 SPLITS = ("all", "correct", "incorrect")
+GAP = "incorrect-correct"
 PREDICTORS = ("forward_kl", "reverse_kl", "js", "cosine", "teacher_entropy", "student_entropy")
-FIGURES = ("alignment", "predicted_gain", "logit_alignment", "teacher_advantage", *PREDICTORS)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number with its interval.
-
-    Attributes:
-        value: The estimate; NaN where nothing defines it.
-        low: Lower end of the interval; NaN where there are too few questions for one.
-        high: Upper end.
-        questions: How many questions it rests on.
-        nodes: How many nodes.
-    """
-
-    value: float
-    low: float
-    high: float
-    questions: int
-    nodes: int
+CORRECTED = ("alignment", "gain_weighted_alignment", "logit_alignment")
+FIGURES = (
+    "predicted_gain", "gain_weighted_alignment", "alignment", "step_alignment", "logit_alignment",
+    "teacher_advantage", *PREDICTORS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """All figures of one teacher on one class of nodes.
+    """All figures of one teacher on one class of nodes, or of a difference.
 
     Attributes:
-        teacher: Its name.
-        split: ``"all"``, ``"correct"`` or ``"incorrect"``: of the rollout that the nodes lie on.
+        teacher: Its name; ``"a - b"`` for a difference between two.
+        split: Name of the class; ``"incorrect-correct"`` for the difference between those two.
         figures: By name, see :data:`FIGURES`.
         nodes: How many nodes the class has.
         undefined: How many of them have no alignment for certain.
@@ -55,102 +46,180 @@ class ClassSummary:
     undetermined: int
 
 
-def summarise(report: ProbeReport, confidence: float = 0.95) -> list[ClassSummary]:
-    """Summarise a report for each teacher and split.
-
-    Means are over tokens: each node counts with the inverse of its inclusion probability. Nodes without an alignment
-    are left out of its mean, and counted. Where success did not differ at any node of a class, nothing is known of the
-    teacher there: its predicted gain and advantage are NaN, not 0.
+class Analysis:
+    """A report, ready to be summarised: what all its figures share is computed once.
 
     Args:
         report: A probe's report.
         confidence: Level of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: If the level is not in (0, 1).
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
-    estimates = [estimate(node) for node in report.nodes]
-    summaries = []
-    for k, teacher in enumerate(report.teachers):
-        for split in SPLITS:
-            chosen = [
-                (node, e)
-                for node, e in zip(report.nodes, estimates, strict=True)
-                if split == "all" or node.correct == (split == "correct")
-            ]
-            status = [str(e.status[k]) for _, e in chosen]
-            figures = {name: _figure(chosen, FIGURE_VALUES[name], k, confidence) for name in FIGURES}
-            if not any(e.ideal_norm > 0 for _, e in chosen):
-                # Nowhere in this class did success differ: its 0 with an interval of no width would be no finding.
-                for name in ("predicted_gain", "teacher_advantage"):
-                    figures[name] = replace(figures[name], value=np.nan, low=np.nan, high=np.nan)
-            summaries.append(
-                ClassSummary(
-                    teacher,
-                    split,
-                    figures,
-                    nodes=len(chosen),
-                    undefined=status.count(UNDEFINED),
-                    undetermined=status.count(UNDETERMINED),
-                )
+
+    def __init__(self, report: ProbeReport, confidence: float = 0.95) -> None:
+        if not 0 < confidence < 1:
+            raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
+        self.report = report
+        self.confidence = confidence
+        self.evidence = gather(report.nodes, teachers=len(report.teachers))
+        self.model = fit_success_model(self.evidence)
+        self.correction = correct(self.evidence, self.model)
+        logits = gather(report.nodes, logits=True, teachers=len(report.teachers))
+        self._logits = (logits, correct(logits, self.model))
+        self._advantage = np.stack([teacher_advantage(node) for node in report.nodes]) if report.nodes else None
+        self.status = statuses(self.evidence)
+
+    def summaries(self, by: str = "correctness") -> list[ClassSummary]:
+        """Figures of each teacher in each class.
+
+        Args:
+            by: What the nodes are split by: ``"correctness"`` of their rollout, ``"depth"``, ``"module"``,
+                ``"question"`` or ``"rollout"``.
+
+        Raises:
+            ValueError: For another one.
+        """
+        found = []
+        for k, teacher in enumerate(self.report.teachers):
+            if by == "module":
+                for m, module in enumerate(self.report.modules):
+                    found.append(self._module(k, teacher, m, module))
+                continue
+            parts = dict(self._classes(by))
+            estimators = {name: self._estimators(k, chosen) for name, chosen in parts.items()}
+            found += [self._summary(teacher, name, k, parts[name], estimators[name]) for name in parts]
+            if by == "correctness":
+                found.append(self._difference(teacher, GAP, estimators["incorrect"], estimators["correct"]))
+        return found
+
+    def contrasts(self) -> list[ClassSummary]:
+        """Differences between every two teachers on the same nodes, in each class."""
+        return [
+            self._difference(f"{first} - {second}", name, self._estimators(i, chosen), self._estimators(j, chosen))
+            for (i, first), (j, second) in combinations(enumerate(self.report.teachers), 2)
+            for name, chosen in self._classes("correctness")
+        ]
+
+    def _classes(self, by: str) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+        evidence = self.evidence
+        if by == "correctness":
+            yield "all", np.ones(len(evidence.correct), bool)
+            if not self.report.free:
+                # A rollout's own reward made the split; where it is also the only evidence, a class holds nothing.
+                yield "correct", evidence.correct
+                yield "incorrect", ~evidence.correct
+            else:
+                yield "correct", np.zeros(len(evidence.correct), bool)
+                yield "incorrect", np.zeros(len(evidence.correct), bool)
+        elif by == "depth":
+            window = np.frexp(evidence.depth.astype(float))[1]  # [0, 1), [1, 2), [2, 4), [4, 8), ...
+            for w in np.unique(window):
+                first, last = int(2.0 ** (w - 1)), int(2.0**w) - 1
+                yield (f"depth {first}" if first == last else f"depth {first}-{last}"), window == w
+        elif by in ("question", "rollout"):
+            labels = np.array([str(getattr(node, by)) for node in self.report.nodes])
+            for label in dict.fromkeys(labels.tolist()):
+                yield f"{by} {label}", labels == label
+        else:
+            raise ValueError(
+                f"`by` must be 'correctness', 'depth', 'module', 'question' or 'rollout', but {by!r} was given."
             )
-    return summaries
+
+    def _summary(
+        self, teacher: str, name: str, k: int, chosen: NDArray[np.bool_], estimators: dict[str, Estimator]
+    ) -> ClassSummary:
+        status = self.status[chosen, k]
+        return ClassSummary(
+            teacher,
+            name,
+            {figure: jackknife(e, self.confidence) for figure, e in estimators.items()},
+            nodes=int(chosen.sum()),
+            undefined=int((status == UNDEFINED).sum()),
+            undetermined=int((status == UNDETERMINED).sum()),
+        )
+
+    def _difference(
+        self, teacher: str, name: str, first: dict[str, Estimator], second: dict[str, Estimator]
+    ) -> ClassSummary:
+        figures = {figure: jackknife(first[figure] - second[figure], self.confidence) for figure in first}
+        return ClassSummary(teacher, name, figures, figures["predicted_gain"].nodes, 0, 0)
+
+    def _module(self, k: int, teacher: str, m: int, module: str) -> ClassSummary:
+        evidence = gather(self.report.nodes, module=m)
+        everything = np.ones(len(evidence.correct), bool)
+        figures = gradient_figures(evidence, correct(evidence, self.model), k, everything, statuses(evidence)[:, k])
+        return self._summary(teacher, module, k, everything, figures)
+
+    def _estimators(self, k: int, chosen: NDArray[np.bool_]) -> dict[str, Estimator]:
+        """Every figure of teacher ``k`` on the chosen nodes."""
+        found = gradient_figures(self.evidence, self.correction, k, chosen, self.status[:, k])
+        if self.report.free:
+            # A rollout's own reward stands for the success: right in the mean over nodes, and only there.
+            for name in ("gain_weighted_alignment", "alignment"):
+                found[name] = replace(found[name], withheld="free mode")
+        found["step_alignment"] = self._step(k, chosen)
+        logits, correction = self._logits
+        found["logit_alignment"] = gradient_figures(logits, correction, k, chosen, statuses(logits)[:, k])["alignment"]
+        if self.report.free:
+            found["logit_alignment"] = replace(found["logit_alignment"], withheld="free mode")
+        advantage = np.zeros(0) if self._advantage is None else self._advantage[:, k]
+        reason = "free mode" if self.report.free else found["predicted_gain"].withheld
+        found["teacher_advantage"] = token_mean(self.evidence, advantage, chosen, reason)
+        for name in PREDICTORS:
+            values = np.array([node.predictors[name][k] for node in self.report.nodes])
+            found[name] = token_mean(self.evidence, values, chosen)
+        return {name: found[name] for name in FIGURES}
+
+    def _step(self, k: int, chosen: NDArray[np.bool_]) -> Estimator:
+        """Cosine of the summed gradients; the ideal one's norm from disjoint halves of the continuations."""
+        step = self.report.step
+        questions, count = questions_of(self.evidence, chosen), int(chosen.sum())
+        if step is None:
+            return Estimator(_nothing, questions, count, withheld="not measured")
+        labels = {name: i for i, name in enumerate(dict.fromkeys(node.question for node in self.report.nodes))}
+        kinds = set(self.evidence.correct[chosen].tolist())
+        kinds = set(self.evidence.correct[chosen].tolist())
+        if not (chosen == np.isin(self.evidence.correct, list(kinds))).all():
+            return Estimator(_nothing, questions, count, withheld="of correct and incorrect only")
+        place = np.array([labels[q] for q in step.question], dtype=np.int64)
+        inside = np.array([c in kinds for c in step.correct], dtype=float)
+
+        def product(weights: Floats, i: int, j: int) -> Floats:
+            w = weights[..., place] * inside
+            total: Floats = np.einsum("...g,gh,...h->...", w, step.gram[:, i, :, j], w)
+            return total
+
+        def cosine(weights: Floats, ideal: Floats) -> Floats:
+            inner = (product(weights, 0, 2 + k) + product(weights, 1, 2 + k)) / 2
+            square = ideal * product(weights, 2 + k, 2 + k)
+            blank = np.full(square.shape, np.nan)
+            found: Floats = np.divide(inner, np.sqrt(square.clip(min=0)), out=blank, where=square > 0)
+            return found
+
+        def halves(weights: Floats) -> Floats:
+            return cosine(weights, product(weights, 0, 1))
+
+        all_ = np.ones(len(questions))
+        whole = (product(all_, 0, 0) + product(all_, 1, 1) + 2 * product(all_, 0, 1)) / 4
+        return Estimator(halves, questions, count, uncorrected=float(cosine(all_, whole)), ends=RANGE)
 
 
-FIGURE_VALUES: dict[str, Callable[[NodeRecord, NodeEstimate, int], float]] = {
-    "alignment": lambda node, e, k: float(e.alignment[k]),
-    "predicted_gain": lambda node, e, k: float(e.predicted_gain[k]),
-    "logit_alignment": lambda node, e, k: float(e.logit_alignment[k]) if e.status[k] == DEFINED else np.nan,
-    "teacher_advantage": lambda node, e, k: float(e.teacher_advantage[k]),
-    **{name: lambda node, e, k, name=name: float(node.predictors[name][k]) for name in PREDICTORS},  # type: ignore[misc]
-}
+def _nothing(weights: Floats) -> Floats:
+    return np.full(weights.shape[:-1], np.nan)
 
 
-def _figure(
-    chosen: Sequence[tuple[NodeRecord, NodeEstimate]],
-    value: Callable[[NodeRecord, NodeEstimate, int], float],
-    teacher: int,
-    confidence: float,
-) -> Figure:
-    values = np.array([value(node, e, teacher) for node, e in chosen])
-    weights = np.array([1 / node.inclusion for node, _ in chosen])
-    questions = np.array([node.question for node, _ in chosen])
-    defined = ~np.isnan(values)
-    return jackknife_mean(values[defined], weights[defined], questions[defined], confidence)
+def summarise(report: ProbeReport, confidence: float = 0.95, by: str = "correctness") -> list[ClassSummary]:
+    """Summarise a report for each teacher and class; :class:`Analysis` keeps what several summaries share.
 
-
-def jackknife_mean(values: Floats, weights: Floats, groups: NDArray[np.str_], confidence: float = 0.95) -> Figure:
-    """Weighted mean with an interval clustered by group: the delete-one-group jackknife with Student's t.
-
-    Nodes of one question are not independent, so questions are what is left out in turn.
+    Means are over tokens: each node counts with the inverse of its inclusion probability.
 
     Args:
-        values: ``(n,)``.
-        weights: ``(n,)``, positive.
-        groups: ``(n,)`` labels.
-        confidence: In (0, 1).
-
-    Returns:
-        The mean is NaN without values, the interval NaN with fewer than two groups.
-
-    Example:
-        >>> import numpy as np
-        >>> f = jackknife_mean(np.array([0.0, 1.0, 2.0]), np.ones(3), np.array(["a", "b", "c"]))
-        >>> round(f.value, 2), round(f.low, 2), round(f.high, 2)
-        (1.0, -1.48, 3.48)
+        report: A probe's report.
+        confidence: Level of the intervals, in (0, 1).
+        by: See :meth:`Analysis.summaries`.
     """
-    labels, index = np.unique(groups, return_inverse=True)
-    m = len(labels)
-    if m == 0:
-        return Figure(np.nan, np.nan, np.nan, 0, 0)
-    numerator = np.bincount(index, weights * values, minlength=m)
-    denominator = np.bincount(index, weights, minlength=m)
-    mean = float(numerator.sum() / denominator.sum())
-    if m < 2:
-        return Figure(mean, np.nan, np.nan, m, len(values))
-    left_out = (numerator.sum() - numerator) / (denominator.sum() - denominator)
-    error = np.sqrt((m - 1) / m * ((left_out - left_out.mean()) ** 2).sum())
-    half = float(stats.t.ppf((1 + confidence) / 2, m - 1) * error)
-    return Figure(mean, mean - half, mean + half, m, len(values))
+    return Analysis(report, confidence).summaries(by)
 
 
 def correlations(report: ProbeReport) -> dict[tuple[str, str], float]:
@@ -158,14 +227,15 @@ def correlations(report: ProbeReport) -> dict[tuple[str, str], float]:
 
     NaN with fewer than three nodes, or where either does not vary. Source: arXiv:2605.10889.
     """
-    estimates = [estimate(node) for node in report.nodes]
+    evidence = gather(report.nodes, teachers=len(report.teachers))
+    cosine, status = evidence.cosine, statuses(evidence)
     found = {}
     for k, teacher in enumerate(report.teachers):
-        pairs = [(n, e) for n, e in zip(report.nodes, estimates, strict=True) if e.status[k] == DEFINED]
-        alignment = np.array([e.alignment[k] for _, e in pairs])
+        defined = status[:, k] == DEFINED
+        alignment = cosine[defined, k]
         for name in PREDICTORS:
-            predictor = np.array([n.predictors[name][k] for n, _ in pairs])
-            varies = len(pairs) > 2 and np.ptp(alignment) > 0 and np.ptp(predictor) > 0
+            predictor = np.array([node.predictors[name][k] for node in report.nodes])[defined]
+            varies = len(alignment) > 2 and np.ptp(alignment) > 0 and np.ptp(predictor) > 0
             found[teacher, name] = float(np.corrcoef(alignment, predictor)[0, 1]) if varies else float("nan")
     return found
 
@@ -173,29 +243,39 @@ def correlations(report: ProbeReport) -> dict[tuple[str, str], float]:
 def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
     """Every scalar of a report under the name that it is logged by.
 
-    ``odp/<figure>/<teacher>/<split>`` with ``odp/<figure>_low/…`` and ``_high`` beside it;
-    ``odp/undefined_share/…`` and ``odp/undetermined_share/…``; ``odp/correlation_<predictor>/<teacher>``; and
-    ``odp/probe/…`` for the probe as a whole. NaN where a figure does not exist.
+    ``odp/<figure>/<teacher>/<split>`` with ``odp/<figure>_low/…`` and ``_high`` beside it, ``_uncorrected`` where a
+    figure is corrected for noise; ``odp/questions/…`` and ``odp/nodes/…``; ``odp/undefined_share/…`` and
+    ``odp/undetermined_share/…``; ``odp/correlation_<predictor>/<teacher>``; and ``odp/probe/…`` for the probe as a
+    whole. NaN where a figure does not exist.
     """
     logged: dict[str, float] = {}
-    summaries = summarise(report, confidence)
-    for summary in summaries:
+    analysis = Analysis(report, confidence)
+    summaries = analysis.summaries()
+    for summary in [*summaries, *analysis.contrasts()]:
         end = f"{summary.teacher}/{summary.split}"
+        whole = " - " not in summary.teacher and summary.split != GAP
         for name, figure in summary.figures.items():
+            if not whole and name in PREDICTORS:
+                continue
             logged[f"odp/{name}/{end}"] = figure.value
             logged[f"odp/{name}_low/{end}"] = figure.low
             logged[f"odp/{name}_high/{end}"] = figure.high
-        for name, count in (("undefined", summary.undefined), ("undetermined", summary.undetermined)):
-            logged[f"odp/{name}_share/{end}"] = _share(count, summary.nodes)
+            if name in CORRECTED and whole:
+                logged[f"odp/{name}_uncorrected/{end}"] = figure.uncorrected
+        if whole:
+            logged[f"odp/questions/{end}"] = float(summary.figures["predicted_gain"].questions)
+            logged[f"odp/nodes/{end}"] = float(summary.nodes)
+            for name, count in (("undefined", summary.undefined), ("undetermined", summary.undetermined)):
+                logged[f"odp/{name}_share/{end}"] = _share(count, summary.nodes)
     for (teacher, predictor), value in correlations(report).items():
         logged[f"odp/correlation_{predictor}/{teacher}"] = value
-    whole = [s for s in summaries if s.split == "all"]
-    pairs = sum(s.nodes for s in whole)
+    everything = [s for s in summaries if s.split == "all"]
+    pairs = sum(s.nodes for s in everything)
     responses = len(report.rollouts) + report.continuations
     logged |= {
         "odp/probe/success_rate": success_rate(report),
-        "odp/probe/undefined_share": _share(sum(s.undefined for s in whole), pairs),
-        "odp/probe/undetermined_share": _share(sum(s.undetermined for s in whole), pairs),
+        "odp/probe/undefined_share": _share(sum(s.undefined for s in everything), pairs),
+        "odp/probe/undetermined_share": _share(sum(s.undetermined for s in everything), pairs),
         "odp/probe/truncated_share": _share(report.truncated, responses),
         "odp/probe/nodes": float(len(report.nodes)),
         "odp/probe/generated_tokens": float(sum(report.generated_tokens.values())),

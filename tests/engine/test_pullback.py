@@ -2,11 +2,15 @@ import pytest
 import torch
 
 from conftest import Snapshot, relative, tiny
-from odp_callbacks.engine.pullback import gram_matrices, lora_modules
+from odp_callbacks.engine.pullback import lora_modules, pull_back, pull_sums
 from odp_callbacks.functional import lora_gradients, lora_parameters
 
 IDS = torch.tensor([1, 5, 6, 9, 7, 8, 11, 6, 5])
 POSITIONS = [2, 8, 5]
+
+
+def gram_matrices(*arguments):
+    return pull_back(*arguments)[0]
 
 
 def directions(counts=(3, 1, 5), scale=1.0):
@@ -87,3 +91,15 @@ def test_modules_keep_their_order(student):
     assert modules == [
         f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
     ]
+
+
+def test_sums_over_nodes_are_those_of_the_plain_gradients(family):
+    model, cotangents = tiny(family), directions((3, 2, 5))
+    cotangents[1][1] = 0  # a silent teacher at one node
+    weights = [1.0, 4.0, 0.5]
+    _, sums = pull_back(model, IDS, POSITIONS, cotangents, weights=weights, last=2)
+    rows = [gradients(model, p, v)[-2:] for p, v in zip(POSITIONS, cotangents, strict=True)]
+    expected = sum(w * r for w, r in zip(weights, rows, strict=True))
+    assert relative(sums.double(), expected) < 1e-6
+    together = torch.stack([w * v[-2:] for w, v in zip(weights, cotangents, strict=True)], dim=1)
+    assert relative(pull_sums(model, IDS, POSITIONS, together).double(), expected) < 1e-6

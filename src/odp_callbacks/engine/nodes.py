@@ -25,7 +25,10 @@ class Node:
 
 
 NodeSelector = Callable[[Rollout, torch.Generator], list[tuple[int, float]]]
-"""From a rollout and a random stream (CPU) to ``(depth, inclusion probability)`` pairs."""
+"""From a rollout and a random stream (CPU) to ``(depth, inclusion probability)`` pairs.
+
+One with the attribute ``uses_entropy`` gets rollouts whose ``entropy`` is filled in.
+"""
 
 
 def exponential_windows(rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
@@ -54,6 +57,102 @@ def exponential_windows(rollout: Rollout, generator: torch.Generator) -> list[tu
 def every_node(rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
     """Every position of the response."""
     return [(depth, 1.0) for depth in range(len(rollout.response_ids))]
+
+
+@dataclass(frozen=True)
+class UniformNodes:
+    """``count`` positions of each response, every one as likely as any other.
+
+    Attributes:
+        count: At least 1; shorter responses are taken whole.
+
+    Example:
+        >>> import torch
+        >>> from odp_callbacks.engine.prompts import Question
+        >>> rollout = Rollout(Question("0", {}, torch.tensor([1])), tuple(range(8)), "", False)
+        >>> [p for _, p in UniformNodes(2)(rollout, torch.Generator().manual_seed(0))]
+        [0.25, 0.25]
+    """
+
+    count: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        _check_count(self.count)
+
+    def __call__(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
+        """Choose."""
+        length = len(rollout.response_ids)
+        count = min(self.count, length)
+        return [(d, count / length) for d in torch.randperm(length, generator=generator)[:count].tolist()]
+
+
+@dataclass(frozen=True)
+class EntropyNodes:
+    """About ``count`` positions of each response, the likelier the less sure the student was there.
+
+    The inclusion probability is proportional to the entropy of the student's policy, above a floor (a tenth is spread
+    evenly, so that every position can be chosen) and up to 1. Systematic sampling keeps the number of nodes within one
+    of ``count``.
+
+    Attributes:
+        count: At least 1.
+    """
+
+    count: int = 4
+    uses_entropy = True
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        _check_count(self.count)
+
+    def __call__(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
+        """Choose."""
+        assert rollout.entropy is not None
+        entropy = rollout.entropy.double()
+        total = float(entropy.sum())
+        even = torch.full_like(entropy, 1 / len(entropy))
+        share = 0.1 * even + 0.9 * (entropy / total if total > 0 else even)
+        inclusion = inclusion_probabilities(share, self.count)
+        edges = inclusion.cumsum(0) - torch.rand((), generator=generator, dtype=torch.float64)
+        hit = edges.ceil() - (edges - inclusion).ceil() >= 1
+        return [(int(d), float(inclusion[d])) for d in hit.nonzero()]
+
+
+def inclusion_probabilities(share: torch.Tensor, count: int) -> torch.Tensor:
+    """Probabilities proportional to ``share`` that add up to ``count``, none above 1.
+
+    Args:
+        share: ``(T,)``, positive.
+        count: How many are wanted; all of them if it reaches ``T``.
+
+    Example:
+        >>> inclusion_probabilities(torch.tensor([6.0, 1.0, 1.0]), 2)
+        tensor([1.0000, 0.5000, 0.5000])
+    """
+    found = torch.ones_like(share)
+    free = torch.ones(len(share), dtype=torch.bool)
+    while int(free.sum()) > (left := count - int((~free).sum())):
+        scaled = share * left / share[free].sum()
+        found = torch.where(free, scaled, found)
+        if not (over := free & (scaled > 1)).any():
+            break
+        found[over] = 1.0
+        free &= ~over
+    return found.clamp(max=1)
+
+
+def _check_count(count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"`count` must be a positive integer, but {count!r} was given.")
+
+
+STRATEGIES: dict[str, NodeSelector] = {
+    "exponential": exponential_windows,
+    "every": every_node,
+    "uniform": UniformNodes(),
+    "entropy": EntropyNodes(),
+}
 
 
 def select_nodes(selector: NodeSelector, rollouts: list[Rollout], generator: torch.Generator) -> list[Node]:

@@ -4,28 +4,31 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odp_callbacks.engine.allocation import spread_evenly
 from odp_callbacks.engine.branches import Branch, choose_branches
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.decoding import PrefixCache, Progress, prefill
+from odp_callbacks.engine.continuing import look, remaining_length, spend, thin
+from odp_callbacks.engine.decoding import Progress, prefill
 from odp_callbacks.engine.directions import Direction, distillation_direction
 from odp_callbacks.engine.guest import guest
 from odp_callbacks.engine.logits import node_logits
 from odp_callbacks.engine.nodes import Node, select_nodes
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
-from odp_callbacks.engine.pullback import gram_matrices, lora_modules
-from odp_callbacks.engine.recording import node_record
+from odp_callbacks.engine.pullback import lora_modules, pull_back, pull_sums
+from odp_callbacks.engine.recording import node_record, with_outcomes
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
-from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
-from odp_callbacks.engine.success import Outcomes, Spent, measure_success
+from odp_callbacks.engine.rollouts import Rollout, end_tokens, given_rollouts, sample_rollouts, score_rollouts
+from odp_callbacks.engine.steps import StepAccumulator, half_coefficients
+from odp_callbacks.engine.success import Outcomes, Spent, Tree, measure_success
 from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_logits, teacher_prompt_ids
+from odp_callbacks.evidence import Evidence, gather
+from odp_callbacks.figures import half_width
 from odp_callbacks.functional.divergences import node_predictors
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import NodeRecord, ProbeReport, RolloutRecord
@@ -123,7 +126,13 @@ class Probe:
                 check_length(ids, limit, model, f"question {question.id} for teacher {name!r}")
 
     def run(
-        self, rows: Sequence[Row], *, seed: int = 0, ids: Sequence[str] | None = None, progress: Progress | None = None
+        self,
+        rows: Sequence[Row],
+        *,
+        seed: int = 0,
+        ids: Sequence[str] | None = None,
+        responses: Sequence[Sequence[Sequence[int]]] | None = None,
+        progress: Progress | None = None,
     ) -> ProbeReport:
         """Measure on these rows.
 
@@ -133,52 +142,144 @@ class Probe:
             rows: Questions, in TRL's convention.
             seed: Of everything random in the probe.
             ids: Identifies each question in the records; its ``id`` column or its place by default.
+            responses: For each row, the student's own responses as token ids, where they have been sampled already
+                (by the training, say); None samples them.
             progress: Called with stage, done, total.
         """
         with guest(self.student):
-            return self._run(as_questions(rows, self.tokenizer, ids), seed, _Ledger(progress))
+            return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, _Ledger(progress))
 
-    def _run(self, questions: list[Question], seed: int, ledger: _Ledger) -> ProbeReport:
+    def _run(
+        self,
+        questions: list[Question],
+        seed: int,
+        responses: Sequence[Sequence[Sequence[int]]] | None,
+        ledger: _Ledger,
+    ) -> ProbeReport:
         self._check_lengths(questions)
         config = self.config
         device = next(self.student.parameters()).device
         sampler = torch.Generator(device).manual_seed(seed)
         chooser = torch.Generator().manual_seed(seed)
-        with ledger.stage("rollouts", len(questions) * config.rollouts_per_question):
-            rollouts = sample_rollouts(
-                self.student,
-                self.tokenizer,
-                questions,
-                per_question=config.rollouts_per_question,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                eos_token_ids=self.eos_token_ids,
-                generator=sampler,
-                batch_size=config.batch_size,
-            )
-        with ledger.stage("verifier", len(rollouts)):
-            rollouts = score_rollouts(self.reward, rollouts)
-        nodes = select_nodes(config.nodes, rollouts, chooser)
+        rollouts = self._rollouts(questions, responses, sampler, ledger)
+        nodes = select_nodes(config.selector, rollouts, chooser)
+        spent = Spent()
+        steps = StepAccumulator(sum(p.numel() for p in lora_parameters(self.student).values()), len(self.teachers))
         with ledger.stage("branches", len(rollouts)):
             student_logits = self._student_logits(rollouts, nodes)
-            branches = [
-                self._branches(rollouts, node, z, chooser) for node, z in zip(nodes, student_logits, strict=True)
-            ]
-            cache = prefill(self.student, [r.sequence[:-1] for r in rollouts])
-        outcomes, spent = self._continue(rollouts, cache, nodes, branches, sampler, chooser, ledger)
-        del cache
-        records = self._pull_back(rollouts, nodes, branches, outcomes, student_logits, ledger)
+            if config.free:
+                branches = [
+                    [_stand_in(rollouts, node, z, w, config.temperature) for w in (0.0, 1.0)]
+                    for node, z in zip(nodes, student_logits, strict=True)
+                ]
+            else:
+                tree, nodes, student_logits = self._tree(rollouts, nodes, student_logits, chooser, ledger)
+                branches = [tree.branches[g] for g in tree.group]
+        records = self._pull_back(rollouts, nodes, branches, student_logits, steps, ledger)
+        if config.free:
+            records = _from_rewards(rollouts, records)
+        else:
+            records, outcomes = self._continue(rollouts, tree, records, spent, sampler, seed, ledger)
+            if config.step_alignment:
+                self._add_ideal(rollouts, records, outcomes, student_logits, steps, ledger)
         return ProbeReport(
             teachers=tuple(self.teachers),
             modules=self.modules,
             rollouts=tuple(self._rollout_record(r) for r in rollouts),
             nodes=tuple(records),
-            generated_tokens={"rollouts": sum(len(r.response_ids) for r in rollouts), "continuations": spent.tokens},
+            generated_tokens={
+                "rollouts": sum(len(r.response_ids) for r in rollouts) if responses is None else 0,
+                "continuations": spent.tokens,
+            },
             continuations=spent.continuations,
             truncated=spent.truncated + sum(r.truncated for r in rollouts),
             seconds=ledger.seconds,
             settings={"seed": seed, **config.plain()},
+            step=steps.sums() if config.step_alignment and not config.free else None,
+            free=config.free,
         )
+
+    def _rollouts(
+        self,
+        questions: list[Question],
+        responses: Sequence[Sequence[Sequence[int]]] | None,
+        sampler: torch.Generator,
+        ledger: _Ledger,
+    ) -> list[Rollout]:
+        """The student's rollouts, scored; with the entropy at each position if the node selector wants it."""
+        config = self.config
+        if responses is not None:
+            rollouts = given_rollouts(self.tokenizer, questions, responses, config.max_new_tokens, self.eos_token_ids)
+        else:
+            with ledger.stage("rollouts", len(questions) * config.rollouts_per_question):
+                rollouts = sample_rollouts(
+                    self.student,
+                    self.tokenizer,
+                    questions,
+                    per_question=config.rollouts_per_question,
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    eos_token_ids=self.eos_token_ids,
+                    generator=sampler,
+                    batch_size=config.batch_size,
+                )
+        with ledger.stage("verifier", len(rollouts)):
+            rollouts = score_rollouts(self.reward, rollouts)
+        if getattr(config.selector, "uses_entropy", False):
+            rollouts = [replace(r, entropy=self._entropy(r)) for r in rollouts]
+        return rollouts
+
+    def _entropy(self, rollout: Rollout) -> Tensor:
+        """Of the student's policy at each position, ``(T,)`` in nats."""
+        first = len(rollout.question.prompt_ids) - 1
+        positions = [[first + t for t in range(len(rollout.response_ids))]]
+        (logits,) = node_logits(self.student, [rollout.sequence], positions)
+        logs = torch.log_softmax(logits.float() / self.config.temperature, dim=-1)
+        return -(logs.exp() * logs).sum(dim=-1).cpu()
+
+    def _tree(
+        self,
+        rollouts: list[Rollout],
+        nodes: list[Node],
+        student_logits: list[Tensor],
+        chooser: torch.Generator,
+        ledger: _Ledger,
+    ) -> tuple[Tree, list[Node], list[Tensor]]:
+        """Prefixes with their branches; if the budget is too small for all, of nodes that are drawn."""
+        tree = Tree(rollouts, nodes)
+        branches = [
+            choose_branches(
+                torch.softmax(student_logits[first].double() / self.config.temperature, dim=-1),
+                tree.taken(g),
+                mass=self.config.branch_mass,
+                most=self.config.max_branches,
+                tail_draws=self.config.tail_draws,
+                generator=chooser,
+            )
+            for g, first in enumerate(tree.first)
+        ]
+        if self.config.adaptive:
+            cost = sum(
+                remaining_length(rollouts, nodes[first].depth) * sum(b.token not in self.eos_token_ids for b in row)
+                for first, row in zip(tree.first, branches, strict=True)
+            )
+            generator = np.random.default_rng(int(torch.randint(2**62, (), generator=chooser)))
+            kept = thin(nodes, tree, cost, self._tokens(ledger, rollouts), generator)
+            if len(kept) < len(nodes):
+                places = {(node.rollout, node.depth): n for n, node in enumerate(nodes)}
+                index = [places[node.rollout, node.depth] for node in kept]
+                by_group = {tree.group[n]: branches[tree.group[n]] for n in index}
+                nodes, student_logits = kept, [student_logits[n] for n in index]
+                tree, branches = Tree(rollouts, nodes), list(by_group.values())
+        tree.grow(branches)
+        return tree, nodes, student_logits
+
+    def _tokens(self, ledger: _Ledger, rollouts: list[Rollout]) -> float:
+        """The budget in tokens, as fast as the rollouts were sampled."""
+        limits = [float(self.config.budget)] if self.config.budget else []
+        if self.config.seconds is not None and (taken := ledger.seconds.get("rollouts")):
+            limits.append(self.config.seconds * sum(len(r.response_ids) for r in rollouts) / taken)
+        return min(limits, default=float("inf"))
 
     def _student_logits(self, rollouts: list[Rollout], nodes: list[Node]) -> list[Tensor]:
         """The student's logits at each node, ``(V,)``; question by question, as the teachers' are taken."""
@@ -190,70 +291,98 @@ class Probe:
                 found += list(logits)
         return found
 
-    def _branches(self, rollouts: list[Rollout], node: Node, logits: Tensor, chooser: torch.Generator) -> list[Branch]:
-        return choose_branches(
-            torch.softmax(logits.double() / self.config.temperature, dim=-1),
-            rollouts[node.rollout].response_ids[node.depth],
-            mass=self.config.branch_mass,
-            most=self.config.max_branches,
-            tail_draws=self.config.tail_draws,
-            generator=chooser,
-        )
-
     def _continue(
         self,
         rollouts: list[Rollout],
-        cache: PrefixCache,
-        nodes: list[Node],
-        branches: list[list[Branch]],
+        tree: Tree,
+        records: list[NodeRecord],
+        spent: Spent,
         sampler: torch.Generator,
-        chooser: torch.Generator,
+        seed: int,
         ledger: _Ledger,
-    ) -> tuple[list[list[Outcomes]], Spent]:
-        """Targeted continuations: one a branch first, then rounds that cannot exceed what is left of the budget."""
+    ) -> tuple[list[NodeRecord], list[list[Outcomes]]]:
+        """Targeted continuations: as many of each branch, or where they help most within a budget."""
         config = self.config
-        outcomes = [[Outcomes() for _ in row] for row in branches]
-        spent = Spent()
+        cache = prefill(self.student, [r.sequence[:-1] for r in rollouts])
 
-        def add(allocation: list[list[int]]) -> None:
-            with ledger.stage("continuations", sum(map(sum, allocation))) as progress:
+        def sample(allocation: Any) -> None:
+            with ledger.stage("continuations", int(sum(map(sum, allocation)))) as progress:
                 measure_success(
                     self.student,
                     self.tokenizer,
                     self.reward,
-                    rollouts,
                     cache,
-                    nodes,
-                    branches,
-                    allocation=allocation,
+                    tree,
+                    allocation=[[int(n) for n in row] for row in allocation],
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
                     eos_token_ids=self.eos_token_ids,
                     generator=sampler,
                     batch_size=config.batch_size,
-                    outcomes=outcomes,
                     spent=spent,
                     progress=progress,
                 )
 
-        if config.budget is None:
-            add([[config.continuations] * len(row) for row in branches])
-            return outcomes, spent
-        add([[1] * len(row) for row in branches])
-        while (left := config.budget - spent.tokens) > config.budget // 50:
-            allocation = spread_evenly(left, nodes, outcomes, config, chooser)
-            if not any(map(sum, allocation)):
-                break
-            add(allocation)
-        return outcomes, spent
+        def seen() -> list[NodeRecord]:
+            return [with_outcomes(record, tree.at(n)) for n, record in enumerate(records)]
+
+        size = max(map(len, tree.branches), default=0)
+        first = np.array([[int(b < len(row)) for b in range(size)] for row in tree.branches], dtype=np.int64)
+        if not config.adaptive:
+            sample([row[: len(branches)] * config.continuations for row, branches in zip(first, tree.branches)])
+        elif tree.first:
+            expected = np.array([remaining_length(rollouts, tree.nodes[n].depth) for n in tree.first])
+
+            def width(evidence: Evidence) -> float:
+                return half_width(evidence, config.target)
+
+            spend(
+                config,
+                first,
+                spent,
+                sample,
+                lambda: look(tree, gather(seen()), expected),
+                width,
+                np.random.default_rng(seed),
+            )
+        return seen(), [tree.at(n) for n in range(len(records))]
+
+    def _add_ideal(
+        self,
+        rollouts: list[Rollout],
+        records: list[NodeRecord],
+        outcomes: list[list[Outcomes]],
+        student_logits: list[Tensor],
+        steps: StepAccumulator,
+        ledger: _Ledger,
+    ) -> None:
+        """Sum the ideal gradients: one more forward and one batched backward for each rollout."""
+        tau = self.config.temperature
+        with ledger.stage("gradients", len(records)):
+            for i, rollout in enumerate(rollouts):
+                here = [n for n, record in enumerate(records) if record.rollout == i]
+                if not here:
+                    continue
+                cotangents = []
+                for n in here:
+                    record = records[n]
+                    coefficients = half_coefficients(record, outcomes[n]) / record.inclusion / tau  # (2, A - 1)
+                    z = student_logits[n].double().cpu()
+                    direction = -coefficients.sum(dim=1, keepdim=True) * torch.softmax(z / tau, dim=-1)
+                    direction.index_add_(1, torch.from_numpy(record.tokens[1:]), coefficients)
+                    cotangents.append(direction)
+                first = len(rollout.question.prompt_ids) - 1
+                positions = [first + records[n].depth for n in here]
+                halves = pull_sums(self.student, rollout.sequence, positions, torch.stack(cotangents, dim=1))
+                steps.add_ideal(rollout.question.id, records[here[0]].correct, halves)
 
     def _pull_back(
         self,
         rollouts: list[Rollout],
         nodes: list[Node],
         branches: list[list[Branch]],
-        outcomes: list[list[Outcomes]],
         student_logits: list[Tensor],
+        steps: StepAccumulator,
         ledger: _Ledger,
     ) -> list[NodeRecord]:
         """Teachers' logits, directions, and their Gram matrices, question by question."""
@@ -280,9 +409,9 @@ class Probe:
                         rollouts[i],
                         [nodes[n] for n in here],
                         [branches[n] for n in here],
-                        [outcomes[n] for n in here],
                         torch.stack([student_logits[n] for n in here]),
                         [logits[place] for logits in teachers],
+                        steps,
                     )
                     done += len(here)
                     progress(done)
@@ -293,9 +422,9 @@ class Probe:
         rollout: Rollout,
         nodes: list[Node],
         branches: list[list[Branch]],
-        outcomes: list[list[Outcomes]],
         student_logits: Tensor,
         teachers: list[Tensor],
+        steps: StepAccumulator,
     ) -> list[NodeRecord]:
         """Records of one rollout's nodes; ``student_logits`` is ``(N, V)``, ``teachers`` ``K`` times ``(N, V')``."""
         tau = self.config.temperature
@@ -310,14 +439,23 @@ class Probe:
             arms[torch.arange(len(row) - 1), [b.token for b in row[1:]]] += 1
             directions.append(torch.cat([arms / tau, pulls[:, n]]))  # (C, V)
         first = len(rollout.question.prompt_ids) - 1
-        grams = gram_matrices(self.student, rollout.sequence, [first + node.depth for node in nodes], directions)
+        correct = rollout.reward >= self.config.success_threshold
+        grams, sums = pull_back(
+            self.student,
+            rollout.sequence,
+            [first + node.depth for node in nodes],
+            directions,
+            weights=[1 / node.inclusion for node in nodes] if self.config.step_alignment else None,
+            last=len(teachers),
+        )
+        if sums is not None:
+            steps.add_teachers(rollout.question.id, correct, sums)
         return [
             node_record(
                 rollout,
                 node,
                 branches[n],
-                outcomes[n],
-                correct=rollout.reward >= self.config.success_threshold,
+                correct=correct,
                 gram=grams[n],
                 directions=directions[n],
                 teacher_probabilities=[torch.softmax(t[n].to(z) / tau, dim=-1) for t in teachers],
@@ -367,6 +505,29 @@ def diagnose(
     probe = Probe(student, tokenizer, reward, teachers, ProbeConfig(**config))
     probe.validate(rows)
     return probe.run(rows, seed=seed, progress=progress)
+
+
+def _stand_in(rollouts: list[Rollout], node: Node, logits: Tensor, weight: float, temperature: float) -> Branch:
+    """In the free mode a node has the token that was taken, and what it is compared with."""
+    token = rollouts[node.rollout].response_ids[node.depth]
+    p = float(torch.softmax(logits.double() / temperature, dim=-1)[token])
+    return Branch(token, p, weight, tail=False)
+
+
+def _from_rewards(rollouts: list[Rollout], records: list[NodeRecord]) -> list[NodeRecord]:
+    r"""The free mode: :math:`(r - b)(e_y - p)` is an unbiased one-sample estimate of the ideal gradient.
+
+    The baseline is the mean reward of the sibling rollouts, or of all others where there is none; it only has to be
+    independent of the rollout's own.
+    """
+    found = []
+    for record in records:
+        own = rollouts[record.rollout]
+        others = [r for i, r in enumerate(rollouts) if i != record.rollout]
+        siblings = [r.reward for r in others if r.question is own.question] or [r.reward for r in others]
+        pair = np.array([np.mean(siblings) if siblings else 0.0, own.reward])
+        found.append(replace(record, count=np.ones(2, dtype=np.int64), total=pair, total_square=pair**2))
+    return found
 
 
 def _by_question(rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> Iterator[tuple[list[int], list[list[int]]]]:

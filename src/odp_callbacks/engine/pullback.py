@@ -13,13 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from odp_callbacks.functional.gradients import flatten, logits_at, lora_parameters
 
 
-def gram_matrices(
+def pull_back(
     model: nn.Module,
     input_ids: Tensor,
     positions: Sequence[int],
     cotangents: Sequence[Tensor],
     most_directions: int = 16,
-) -> list[Tensor]:
+    weights: Sequence[float] | None = None,
+    last: int = 0,
+) -> tuple[list[Tensor], Tensor | None]:
     r"""Gram matrices of :math:`J_u^\top v_c` for the directions of each node of one sequence, per module.
 
     Args:
@@ -28,10 +30,13 @@ def gram_matrices(
         positions: ``N`` positions whose logits decide the next token.
         cotangents: ``(C_n, V)`` floating for each node.
         most_directions: The most directions to send back at a time: memory grows with it.
+        weights: One number for each node.
+        last: How many of each node's last directions to sum over the nodes, with these weights.
 
     Returns:
-        ``(M, C_n, C_n)`` float64 on the CPU for each node, one matrix for each of the ``M`` modules of
-        :func:`lora_modules`; their sum over ``M`` is the Gram matrix on all LoRA parameters.
+        Gram matrices ``(M, C_n, C_n)`` float64 on the CPU, one for each node, one matrix for each of the ``M``
+        modules of :func:`lora_modules`; their sum over ``M`` is the Gram matrix on all LoRA parameters. And the sums
+        ``(last, P)`` float32, or None.
     """
     device = next(model.parameters()).device
     parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(model).items()}
@@ -39,6 +44,7 @@ def gram_matrices(
     # Scaled to one, and back in the Gram matrix, so that half precision does not lose small directions.
     scales = [v.abs().amax(dim=-1).double().cpu() if v.numel() else v.new_zeros(len(v)).double() for v in cotangents]
     grams = []
+    sums: Tensor | None = None
     # Of the kernels for scaled dot product attention only the plain one can be batched over directions.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         at = torch.tensor(list(positions), device=device)
@@ -62,7 +68,54 @@ def gram_matrices(
             gram = torch.zeros(len(modules), len(v), len(v), dtype=torch.float64)
             gram[:, heard[:, None], heard] = _gram(pulled, parameters, modules) * scale[heard, None] * scale[heard]
             grams.append(gram)
-    return grams
+            if weights is not None and last:
+                factor = torch.where(scale != 0, scale, 0)[heard] * weights[n]
+                share = _sum_last(pulled, parameters, heard, factor, len(v), last)
+                sums = share if sums is None else sums + share
+    return grams, sums
+
+
+def pull_sums(model: nn.Module, input_ids: Tensor, positions: Sequence[int], cotangents: Tensor) -> Tensor:
+    r"""Sum over the nodes of one sequence of :math:`J_u^\top v_u`, for several choices of ``v``.
+
+    Args:
+        model: Student with LoRA, in evaluation mode.
+        input_ids: ``(T,)`` int64, without padding.
+        positions: ``N`` positions.
+        cotangents: ``(D, N, V)``.
+
+    Returns:
+        ``(D, P)`` float32.
+    """
+    device = next(model.parameters()).device
+    parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(model).items()}
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        at = torch.tensor(list(positions), device=device)
+        logits = logits_at(model, input_ids.to(device)[None], at, parameters=parameters)[0]  # (N, V)
+        scale = cotangents.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
+        unit = (cotangents / scale[:, None, None]).to(logits)
+        pulled = torch.autograd.grad(logits, list(parameters.values()), unit, allow_unused=True, is_grads_batched=True)
+    return flatten(pulled, parameters).float() * scale[:, None].to(logits.device).float()
+
+
+def _sum_last(
+    pulled: Sequence[tuple[Tensor | None, ...]],
+    parameters: dict[str, Tensor],
+    heard: Tensor,
+    factor: Tensor,
+    count: int,
+    last: int,
+) -> Tensor:
+    """``(last, P)``, the last of a node's ``count`` directions, scaled; those that were not heard are zero."""
+    size = sum(p.numel() for p in parameters.values())
+    device = next(iter(parameters.values())).device
+    found = torch.zeros(last, size, device=device, dtype=torch.float32)
+    wanted = (heard >= count - last).nonzero().squeeze(1)
+    if len(wanted):
+        rows = torch.cat([flatten(chunk, parameters).float() for chunk in pulled])
+        at = (heard[wanted] - (count - last)).to(device)
+        found[at] = rows[wanted.to(device)] * factor[wanted].to(device)[:, None].float()
+    return found
 
 
 def lora_modules(names: Sequence[str]) -> list[str]:

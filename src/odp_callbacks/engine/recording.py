@@ -1,6 +1,7 @@
 """What is kept of a node once it is measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,7 @@ from odp_callbacks.records import NodeRecord
 def node_record(
     rollout: Rollout,
     node: Node,
-    branches: list[Branch],
-    outcomes: list[Outcomes],
+    branches: Sequence[Branch],
     *,
     correct: bool,
     gram: Tensor,
@@ -25,13 +25,12 @@ def node_record(
     teacher_probabilities: list[Tensor],
     predictors: Mapping[str, np.ndarray[Any, Any]],
 ) -> NodeRecord:
-    """Put a node's measurements into a record.
+    """Put a node's gradients into a record that has seen no continuation yet.
 
     Args:
         rollout: The rollout that it lies on.
         node: The node.
         branches: ``A`` branches.
-        outcomes: What their continuations gave.
         correct: Whether the rollout was correct.
         gram: ``(M, C, C)`` float64, ``C = A - 1 + K``.
         directions: ``(C, V)``, on the logits.
@@ -40,10 +39,11 @@ def node_record(
     """
     rows = directions.double()
     tokens = np.array([b.token for b in branches])
-    candidates = [b.token for b in branches if not b.tail]
+    candidates = {b.token for b in branches if not b.tail}
     # A token beyond a teacher's vocabulary is a padding row of the student's: the teacher gives it nothing.
     q = np.array([[float(t[k]) if k < len(t) else 0.0 for k in tokens] for t in teacher_probabilities])
     inside = np.array([float(sum(t[k] for k in candidates if k < len(t))) for t in teacher_probabilities])
+    nothing = np.zeros(len(tokens))
     return NodeRecord(
         rollout=node.rollout,
         question=rollout.question.id,
@@ -54,14 +54,26 @@ def node_record(
         probability=np.array([b.probability for b in branches]),
         weight=np.array([b.weight for b in branches]),
         tail=np.array([b.tail for b in branches]),
-        taken=next(a for a, b in enumerate(branches) if b.taken),
-        count=np.array([len(o.rewards) for o in outcomes]),
-        total=np.array([sum(o.rewards) for o in outcomes]),
-        total_square=np.array([sum(r * r for r in o.rewards) for o in outcomes]),
-        exact=np.array([o.exact for o in outcomes]),
+        # The last one: in the free mode a token stands for itself and, before that, for what it is compared with.
+        taken=max(a for a, k in enumerate(tokens) if k == rollout.response_ids[node.depth]),
+        count=np.zeros(len(tokens), dtype=np.int64),
+        total=nothing,
+        total_square=nothing,
+        exact=np.zeros(len(tokens), dtype=bool),
         gram=gram.numpy(),
         logit_gram=(rows @ rows.mT).cpu().numpy(),
         teacher_probability=q,
         teacher_tail=(1 - inside).clip(0, 1),
         predictors=dict(predictors),
+    )
+
+
+def with_outcomes(record: NodeRecord, outcomes: Sequence[Outcomes]) -> NodeRecord:
+    """The record with what its branches' continuations gave."""
+    return replace(
+        record,
+        count=np.array([len(o.rewards) for o in outcomes], dtype=np.int64),
+        total=np.array([sum(o.rewards) for o in outcomes]),
+        total_square=np.array([sum(r * r for r in o.rewards) for o in outcomes]),
+        exact=np.array([o.exact for o in outcomes]),
     )

@@ -22,6 +22,7 @@ class Rollout:
         text: The response without end and special tokens, as the verifier sees it.
         truncated: Whether the length limit cut it before an end token.
         reward: In [0, 1]; NaN until it is scored.
+        entropy: ``(T,)``, of the student's policy at each position, in nats; None unless a node selector wants it.
     """
 
     question: Question
@@ -29,6 +30,7 @@ class Rollout:
     text: str
     truncated: bool
     reward: float = float("nan")
+    entropy: Tensor | None = None
 
     @property
     def sequence(self) -> Tensor:
@@ -93,6 +95,38 @@ def score_rollouts(reward: RewardFunction, rollouts: Sequence[Rollout]) -> list[
         reward, [r.question for r in rollouts], [r.text for r in rollouts], [r.response_ids for r in rollouts]
     )
     return [replace(rollout, reward=value) for rollout, value in zip(rollouts, rewards, strict=True)]
+
+
+def given_rollouts(
+    tokenizer: Any,
+    questions: Sequence[Question],
+    responses: Sequence[Sequence[Sequence[int]]],
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+) -> list[Rollout]:
+    """Rollouts from responses that exist, those of one question together; what follows an end token is dropped.
+
+    Raises:
+        ValueError: If there is not one list of responses for each question, or a response is empty or too long.
+    """
+    if len(responses) != len(questions):
+        raise ValueError(
+            f"`responses` must hold one list for each of the {len(questions)} rows, but holds {len(responses)}."
+        )
+    found = []
+    for question, several in zip(questions, responses, strict=True):
+        for response in several:
+            ids = [int(k) for k in response]
+            end = next((t for t, k in enumerate(ids) if k in eos_token_ids), None)
+            ids = ids if end is None else ids[: end + 1]
+            if not 0 < len(ids) <= max_new_tokens:
+                raise ValueError(
+                    f"`responses` must have 1 to `max_new_tokens` = {max_new_tokens} tokens each, but one of question "
+                    f"{question.id} has {len(ids)}."
+                )
+            text = response_text(tokenizer, ids, eos_token_ids)
+            found.append(Rollout(question, tuple(ids), text, end is None))
+    return found
 
 
 def end_tokens(model: nn.Module, tokenizer: Any, extra: Sequence[int] = ()) -> tuple[int, ...]:

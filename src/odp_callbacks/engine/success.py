@@ -1,4 +1,10 @@
-"""Targeted rollouts: how often the student succeeds from each branch, measured by its own continuations."""
+"""Targeted rollouts: how often the student succeeds from each branch, measured by its own continuations.
+
+What is known already is not sampled again. Nodes with the same prefix share their continuations; a continuation that
+passes through another node of its question is a sample of the branch that it takes there; and so is a sibling rollout.
+A rollout's own ending is none: figures are split by whether it was correct, and in the incorrect class it would be a
+failure every time.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +19,27 @@ from odp_callbacks.engine.nodes import Node
 from odp_callbacks.engine.rewards import RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, response_text
 
+Response = tuple[int, ...]
+
 
 @dataclass
 class Outcomes:
-    """What the continuations of one branch gave.
+    """What was seen of one branch.
 
     Attributes:
         rewards: One number in [0, 1] for each continuation.
+        halves: Which of two disjoint halves each belongs to: what is seen at several nodes is in the same half of all.
         exact: The branch ends the response, so its one reward is its success.
     """
 
     rewards: list[float] = field(default_factory=list)
+    halves: list[int] = field(default_factory=list)
     exact: bool = False
+
+    def add(self, reward: float, half: int) -> None:
+        """Add a reward."""
+        self.rewards.append(reward)
+        self.halves.append(half)
 
 
 @dataclass
@@ -36,14 +51,93 @@ class Spent:
     truncated: int = 0
 
 
+class Tree:
+    """The prefixes of a probe and what was seen of their branches.
+
+    Args:
+        rollouts: The probe's rollouts.
+        nodes: Its nodes.
+
+    Attributes:
+        group: For each node, which prefix it has; nodes of one question with the same prefix are one group.
+        first: For each group, its first node.
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> None:
+        self.rollouts, self.nodes = rollouts, nodes
+        self._place: dict[tuple[int, Response], int] = {}
+        self.group: list[int] = []
+        self.first: list[int] = []
+        for n, node in enumerate(nodes):
+            key = id(rollouts[node.rollout].question), self.prefix(n)
+            if key not in self._place:
+                self._place[key] = len(self.first)
+                self.first.append(n)
+            self.group.append(self._place[key])
+        self._depths: dict[int, list[int]] = {}
+        for question, prefix in self._place:
+            self._depths.setdefault(question, []).append(len(prefix))
+        self.branches: list[list[Branch]] = []
+        self.outcomes: list[list[Outcomes]] = []
+        self.length: list[tuple[int, int]] = []
+
+    def prefix(self, node: int) -> Response:
+        """Response tokens before a node."""
+        where = self.nodes[node]
+        return self.rollouts[where.rollout].response_ids[: where.depth]
+
+    def taken(self, group: int) -> list[int]:
+        """Tokens that the rollouts took at a prefix where they are measured."""
+        return [self._token(n) for n, g in enumerate(self.group) if g == group]
+
+    def _token(self, node: int) -> int:
+        where = self.nodes[node]
+        return self.rollouts[where.rollout].response_ids[where.depth]
+
+    def grow(self, branches: Sequence[list[Branch]]) -> None:
+        """Give each group its branches."""
+        self.branches = list(branches)
+        self.outcomes = [[Outcomes() for _ in row] for row in branches]
+        self.length = [(0, 0)] * len(self.branches)
+
+    def add(self, group: int, branch: int, response: Response, reward: float) -> None:
+        """Add a finished continuation to its branch, and to every branch that it passed on its way."""
+        own = self.outcomes[group][branch]
+        half = len(own.rewards) % 2
+        own.add(reward, half)
+        question = id(self.rollouts[self.nodes[self.first[group]].rollout].question)
+        depth = self.nodes[self.first[group]].depth
+        for later in set(self._depths[question]):
+            if depth < later < len(response):
+                passed = self._place.get((question, response[:later]))
+                if passed is not None:
+                    self._see(self.outcomes[passed], self.branches[passed], response[later], reward, half)
+
+    @staticmethod
+    def _see(outcomes: Sequence[Outcomes], branches: Sequence[Branch], token: int, reward: float, half: int) -> None:
+        for outcome, branch in zip(outcomes, branches, strict=True):
+            if branch.token == token and not outcome.exact:
+                outcome.add(reward, half)
+
+    def at(self, node: int) -> list[Outcomes]:
+        """What is known of a node's branches: continuations, and the sibling rollouts that pass through it."""
+        group, where = self.group[node], self.nodes[node]
+        found = [Outcomes(list(o.rewards), list(o.halves), o.exact) for o in self.outcomes[group]]
+        prefix, question = self.prefix(node), self.rollouts[where.rollout].question
+        for i, sibling in enumerate(self.rollouts):
+            if i != where.rollout and sibling.question is question:
+                path = sibling.response_ids
+                if len(path) > where.depth and path[: where.depth] == prefix:
+                    self._see(found, self.branches[group], path[where.depth], sibling.reward, i % 2)
+        return found
+
+
 def measure_success(
     model: nn.Module,
     tokenizer: Any,
     reward: RewardFunction,
-    rollouts: Sequence[Rollout],
     cache: PrefixCache,
-    nodes: Sequence[Node],
-    branches: Sequence[Sequence[Branch]],
+    tree: Tree,
     *,
     allocation: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -51,11 +145,10 @@ def measure_success(
     eos_token_ids: Sequence[int],
     generator: torch.Generator | None,
     batch_size: int,
-    outcomes: Sequence[Sequence[Outcomes]],
     spent: Spent,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Sample continuations from branches, score them, and add their rewards to ``outcomes``.
+    """Sample continuations from branches, score them, and add their rewards to the tree.
 
     A branch that ends the response (an end token, or the last one the limit allows) is scored once and known exactly.
 
@@ -63,33 +156,31 @@ def measure_success(
         model: The student, in evaluation mode.
         tokenizer: Its tokenizer.
         reward: The verifier.
-        rollouts: The probe's rollouts.
-        cache: Their prefilled sequences, in the same order.
-        nodes: Where to branch.
-        branches: For each node, its branches.
-        allocation: For each node and branch, how many continuations to add.
+        cache: The rollouts' prefilled sequences, in their order.
+        tree: Where to branch; added to.
+        allocation: For each group and branch, how many continuations to add.
         max_new_tokens: Limit of the whole response.
         temperature: Sampling temperature.
         eos_token_ids: Tokens that end a response.
         generator: Random stream on the model's device.
         batch_size: The most continuations at a time.
-        outcomes: For each node and branch; added to.
         spent: Added to.
         progress: Called with the number of finished continuations.
     """
     starts: list[Start] = []
     owners: list[tuple[int, int]] = []
     finished: list[tuple[int, int]] = []
-    for n, node in enumerate(nodes):
-        prompt = len(rollouts[node.rollout].question.prompt_ids)
-        for b, branch in enumerate(branches[n]):
+    for g, first in enumerate(tree.first):
+        node = tree.nodes[first]
+        prompt = len(tree.rollouts[node.rollout].question.prompt_ids)
+        for b, branch in enumerate(tree.branches[g]):
             left = max_new_tokens - node.depth - 1
             if branch.token in eos_token_ids or left == 0:
-                if not outcomes[n][b].rewards:
-                    finished.append((n, b))
+                if not tree.outcomes[g][b].exact:
+                    finished.append((g, b))
                 continue
-            starts += [Start(node.rollout, prompt + node.depth, branch.token, left)] * allocation[n][b]
-            owners += [(n, b)] * allocation[n][b]
+            starts += [Start(node.rollout, prompt + node.depth, branch.token, left)] * allocation[g][b]
+            owners += [(g, b)] * allocation[g][b]
     sampled = sample_continuations(
         model,
         cache,
@@ -101,20 +192,24 @@ def measure_success(
         progress=progress,
     )
     responses = [
-        (*rollouts[nodes[n].rollout].response_ids[: nodes[n].depth], branches[n][b].token, *tail)
-        for (n, b), tail in [*((o, ()) for o in finished), *zip(owners, (c.tokens for c in sampled), strict=True)]
+        (*tree.prefix(tree.first[g]), tree.branches[g][b].token, *tail)
+        for (g, b), tail in [*((o, ()) for o in finished), *zip(owners, (c.tokens for c in sampled), strict=True)]
     ]
-    owners = finished + owners
+    everyone = finished + owners
     rewards = score(
         reward,
-        [rollouts[nodes[n].rollout].question for n, _ in owners],
+        [tree.rollouts[tree.nodes[tree.first[g]].rollout].question for g, _ in everyone],
         [response_text(tokenizer, response, eos_token_ids) for response in responses],
         responses,
     )
-    for (n, b), value in zip(owners, rewards, strict=True):
-        outcomes[n][b].rewards.append(value)
-    for n, b in finished:
-        outcomes[n][b].exact = True
+    for (g, b), value in zip(finished, rewards[: len(finished)], strict=True):
+        # What passed here was a sample of the same reward; now it is known.
+        tree.outcomes[g][b] = Outcomes([value], [0], True)
+    for (g, b), response, value in zip(owners, responses[len(finished) :], rewards[len(finished) :], strict=True):
+        tree.add(g, b, response, value)
+    for (g, _), c in zip(owners, sampled, strict=True):
+        tokens, count = tree.length[g]
+        tree.length[g] = tokens + len(c.tokens), count + 1
     spent.tokens += sum(len(c.tokens) for c in sampled)
     spent.continuations += len(sampled)
     spent.truncated += sum(c.truncated for c in sampled)
