@@ -17,11 +17,13 @@ class Population:
         evidence: All nodes; question ``i`` holds the nodes from ``i * per_question`` on.
         success: ``(N, A)``.
         per_question: Nodes of a question.
+        length: ``(N, A)``, tokens that a continuation takes; None: one.
     """
 
     evidence: Evidence
     success: np.ndarray
     per_question: int
+    length: np.ndarray | None = None
 
     @property
     def questions(self) -> int:
