@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"model_type": "gemma2", **_LLAMA_LIKE, "sliding_window": 4},
     "mistral": {"model_type": "mistral", **_LLAMA_LIKE, "sliding_window": 4},
 }
+LETTERS = "abcdefg"
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "a", "b", "c", "d", "e", "f"]
 PAD, BOS, EOS, UNK = range(4)
 
@@ -171,7 +172,7 @@ class World:
         return [self.table.get(text, 0.0) for text in completions]
 
     def text(self, response: tuple[int, ...]) -> str:
-        return " ".join("abcd"[k - 1] for k in response if k)
+        return " ".join(LETTERS[k - 1] for k in response if k)
 
     def solve(self, temperature: float = 1.0) -> dict[tuple[int, ...], ExactNode]:
         """Every node, from the leaves up; the success of the root's tokens carries gradients if they are enabled."""
@@ -213,29 +214,46 @@ class World:
         return lora_gradients(self.model, ids, torch.tensor([len(ids) - 1]), torch.stack(directions)[None])[0]
 
 
-def make_world(family: str = "llama", seed: int = 3, **changes: Any) -> World:
-    """Rewards in [0, 1], drawn once for every response."""
+def make_world(
+    family: str = "llama",
+    seed: int = 3,
+    *,
+    size: int = 5,
+    horizon: int = 3,
+    prompt: str = "a b",
+    structured: bool = False,
+    **changes: Any,
+) -> World:
+    """Rewards in [0, 1], drawn once for every response; structured ones are 0 or 1 and hang on every token."""
     small = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2} if family == "gpt2" else {**small, "num_key_value_heads": 1}
+    options = {"initializer_range": 0.25, **changes}
     model = tiny(
         family,
-        vocabulary=5,
+        vocabulary=size,
         seed=seed,
         eos_token_id=0,
         pad_token_id=None,
         bos_token_id=None,
         **sizes,
-        initializer_range=0.25,
-        **changes,
+        **options,
     )
-    generator = torch.Generator().manual_seed(seed)
-    world = World(model, word_tokenizer(["</s>", *"abcd"], bos=False, chat=False), {})
-    responses = [r for d in range(world.horizon + 1) for r in product(range(1, 5), repeat=d)]
-    world.table = {
-        world.text(r): float(v)
-        for r, v in zip(responses, torch.rand(len(responses), generator=generator).round(decimals=2))
-    }
+    words = ["</s>", *LETTERS[: size - 1]]
+    world = World(model, word_tokenizer(words, bos=False, chat=False), {}, prompt, horizon, size)
+    world.table = reward_table(world, seed, structured)
     return world
+
+
+def reward_table(world: World, seed: int, structured: bool = False) -> dict[str, float]:
+    """A reward for every response."""
+    generator = torch.Generator().manual_seed(seed)
+    responses = [r for d in range(world.horizon + 1) for r in product(range(1, world.size), repeat=d)]
+    if structured:
+        worth = torch.randn(world.horizon + 1, world.size, generator=generator)
+        scores = [float(sum(worth[t, k] for t, k in enumerate((*r, 0)[: world.horizon + 1]))) for r in responses]
+        return {world.text(r): float(score > 0) for r, score in zip(responses, scores)}
+    drawn = torch.rand(len(responses), generator=generator).round(decimals=2)
+    return {world.text(r): float(v) for r, v in zip(responses, drawn)}
 
 
 @pytest.fixture

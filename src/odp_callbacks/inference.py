@@ -121,10 +121,10 @@ def jackknife(estimator: Estimator, confidence: float = 0.95) -> Figure:
     """
     support = estimator.support
     blank = Figure(np.nan, np.nan, np.nan, support, estimator.nodes, estimator.uncorrected)
-    if estimator.nodes == 0 or support == 0:
-        return replace(blank, note="no node")
     if estimator.withheld:
         return replace(blank, note=estimator.withheld)
+    if estimator.nodes == 0 or support == 0:
+        return replace(blank, note="no node")
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(estimator.function(np.ones(len(estimator.questions))))
     if not np.isfinite(value):

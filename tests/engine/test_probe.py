@@ -44,6 +44,7 @@ from odp_callbacks.functional import (
     ideal_logit_gradient,
     node_predictors,
 )
+from odp_callbacks.summaries import summarise
 
 EVERYTHING = {"branch_mass": 1.0, "max_branches": 5, "nodes": every_node, "max_new_tokens": 3}
 ROWS = [{"prompt": "a b c", "answer": "d"}, {"prompt": "c", "answer": "e"}, {"prompt": "f e d c b", "answer": "a"}]
@@ -213,6 +214,133 @@ def test_predicted_gain_is_unbiased(config):
         error = sample.std(ddof=1) / np.sqrt(questions)
         assert abs(sample.mean() - value) < 3 * error
         assert error < abs(expected), "precise enough to see a bias of the size of the figure"
+
+
+def world_truth(world, teacher):
+    """True predicted gain at every node, and its mean over the tokens of a rollout."""
+    with torch.no_grad():
+        nodes = world.solve()
+        pulls = {
+            p: distillation_logit_gradient(n.logits, teacher(input_ids=world.ids(p)[None]).logits[0, -1])
+            for p, n in nodes.items()
+        }
+    truth = {}
+    for prefix, node in nodes.items():
+        g, d = world.pull(node, ideal_logit_gradient(node.logits, node.success), pulls[prefix])
+        truth[prefix] = float(g @ d / d.norm())
+    return truth, sum(float(n.reach) * truth[p] for p, n in nodes.items())
+
+
+def test_the_free_mode_is_unbiased_and_agrees_with_the_full_probe():
+    """1,200 rollouts of 400 questions against the enumerated truth, and against a probe with continuations."""
+    world, teacher = make_world(), external()
+    _, expected = world_truth(world, teacher)
+    options = {"rollouts_per_question": 3, "batch_size": 2000}
+    free = probe_world(world, {"other": teacher}, 400, 0, budget=0, **options)
+    assert free.free
+    assert free.generated_tokens["continuations"] == free.continuations == 0
+    sums = np.zeros(len(free.rollouts))
+    for record in free.nodes:
+        sums[record.rollout] += estimate(record).predicted_gain[0] / record.inclusion
+    by_question = sums.reshape(400, 3).sum(axis=1) / 3
+    error = by_question.std(ddof=1) / np.sqrt(400)
+    assert abs(by_question.mean() - expected) < 3 * error
+    assert error < abs(expected), "precise enough to see a bias of the size of the figure"
+    full = probe_world(world, {"other": teacher}, 100, 1, **options, continuations=4)
+    found = [{s.split: s for s in summarise(r)} for r in (free, full)]
+    a, b = (f["all"].figures["predicted_gain"] for f in found)
+    assert abs(a.value - b.value) < a.half_width + b.half_width
+    assert b.half_width < a.half_width
+    # The split is made by the only evidence that there is, so nothing is shown in it.
+    assert found[0]["incorrect"].figures["predicted_gain"].note == "no node"
+    assert found[0]["all"].figures["alignment"].note == "free mode"
+
+
+def test_rollouts_that_exist_are_taken(student):
+    responses = [[[7, 8, EOS, 9], [9, 10, 11]], [[6, 7]], [[8, EOS]]]
+    probe = Probe(student, word_tokenizer(), lottery, "base", ProbeConfig(max_new_tokens=8, budget=0, nodes="every"))
+    report = probe.run(ROWS, responses=responses)
+    assert [len(r.pieces) for r in report.rollouts] == [3, 3, 2, 2]
+    assert [r.truncated for r in report.rollouts] == [False, True, True, False]
+    assert report.generated_tokens == {"rollouts": 0, "continuations": 0}
+    alone = [r.reward for r in report.rollouts]
+    first = [n for n in report.nodes if n.rollout == 0]
+    assert all(n.total[1] == alone[0] and n.total[0] == alone[1] for n in first), "the sibling is the baseline"
+    (only, *_) = [n for n in report.nodes if n.rollout == 2]
+    assert only.total[0] == pytest.approx(np.mean([alone[0], alone[1], alone[3]])), "no sibling: all others"
+    with pytest.raises(ValueError, match="`responses` must hold one list for each of the 3 rows"):
+        probe.run(ROWS, responses=responses[:2])
+    with pytest.raises(ValueError, match="`responses` must have 1 to `max_new_tokens` = 8"):
+        probe.run(ROWS, responses=[[[]], [[6]], [[6]]])
+
+
+def test_a_rollouts_own_ending_would_bias_a_split_by_correctness():
+    """What the library leaves out, put in on purpose: the incorrect class is off by many standard errors."""
+    world, teacher = make_world(), external()
+    with torch.no_grad():
+        truth = {p: float(torch.softmax(n.logits, -1) @ n.success) for p, n in world.solve().items()}
+    questions = 300
+    options = {"rollouts_per_question": 1, "success_threshold": 0.6, "batch_size": 2000, "continuations": 1}
+    report = probe_world(world, {"other": teacher}, questions, **options)
+    gaps = {"as it is": np.zeros(questions), "with the own ending": np.zeros(questions)}
+    for record, prefix in zip(report.nodes, prefixes(world, report), strict=True):
+        if record.correct:
+            continue
+        added = np.zeros(len(record.tokens))
+        if not record.exact[record.taken]:
+            added[record.taken] = 1
+        own = replace(
+            record,
+            count=record.count + added.astype(np.int64),
+            total=record.total + added * report.rollouts[record.rollout].reward,
+        )
+        gaps["as it is"][record.rollout] += estimate(record).success - truth[prefix]
+        gaps["with the own ending"][record.rollout] += estimate(own).success - truth[prefix]
+    z = {name: gap.mean() / (gap.std(ddof=1) / np.sqrt(questions)) for name, gap in gaps.items()}
+    assert abs(z["as it is"]) < 3
+    assert abs(z["with the own ending"]) > 5
+
+
+def test_the_step_alignment_is_that_of_the_summed_gradients():
+    """One node a rollout, two continuations a branch: the halves' mean is the whole, and all vectors are explicit."""
+    world, teacher = make_world(), external()
+
+    def second(rollout, generator):
+        return [(1, 0.5)] if len(rollout.response_ids) > 1 else []
+
+    options = {"rollouts_per_question": 1, "continuations": 2, "nodes": second}
+    report = probe_world(world, {"other": teacher, "tilted": Tilted(world, 1.0)}, 12, **options)
+    with torch.no_grad():
+        nodes = world.solve()
+    ideal, pulls = {}, {}
+    for record, prefix in zip(report.nodes, prefixes(world, report), strict=True):
+        node, q = nodes[prefix], torch.zeros(5, dtype=torch.float64)
+        q[record.tokens] = torch.from_numpy(record.total / record.count)
+        with torch.no_grad():
+            taught = [teacher(input_ids=world.ids(prefix)[None]).logits[0, -1], node.logits + node.success]
+        d = [distillation_logit_gradient(node.logits.detach(), t) for t in taught]
+        g, *rows = world.pull(node, ideal_logit_gradient(node.logits.detach(), q), *d) / record.inclusion
+        key = record.question, record.correct
+        ideal[key] = ideal.get(key, 0) + g
+        pulls[key] = pulls.get(key, 0) + torch.stack(rows)
+    step = report.step
+    assert set(zip(step.question, step.correct, strict=True)) == set(ideal)
+    g = torch.stack([ideal[key] for key in zip(step.question, step.correct, strict=True)])
+    d = torch.stack([pulls[key] for key in zip(step.question, step.correct, strict=True)])
+    halves = (step.gram[:, 0, :, 2:] + step.gram[:, 1, :, 2:]) / 2
+    np.testing.assert_allclose(
+        halves, torch.einsum("gp,hkp->ghk", g, d).numpy(), atol=1e-6 * float(g.norm() * d.norm())
+    )
+    np.testing.assert_allclose(
+        step.gram[:, 2:, :, 2:], torch.einsum("gkp,hlp->gkhl", d, d).numpy(), atol=1e-6 * float(d.norm() ** 2)
+    )
+    whole = (step.gram[:, 0, :, 0] + step.gram[:, 1, :, 1] + 2 * step.gram[:, 0, :, 1]).sum() / 4
+    assert whole == pytest.approx(float(g.sum(0).norm() ** 2), rel=1e-4)
+    for summary in summarise(report):
+        if summary.split == "all":
+            k = report.teachers.index(summary.teacher)
+            figure = summary.figures["step_alignment"]
+            assert figure.uncorrected == pytest.approx(float(gradient_alignment(g.sum(0), d[:, k].sum(0))), abs=1e-5)
 
 
 def test_the_tail_has_its_weight():

@@ -1,0 +1,136 @@
+"""Twenty worlds small enough to enumerate: what the library says against the truth."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from conftest import LETTERS, make_world, tiny_base
+from odp_callbacks.engine import Probe, ProbeConfig
+from odp_callbacks.estimates import DEFINED, UNDEFINED, estimate
+from odp_callbacks.functional import distillation_logit_gradient
+from odp_callbacks.summaries import summarise
+
+SHAPES = [(5, 4), (5, 6), (6, 4), (6, 5), (7, 4), (8, 4)]
+WORLDS = [(seed, *SHAPES[seed % len(SHAPES)], (1.0, 0.7)[seed % 2]) for seed in range(20)]
+
+
+class Table(torch.nn.Module):
+    """A teacher that is given at every node of the world."""
+
+    def __init__(self, world, logits):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=world.size))
+        self.logits, self.start, self.blank = logits, len(world.prompt_ids), torch.zeros(world.size).double()
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        rows = [
+            [self.logits.get(tuple(row[self.start : t + 1]), self.blank) for t in range(len(row))]
+            for row in input_ids.tolist()
+        ]
+        return SimpleNamespace(logits=torch.stack([torch.stack(row) for row in rows]))
+
+
+@pytest.mark.parametrize(("seed", "size", "horizon", "temperature"), WORLDS)
+def test_every_figure_is_true_in_a_random_world(seed, size, horizon, temperature):
+    world = make_world(seed=seed, size=size, horizon=horizon, initializer_range=0.5)
+    with torch.no_grad():
+        nodes = world.solve(temperature)
+    other = tiny_base(vocabulary=size, seed=seed + 50, eos_token_id=0, pad_token_id=None, bos_token_id=None)
+    teachers = {
+        # Tilted by the true success: exactly for the ideal gradient, and exactly against it.
+        "for": Table(world, {p: n.logits + 1.5 * temperature * n.success for p, n in nodes.items()}),
+        "against": Table(world, {p: n.logits - 0.5 * temperature * n.success for p, n in nodes.items()}),
+        "same": Table(world, {p: n.logits for p, n in nodes.items()}),
+        "other": other,
+    }
+    config = ProbeConfig(
+        nodes="every",
+        branch_mass=1.0,
+        max_branches=size,
+        max_new_tokens=horizon,
+        temperature=temperature,
+        continuations=8,
+        rollouts_per_question=8,
+        batch_size=1000,
+    )
+    report = Probe(world.model, world.tokenizer, world.reward, teachers, config).run([world.row] * 4, seed=seed)
+    words = ["</s>", *LETTERS]
+    gains, pulls = [], {}
+    for record in report.nodes:
+        prefix = tuple(words.index(p) for p in report.rollouts[record.rollout].pieces[: record.depth])
+        node = nodes[prefix]
+        q = node.success[record.tokens].numpy()
+        known = replace(record, count=np.ones_like(record.count), total=q, total_square=q * q, exact=q == q)
+        found, measured = estimate(known), estimate(record)
+        if np.ptp(q) < 1e-9:
+            continue
+        assert list(found.status) == [DEFINED, DEFINED, UNDEFINED, DEFINED]
+        assert found.alignment[:2] == pytest.approx([1, -1], abs=1e-6)
+        assert found.module_alignment[:, :2] == pytest.approx(np.tile([1.0, -1.0], (len(report.modules), 1)), abs=1e-6)
+        assert np.isnan(found.alignment[2])
+        assert found.predicted_gain[2] == measured.predicted_gain[2] == 0
+        if prefix not in pulls:
+            with torch.no_grad():
+                z = other(input_ids=world.ids(prefix)[None]).logits[0, -1]
+            p = torch.softmax(node.logits.detach() / temperature, -1)
+            ideal = p * (node.success - p @ node.success) / temperature
+            pull = distillation_logit_gradient(node.logits.detach(), z, temperature=temperature)
+            g, d = world.pull(node, ideal, pull)
+            pulls[prefix] = float(g @ d / d.norm()), float(g @ d / d.norm() / g.norm())
+        gain, cosine = pulls[prefix]
+        assert found.alignment[3] == pytest.approx(cosine, abs=1e-6)
+        assert found.predicted_gain[3] == pytest.approx(gain, abs=1e-6)
+        gains.append((prefix, measured.predicted_gain[3] - gain))
+    # A teacher that knows nothing of success: what is measured scatters about its true value, to both sides alike.
+    # Nodes with the same prefix share their continuations, so each prefix counts once.
+    gaps = np.array(list(dict(gains).values()))
+    assert len(gaps) > 3
+    assert abs(gaps.sum()) < 4 * np.sqrt((gaps**2).sum())
+    assert np.abs(gaps).max() > 1e-3, "there was noise"
+    for summary in summarise(report):
+        if (summary.teacher, summary.split) == ("same", "all"):
+            assert summary.undefined == summary.nodes
+            assert summary.figures["alignment"].note == "no gradient"
+            assert np.isnan(summary.figures["gain_weighted_alignment"].value)
+        if summary.teacher in ("for", "against") and summary.split == "all":
+            sign = 1 if summary.teacher == "for" else -1
+            figure = summary.figures["gain_weighted_alignment"]
+            if not np.isnan(figure.value):
+                assert sign * figure.value > 0.5
+
+
+def test_the_horvitz_thompson_mean_over_windows_is_that_over_every_node():
+    """1,500 rollouts of one world: the true gain of each token, all of them against one in each window, weighted."""
+    world = make_world(seed=2, size=5, horizon=6, initializer_range=0.5)
+    with torch.no_grad():
+        nodes = world.solve()
+    rng = np.random.default_rng(0)
+    value = {p: rng.normal() + len(p) for p in nodes}  # any figure of a node; it grows with depth
+    from odp_callbacks.engine.nodes import STRATEGIES
+    from odp_callbacks.engine.prompts import as_questions
+    from odp_callbacks.engine.rollouts import Rollout
+
+    (question,) = as_questions([world.row], world.tokenizer)
+    policy = {p: torch.softmax(n.logits, -1).numpy() for p, n in nodes.items()}
+    generator = torch.Generator().manual_seed(0)
+    difference = {name: [] for name in ("exponential", "uniform", "entropy", "unweighted")}
+    for _ in range(1500):
+        ids = ()
+        while len(ids) < 6 and (not ids or ids[-1]):
+            ids = (*ids, int(rng.choice(5, p=policy[ids])))
+        entropy = torch.tensor([stats.entropy(policy[ids[:t]]) for t in range(len(ids))])
+        rollout = Rollout(question, ids, "", False, entropy=entropy)
+        full = sum(value[ids[:t]] for t in range(len(ids)))
+        for name in ("exponential", "uniform", "entropy"):
+            chosen = STRATEGIES[name](rollout, generator)
+            difference[name].append(sum(value[ids[:t]] / p for t, p in chosen) - full)
+        chosen = STRATEGIES["exponential"](rollout, generator)
+        difference["unweighted"].append(sum(value[ids[:t]] for t, _ in chosen) - full)
+    z = {name: np.mean(d) / (np.std(d) / np.sqrt(len(d)) + 1e-12) for name, d in difference.items()}
+    assert all(abs(z[name]) < 3.5 for name in ("exponential", "uniform", "entropy")), z
+    assert abs(z["unweighted"]) > 10, "without the weights the mean is another one"
