@@ -1,6 +1,6 @@
 """Do the intervals cover, and are the figures unbiased? Simulated probes against populations whose truth is known.
 
-    python benchmarks/calibration.py --probes 1000
+python benchmarks/calibration.py --probes 1000
 """
 
 import argparse
@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--links", type=float, nargs="+", default=[0.0])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    print("figure | part | spread link | questions n | truth | bias (plain) | coverage [95 % of it] | half-width | shown")
+    print(
+        "figure | part | spread link | questions n | truth | bias (plain) | coverage [95 % of it] | half-width | shown"
+    )
     for spread in options.spreads:
         for link in options.links:
             population = synthetic(spread, link=link, seed=options.seed)
@@ -75,11 +77,16 @@ def main() -> None:
                     for key, rows in found.items():
                         shown = ~np.isnan(rows[:, 1])
                         if not shown.any():
-                            print(f"{key[0]:24}{key[1]:10}{spread:5}{link:5}{questions:4}{n:4} {exact[key]:+.4f}  withheld")
+                            print(
+                                f"{key[0]:24}{key[1]:10}{spread:5}{link:5}{questions:4}{n:4} {exact[key]:+.4f}  withheld"
+                            )
                             continue
                         hit = ((rows[:, 1] <= exact[key]) & (exact[key] <= rows[:, 2]))[shown]
                         low, high = stats.binomtest(int(hit.sum()), len(hit)).proportion_ci(method="wilson")
-                        bias, plain = rows[shown, 0].mean() - exact[key], np.nanmean(rows[:, 3]) - exact[key] if not np.isnan(rows[:, 3]).all() else np.nan
+                        bias, plain = (
+                            rows[shown, 0].mean() - exact[key],
+                            np.nanmean(rows[:, 3]) - exact[key] if not np.isnan(rows[:, 3]).all() else np.nan,
+                        )
                         half = ((rows[:, 2] - rows[:, 1]) / 2)[shown].mean()
                         print(
                             f"{key[0]:24}{key[1]:10}{spread:5}{link:5}{questions:4}{n:4} {exact[key]:+.4f} {bias:+.4f} "

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from populations import Population, synthetic
+from populations import Population, synthetic, worlds
 
 from odp_callbacks.correction import correct
 from odp_callbacks.engine.config import ProbeConfig
@@ -84,7 +84,9 @@ def adaptive(fixed: Fixed, tokens: float, target: str, rng: np.random.Generator)
     return seen().evidence, float(spent.tokens)
 
 
-def curve(run: Callable[[int], tuple[Evidence, float]], name: str, truth: np.ndarray, seeds: int) -> tuple[float, float]:
+def curve(
+    run: Callable[[int], tuple[Evidence, float]], name: str, truth: np.ndarray, seeds: int
+) -> tuple[float, float]:
     """Mean tokens and mean squared error over seeds and teachers."""
     errors, tokens = [], []
     for seed in range(seeds):
@@ -164,7 +166,10 @@ def main() -> None:
     ]
     if options.worlds:
         sources.append(
-            (f"{options.worlds} enumerated worlds", [fixed_of(w, w.questions, 0) for w in worlds(options.worlds)])
+            (
+                f"{options.worlds} enumerated worlds",
+                [Fixed(w.evidence, w.success, w.length.clip(min=1)) for w in worlds(options.worlds)],
+            )
         )
     path = Path(__file__).parent / "results" / "heavy"
     if path.exists():

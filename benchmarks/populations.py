@@ -107,3 +107,67 @@ def synthetic(spread: float, questions: int = 3000, seed: int = 0, link: float =
         certain=~there[:, 0],
     )
     return Population(evidence, success, per)
+
+
+def worlds(count: int, questions: int = 12, seed: int = 0, peak: float = 0.9) -> list[Population]:
+    """Enumerated worlds: tiny students with LoRA whose every response is known, peaked like a language model.
+
+    Nodes and gradients are those of one probe of the library; successes and lengths are exact.
+
+    Args:
+        count: How many worlds.
+        questions: Of each.
+        seed: Of the first.
+        peak: Standard deviation of the weights: the larger, the surer the student is of its next token.
+    """
+    import sys
+    from pathlib import Path
+
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    import torch
+    from conftest import LETTERS, make_world, reward_table, tiny_base
+
+    from odp_callbacks.engine import Probe, ProbeConfig
+    from odp_callbacks.evidence import gather
+
+    shapes = [(5, 6), (6, 5), (8, 4), (7, 5)]
+    found = []
+    for i in range(count):
+        size, horizon = shapes[i % len(shapes)]
+        world = make_world(seed=seed + i, size=size, horizon=horizon, structured=True, initializer_range=peak)
+        blank = {"vocabulary": size, "eos_token_id": 0, "pad_token_id": None, "bos_token_id": None}
+        teachers = {
+            name: tiny_base(seed=seed + i + s, initializer_range=peak, **blank) for name, s in (("a", 40), ("b", 80))
+        }
+        with torch.no_grad():
+            nodes = world.solve()
+        policy = {p: torch.softmax(n.logits, -1).numpy() for p, n in nodes.items()}
+        tables = [reward_table(world, 1000 * (seed + i) + q, structured=True) for q in range(questions)]
+
+        def reward(prompts, completions, question, tables=tables):
+            return [tables[q][text] for q, text in zip(question, completions, strict=True)]
+
+        config = ProbeConfig(
+            rollouts_per_question=2, max_new_tokens=horizon, continuations=1, batch_size=500, step_alignment=False
+        )
+        rows = [{"prompt": world.prompt, "question": q} for q in range(questions)]
+        report = Probe(world.model, world.tokenizer, reward, teachers, config).run(rows, seed=seed + i)
+        words = ["</s>", *LETTERS]
+        evidence = gather(report.nodes)
+        success, length = evidence.success.copy(), np.ones_like(evidence.success)
+        for q in range(questions):
+            value, tokens = {}, {}
+            for prefix in sorted(policy, key=len, reverse=True):
+                below = [(*prefix, k) for k in range(size)]
+                value[prefix] = np.array(
+                    [policy[b] @ value[b] if b in value else tables[q][world.text(b)] for b in below]
+                )
+                tokens[prefix] = np.array([1 + policy[b] @ tokens[b] if b in tokens else 0.0 for b in below])
+            for n, record in enumerate(report.nodes):
+                if record.question == str(q):
+                    pieces = report.rollouts[record.rollout].pieces[: record.depth]
+                    prefix = tuple(words.index(p) for p in pieces)
+                    success[n, : len(record.tokens)] = value[prefix][record.tokens]
+                    length[n, : len(record.tokens)] = tokens[prefix][record.tokens]
+        found.append(Population(evidence, success.clip(0, 1), 0, length))
+    return found

@@ -279,7 +279,7 @@ def test_a_rollouts_own_ending_would_bias_a_split_by_correctness():
     world, teacher = make_world(), external()
     with torch.no_grad():
         truth = {p: float(torch.softmax(n.logits, -1) @ n.success) for p, n in world.solve().items()}
-    questions = 300
+    questions = 900
     options = {"rollouts_per_question": 1, "success_threshold": 0.6, "batch_size": 2000, "continuations": 1}
     report = probe_world(world, {"other": teacher}, questions, **options)
     gaps = {"as it is": np.zeros(questions), "with the own ending": np.zeros(questions)}
@@ -298,7 +298,7 @@ def test_a_rollouts_own_ending_would_bias_a_split_by_correctness():
         gaps["with the own ending"][record.rollout] += estimate(own).success - truth[prefix]
     z = {name: gap.mean() / (gap.std(ddof=1) / np.sqrt(questions)) for name, gap in gaps.items()}
     assert abs(z["as it is"]) < 3
-    assert abs(z["with the own ending"]) > 5
+    assert abs(z["with the own ending"]) > 4.5
 
 
 def test_the_step_alignment_is_that_of_the_summed_gradients():
