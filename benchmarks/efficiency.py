@@ -1,50 +1,116 @@
-"""How many tokens does an interval cost? Continuations where they count, against equal numbers for every branch.
+"""How many tokens does a figure cost? Continuations where they count, against equal numbers for every branch.
 
-    python benchmarks/efficiency.py --seeds 20
+    python benchmarks/efficiency.py --seeds 40
 
-Nodes and their true successes are fixed; outcomes are drawn from the truth. Both ways use the library's own
-allocation, the equal one with as many continuations of every branch. Tokens for the same mean squared error: the
-adaptive error is measured at several budgets, the equal one at several n, and the ratio is read where both reach the
-error of n = 8.
+Nodes and their true successes are fixed; outcomes are drawn from the truth. The library spends a budget by its own
+rounds, on prefixes that nodes share; the alternative gives every branch of every node the same number. Tokens for the
+same mean squared error are read from both curves of error against tokens.
 """
 
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from populations import Population, synthetic, worlds
+from populations import Population, World, synthetic, worlds
 
 from odp_callbacks.correction import correct
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.continuing import Seen, spend
-from odp_callbacks.engine.success import Spent
+from odp_callbacks.engine.continuing import Seen, look, spend
+from odp_callbacks.engine.recording import with_outcomes
+from odp_callbacks.engine.success import Outcomes, Spent, Tree
 from odp_callbacks.estimates import statuses
-from odp_callbacks.evidence import Evidence
+from odp_callbacks.evidence import Evidence, gather
 from odp_callbacks.figures import gradient_figures
+from odp_callbacks.storage import load
 
 EQUAL = (4, 8, 16, 32)
 """Continuations of every branch."""
 
 
-@dataclass
-class Fixed:
-    """Nodes with known truth, and the tokens that a continuation of each branch takes."""
+class Drawn:
+    """Outcomes drawn from the truth: nodes, the success of each branch, the tokens that a continuation takes.
 
-    evidence: Evidence
-    success: np.ndarray
-    length: np.ndarray
+    Nodes of one group have the same prefix.
+    """
 
-    @property
-    def open(self) -> np.ndarray:
-        return self.evidence.real & ~self.evidence.exact
+    def __init__(self, evidence: Evidence, success: np.ndarray, length: np.ndarray, group: np.ndarray) -> None:
+        self.evidence, self.success, self.length, self.group = evidence, success, length, group
+        self.first = np.unique(group, return_index=True)[1]
+        self.open = evidence.real & ~evidence.exact
 
-    def seen(self, wins: np.ndarray, count: np.ndarray) -> Evidence:
-        known = self.evidence.exact | ~self.evidence.real
-        count, wins = np.where(known, 1, count).astype(float), np.where(known, self.evidence.total, wins)
+    def truth(self) -> Evidence:
+        """Everything known for certain."""
+        known = np.ones_like(self.success)
+        return replace(self.evidence, count=known, total=self.success, total_square=self.success**2, exact=known > 0)
+
+    def _seen(self, wins: np.ndarray, count: np.ndarray) -> Evidence:
+        count, wins = np.where(self.open, count, 1).astype(float), np.where(self.open, wins, self.evidence.total)
         return replace(self.evidence, count=count, total=wins, total_square=wins)
+
+    def equal(self, n: int, rng: np.random.Generator) -> tuple[Evidence, float]:
+        """As many continuations of every branch of every node, and the tokens they take."""
+        count = np.where(self.open, n, 0)
+        return self._seen(rng.binomial(count, self.success), count), float((count * self.length).sum())
+
+    def adaptive(self, tokens: float, target: str, rng: np.random.Generator) -> tuple[Evidence, float]:
+        """The library's rounds within a budget, and the tokens they took."""
+        open_, success, length = self.open[self.first], self.success[self.first], self.length[self.first]
+        count, wins, spent = np.zeros(open_.shape), np.zeros(open_.shape), Spent()
+
+        def sample(more: np.ndarray) -> None:
+            more = np.where(open_, more, 0)
+            count[...] += more
+            wins[...] += rng.binomial(more, success)
+            spent.tokens += int((more * length).sum())
+
+        def seen() -> Seen:
+            evidence = self._seen(wins[self.group], count[self.group])
+            return Seen(evidence, self.group, count, open_, length.mean(axis=1).clip(min=1))
+
+        config = ProbeConfig(budget=max(1, int(tokens)), target=target)
+        spend(config, open_.astype(np.int64), spent, sample, seen, lambda evidence: np.inf, rng)
+        return seen().evidence, float(spent.tokens)
+
+
+class Walked(Drawn):
+    """An enumerated world: continuations are walked, so what passes through other nodes counts there too."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        super().__init__(gather(world.records), world.success, world.length, np.array(world.tree.group))
+
+    def adaptive(self, tokens: float, target: str, rng: np.random.Generator) -> tuple[Evidence, float]:
+        """The library's rounds within a budget, and the tokens they took."""
+        world, spent = self.world, Spent()
+        tree = Tree(world.tree.rollouts, world.tree.nodes)
+        tree.grow(world.tree.branches)
+        for row, known in zip(tree.outcomes, world.tree.outcomes, strict=True):
+            row[:] = [o if o.exact else Outcomes() for o in known]
+
+        def sample(more: np.ndarray) -> None:
+            for g, row in enumerate(tree.branches):
+                node, start = tree.nodes[tree.first[g]], tree.prefix(tree.first[g])
+                question = int(tree.rollouts[node.rollout].question.id)
+                for b, branch in enumerate(row):
+                    for _ in range(int(more[g, b]) if not tree.outcomes[g][b].exact else 0):
+                        response, reward = world.walk(question, (*start, branch.token), rng)
+                        tree.add(g, b, response, reward)
+                        took = len(response) - len(start) - 1
+                        spent.tokens += took
+                        tree.length[g] = tree.length[g][0] + took, tree.length[g][1] + 1
+
+        def seen() -> Seen:
+            records = [with_outcomes(r, tree.at(n)) for n, r in enumerate(world.records)]
+            return look(tree, gather(records), world.expected)
+
+        size = max(map(len, tree.branches))
+        first = np.array([[int(b < len(row)) for b in range(size)] for row in tree.branches])
+        config = ProbeConfig(budget=max(1, int(tokens)), target=target)
+        spend(config, first, spent, sample, seen, lambda evidence: np.inf, rng)
+        return seen().evidence, float(spent.tokens)
 
 
 def figures(evidence: Evidence, name: str) -> np.ndarray:
@@ -58,35 +124,10 @@ def figures(evidence: Evidence, name: str) -> np.ndarray:
     return np.array(found)
 
 
-def equal(fixed: Fixed, n: int, rng: np.random.Generator) -> tuple[Evidence, float]:
-    """The same number of continuations of every branch, and the tokens they take."""
-    count = np.where(fixed.open, n, 0)
-    return fixed.seen(rng.binomial(count, fixed.success), count), float((count * fixed.length).sum())
+Run = Callable[[int], tuple[Evidence, float]]
 
 
-def adaptive(fixed: Fixed, tokens: float, target: str, rng: np.random.Generator) -> tuple[Evidence, float]:
-    """The library's rounds within a budget, and the tokens they took."""
-    count, wins, spent = np.zeros(fixed.open.shape), np.zeros(fixed.open.shape), Spent()
-
-    def sample(more: np.ndarray) -> None:
-        more = np.where(fixed.open, more, 0)
-        count[...] += more
-        wins[...] += rng.binomial(more, fixed.success)
-        spent.tokens += int((more * fixed.length).sum())
-
-    def seen() -> Seen:
-        return Seen(
-            fixed.seen(wins, count), np.arange(len(count)), count, fixed.open, fixed.length.mean(axis=1).clip(min=1)
-        )
-
-    config = ProbeConfig(budget=max(1, int(tokens)), target=target)
-    spend(config, fixed.open.astype(np.int64), spent, sample, seen, lambda e: np.inf, rng)
-    return seen().evidence, float(spent.tokens)
-
-
-def curve(
-    run: Callable[[int], tuple[Evidence, float]], name: str, truth: np.ndarray, seeds: int
-) -> tuple[float, float]:
+def curve(run: Run, name: str, truth: np.ndarray, seeds: int) -> tuple[float, float]:
     """Mean tokens and mean squared error over seeds and teachers."""
     errors, tokens = [], []
     for seed in range(seeds):
@@ -96,60 +137,49 @@ def curve(
     return float(np.mean(tokens)), float(np.mean(errors))
 
 
-def ratio(fixed: Fixed, name: str, seeds: int, start: int = 0) -> dict[str, float]:
-    """Tokens of equal numbers over those of the adaptive way, at the error of n = 8 and at a half-width of 0.1."""
-    known = np.ones_like(fixed.success)
-    truth = figures(replace(fixed.evidence, count=known, total=fixed.success, exact=known > 0), name)
+def ratio(fixed: Drawn, name: str, seeds: int, start: int = 0) -> dict[str, float]:
+    """Tokens of equal numbers over those of the library, for the same mean squared error."""
+    truth = figures(fixed.truth(), name)
 
     def stream(seed: int) -> np.random.Generator:
         return np.random.default_rng(10_000 * start + seed)
 
-    even = [curve(lambda s, n=n: equal(fixed, n, stream(s)), name, truth, seeds) for n in EQUAL]
-    unit = even[1][0] / 8
-    one = unit  # one continuation of every branch
+    even = [curve(lambda s, n=n: fixed.equal(n, stream(s)), name, truth, seeds) for n in EQUAL]
+    one = even[1][0] / EQUAL[1]  # one continuation of every branch of every node
     points = []
-    for budget in (1.05, 1.25, 1.5, 2, 3, 4, 6, 8, 12):
-        points.append(curve(lambda s, b=budget: adaptive(fixed, b * one, name, stream(s)), name, truth, seeds))
+    for budget in (1, 1.5, 2, 3, 4, 6, 8, 12):
+        points.append(curve(lambda s, b=budget: fixed.adaptive(b * one, name, stream(s)), name, truth, seeds))
 
     def tokens_for(curve_: list[tuple[float, float]], error: float) -> float:
-        """Least tokens for an error; errors fall with tokens, noise aside."""
-        t, e = np.array(curve_).T
-        e = np.minimum.accumulate(e)
-        if e[0] <= error:
-            return float(t[0])
-        return float(np.exp(np.interp(-np.log(error), -np.log(e), np.log(t)))) if e[-1] <= error else float("nan")
+        """Tokens for an error, by the power law that fits best: errors fall as a power of tokens."""
+        t, e = np.log(np.array(curve_).T)
+        slope, level = np.polyfit(e, t, 1)
+        return float(np.exp(slope * np.log(error) + level))
 
-    found = {f"n = {n}": t / tokens_for(points, e) for n, (t, e) in zip(EQUAL, even, strict=True)}
-    error = (0.1 / 1.96) ** 2
-    if name != "predicted_gain" and even[0][1] > error:
+    found = {f"error of n = {n}": t / tokens_for(points, e) for n, (t, e) in zip(EQUAL, even, strict=True)}
+    if name != "predicted_gain":
+        error = (0.1 / 1.96) ** 2
         found["half-width 0.1"] = tokens_for(even, error) / tokens_for(points, error)
     return found
 
 
-def heavy(path: Path) -> Fixed:
+def heavy(path: Path) -> Drawn:
     """The committed heavy run on SmolLM2-135M: its successes stand for the truth."""
-    from odp_callbacks.storage import load
-
     report = load(path)
-    from odp_callbacks.evidence import gather
-
     evidence = gather(report.nodes)
-    lengths = json.loads(str(report.settings["lengths"]))
-    length = np.ones_like(evidence.count)
-    for n, row in enumerate(lengths):
-        length[n, : len(row)] = row
-    return Fixed(evidence, evidence.success, length.clip(min=1))
+    length = np.ones_like(evidence.count) * np.array(json.loads(report.settings["lengths"]))[:, None]
+    prefixes = [(n.question, report.rollouts[n.rollout].pieces[: n.depth]) for n in report.nodes]
+    group = np.array([list(dict.fromkeys(prefixes)).index(prefix) for prefix in prefixes])
+    first = np.unique(group, return_index=True)[1]
+    return Drawn(evidence, evidence.success[first][group], length.clip(min=1), group)
 
 
-def fixed_of(population: Population, questions: int, seed: int) -> Fixed:
-    """Some questions of a population."""
-    rng = np.random.default_rng(seed)
-    evidence = population.probe(questions, 1, rng)
-    rng = np.random.default_rng(seed)
-    chosen = rng.choice(population.questions, questions, replace=False)
-    index = (chosen[:, None] * population.per_question + np.arange(population.per_question)).ravel()
-    length = np.ones_like(population.success) if population.length is None else population.length
-    return Fixed(evidence, population.success[index].clip(0, 1), length[index])
+def some(population: Population, questions: int, seed: int) -> Drawn:
+    """Some questions of a synthetic population; a continuation takes one token."""
+    index = population.sample(questions, np.random.default_rng(seed))
+    evidence, success = population.evidence.take(index), population.success[index]
+    number = np.repeat(np.arange(questions), population.per_question)
+    return Drawn(replace(evidence, question=number), success, np.ones_like(success), np.arange(len(index)))
 
 
 def main() -> None:
@@ -159,33 +189,26 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=5)
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--worlds", type=int, default=20)
+    parser.add_argument("--figures", nargs="+", default=["predicted_gain", "gain_weighted_alignment", "alignment"])
     options = parser.parse_args()
-    names = ("predicted_gain", "gain_weighted_alignment", "alignment")
-    sources: list[tuple[str, list[Fixed]]] = [
-        ("synthetic, sd 0.35", [fixed_of(synthetic(0.35, 400), options.questions, s) for s in range(options.sets)]),
-    ]
-    if options.worlds:
-        sources.append(
-            (
-                f"{options.worlds} enumerated worlds",
-                [Fixed(w.evidence, w.success, w.length.clip(min=1)) for w in worlds(options.worlds)],
-            )
-        )
+    sources: list[tuple[str, list[Drawn]]] = []
     path = Path(__file__).parent / "results" / "heavy"
     if path.exists():
         sources.append(("SmolLM2-135M", [heavy(path)] * options.sets))
+    if options.worlds:
+        sources.append((f"{options.worlds} enumerated worlds", [Walked(w) for w in worlds(options.worlds)]))
+    population = synthetic(0.35, 400)
+    sources.append(("synthetic, sd 0.35", [some(population, options.questions, s) for s in range(options.sets)]))
     for label, sets in sources:
-        for name in names:
+        for name in options.figures:
             rows = [ratio(fixed, name, options.seeds, i) for i, fixed in enumerate(sets)]
             for key in rows[0]:
-                values = np.array([row.get(key, np.nan) for row in rows])
-                values = values[~np.isnan(values)]
-                if len(values):
-                    print(
-                        f"{label:22} {name:24} {key:15} {np.exp(np.log(values).mean()):5.1f} times fewer tokens "
-                        f"({values.min():.1f} to {values.max():.1f} over {len(values)})",
-                        flush=True,
-                    )
+                values = np.array([row[key] for row in rows])
+                print(
+                    f"{label:22} {name:24} {key:16} {np.exp(np.log(values).mean()):5.1f} times fewer tokens; "
+                    f"{np.quantile(values, 0.1):.1f} to {np.quantile(values, 0.9):.1f} (10 % to 90 % of {len(values)})",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
 """Populations of nodes whose truth is known: synthetic ones, and worlds small enough to enumerate."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
-from odp_callbacks.evidence import Evidence
+from odp_callbacks.engine import Probe, ProbeConfig
+from odp_callbacks.engine.continuing import remaining_length
+from odp_callbacks.evidence import Evidence, gather
 
 NODES, ROLLOUTS, BRANCHES, TEACHERS, SIZE = 4, 2, 4, 2, 12
 
@@ -17,13 +23,11 @@ class Population:
         evidence: All nodes; question ``i`` holds the nodes from ``i * per_question`` on.
         success: ``(N, A)``.
         per_question: Nodes of a question.
-        length: ``(N, A)``, tokens that a continuation takes; None: one.
     """
 
     evidence: Evidence
     success: np.ndarray
     per_question: int
-    length: np.ndarray | None = None
 
     @property
     def questions(self) -> int:
@@ -34,10 +38,14 @@ class Population:
         ones = np.ones_like(self.success)
         return replace(self.evidence, count=ones, total=self.success, total_square=self.success**2, exact=ones > 0)
 
+    def sample(self, questions: int, rng: np.random.Generator) -> np.ndarray:
+        """Nodes of some questions, drawn without replacement."""
+        chosen = rng.choice(self.questions, questions, replace=False)
+        return (chosen[:, None] * self.per_question + np.arange(self.per_question)).ravel()
+
     def probe(self, questions: int, continuations: int | np.ndarray, rng: np.random.Generator) -> Evidence:
         """Some questions, with as many continuations of each branch; rewards are 0 or 1."""
-        chosen = rng.choice(self.questions, questions, replace=False)
-        index = (chosen[:, None] * self.per_question + np.arange(self.per_question)).ravel()
+        index = self.sample(questions, rng)
         found = self.evidence.take(index)
         count = np.where(found.real & ~found.exact, continuations, 1)
         wins = np.where(found.exact, found.total, rng.binomial(count, self.success[index].clip(0, 1)))
@@ -109,7 +117,28 @@ def synthetic(spread: float, questions: int = 3000, seed: int = 0, link: float =
     return Population(evidence, success, per)
 
 
-def worlds(count: int, questions: int = 12, seed: int = 0, peak: float = 0.9) -> list[Population]:
+@dataclass
+class World:
+    """An enumerated world, probed once: its nodes, and how to walk on from them.
+
+    Attributes:
+        records: Of the nodes.
+        tree: Their prefixes and branches.
+        success: ``(N, A)``, exact.
+        length: ``(N, A)``, tokens that a continuation is expected to take.
+        walk: From a question's number, a prefix and a random stream to a whole response and its reward.
+        expected: ``(G,)``, the length that the rollouts suggest.
+    """
+
+    records: list
+    tree: object
+    success: np.ndarray
+    length: np.ndarray
+    walk: Callable
+    expected: np.ndarray
+
+
+def worlds(count: int, questions: int = 12, seed: int = 0, peak: float = 3.0) -> list[World]:
     """Enumerated worlds: tiny students with LoRA whose every response is known, peaked like a language model.
 
     Nodes and gradients are those of one probe of the library; successes and lengths are exact.
@@ -118,27 +147,23 @@ def worlds(count: int, questions: int = 12, seed: int = 0, peak: float = 0.9) ->
         count: How many worlds.
         questions: Of each.
         seed: Of the first.
-        peak: Standard deviation of the weights: the larger, the surer the student is of its next token.
+        peak: Scales the logits: the larger, the surer student and teachers are of their next token.
     """
-    import sys
-    from pathlib import Path
-
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    import torch
-    from conftest import LETTERS, make_world, reward_table, tiny_base
-
-    from odp_callbacks.engine import Probe, ProbeConfig
-    from odp_callbacks.evidence import gather
+    from conftest import make_world, reward_table, tiny_base
 
     shapes = [(5, 6), (6, 5), (8, 4), (7, 5)]
     found = []
     for i in range(count):
         size, horizon = shapes[i % len(shapes)]
-        world = make_world(seed=seed + i, size=size, horizon=horizon, structured=True, initializer_range=peak)
+        world = make_world(seed=seed + i, size=size, horizon=horizon, structured=True, initializer_range=0.9)
         blank = {"vocabulary": size, "eos_token_id": 0, "pad_token_id": None, "bos_token_id": None}
         teachers = {
-            name: tiny_base(seed=seed + i + s, initializer_range=peak, **blank) for name, s in (("a", 40), ("b", 80))
+            name: tiny_base(seed=seed + i + shift, initializer_range=0.9, **blank)
+            for name, shift in (("a", 40), ("b", 80))
         }
+        for model in (world.model.get_base_model(), *teachers.values()):
+            model.lm_head.weight.data.mul_(peak)
         with torch.no_grad():
             nodes = world.solve()
         policy = {p: torch.softmax(n.logits, -1).numpy() for p, n in nodes.items()}
@@ -147,14 +172,20 @@ def worlds(count: int, questions: int = 12, seed: int = 0, peak: float = 0.9) ->
         def reward(prompts, completions, question, tables=tables):
             return [tables[q][text] for q, text in zip(question, completions, strict=True)]
 
+        def walk(q, response, rng, policy=policy, tables=tables, world=world):
+            while response in policy:
+                response = (*response, int(np.searchsorted(policy[response].cumsum(), rng.random())))
+            return response, tables[q][world.text(response)]
+
         config = ProbeConfig(
-            rollouts_per_question=2, max_new_tokens=horizon, continuations=1, batch_size=500, step_alignment=False
+            rollouts_per_question=4, max_new_tokens=horizon, continuations=1, batch_size=500, step_alignment=False
         )
         rows = [{"prompt": world.prompt, "question": q} for q in range(questions)]
-        report = Probe(world.model, world.tokenizer, reward, teachers, config).run(rows, seed=seed + i)
-        words = ["</s>", *LETTERS]
-        evidence = gather(report.nodes)
-        success, length = evidence.success.copy(), np.ones_like(evidence.success)
+        probe = Keeping(world.model, world.tokenizer, reward, teachers, config)
+        report = probe.run(rows, seed=seed + i)
+        tree = probe.tree
+        shape = gather(report.nodes).success.shape
+        success, length = np.zeros(shape), np.ones(shape)
         for q in range(questions):
             value, tokens = {}, {}
             for prefix in sorted(policy, key=len, reverse=True):
@@ -165,9 +196,16 @@ def worlds(count: int, questions: int = 12, seed: int = 0, peak: float = 0.9) ->
                 tokens[prefix] = np.array([1 + policy[b] @ tokens[b] if b in tokens else 0.0 for b in below])
             for n, record in enumerate(report.nodes):
                 if record.question == str(q):
-                    pieces = report.rollouts[record.rollout].pieces[: record.depth]
-                    prefix = tuple(words.index(p) for p in pieces)
-                    success[n, : len(record.tokens)] = value[prefix][record.tokens]
-                    length[n, : len(record.tokens)] = tokens[prefix][record.tokens]
-        found.append(Population(evidence, success.clip(0, 1), 0, length))
+                    success[n, : len(record.tokens)] = value[tree.prefix(n)][record.tokens]
+                    length[n, : len(record.tokens)] = tokens[tree.prefix(n)][record.tokens]
+        expected = np.array([remaining_length(tree.rollouts, tree.nodes[n].depth) for n in tree.first])
+        found.append(World(list(report.nodes), tree, success.clip(0, 1), length, walk, expected))
     return found
+
+
+class Keeping(Probe):
+    """Keeps its tree."""
+
+    def _continue(self, rollouts, tree, *more):
+        self.tree = tree
+        return super()._continue(rollouts, tree, *more)
