@@ -23,6 +23,7 @@ from odp_callbacks import (
     OnPolicyDistillation,
     Teacher,
 )
+from odp_callbacks.storage import load
 
 ROWS = [{"prompt": p, "answer": a} for p, a in zip(("a b", "c", "b a d", "d c"), "abcd", strict=True)]
 TEACHERS = {"answer": Teacher("{answer} {prompt}"), "base": BaseTeacher()}
@@ -139,7 +140,13 @@ def test_thirty_steps_end_in_the_same_bits_with_and_without_the_callback(optimiz
         assert trainer.global_step == 30
         return end_state(trainer)
 
-    callback = make_callback(every_n_steps=7, at_start=True, teachers={**TEACHERS, "ema": EMATeacher(0.5)})
+    callback = make_callback(
+        every_n_steps=7,
+        at_start=True,
+        teachers={**TEACHERS, "ema": EMATeacher(0.5)},
+        budget=300,
+        free_every_n_steps=1,
+    )
     with_callback, without = train(callback), train(None)
     assert callback._probes == 5
     assert callback.last_report is not None
@@ -361,3 +368,49 @@ def test_a_constant_reward_is_said_once_and_gives_nan(tmp_path: Path) -> None:
     assert all(np.isnan(v) for _, v in logged["odp/alignment/answer/correct"])
     for figure in ("predicted_gain", "teacher_advantage", "predicted_gain_low"):
         assert all(np.isnan(v) for _, v in logged[f"odp/{figure}/answer/all"])
+
+
+def test_the_free_mode_looks_at_the_trainings_own_rollouts_at_every_step(tmp_path: Path) -> None:
+    callback = make_callback(every_n_steps=100, free_every_n_steps=1)
+    logger = CSVLogger(tmp_path)
+    module = make_module(rollouts_per_prompt=2)
+    make_trainer(callback, logger=logger).fit(module, loader())
+    logger.save()
+    lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    names, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
+    column = names.index("odp/free/predicted_gain/answer")
+    assert sum(row[column] != "" for row in rows) == 4
+    assert len(module.last_rollouts) == 4
+    assert not any(name.startswith("odp/alignment") for name in names)
+
+
+def test_the_free_mode_needs_the_rollouts() -> None:
+    class Other(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.tokenizer = tiny("llama").float(), word_tokenizer()
+
+        def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="`free_every_n_steps` was given, but Other has no `last_rollouts`"):
+        make_trainer(make_callback(free_every_n_steps=1)).fit(Other(), loader())
+
+
+def test_records_are_kept_of_every_probe(tmp_path: Path) -> None:
+    callback = make_callback(records=tmp_path / "records")
+    make_trainer(callback).fit(make_module(), loader())
+    assert sorted(p.name for p in (tmp_path / "records").iterdir()) == ["step-00000002", "step-00000004"]
+    report = load(tmp_path / "records" / "step-00000004")
+    assert callback.last_report is not None
+    assert report.rollouts == callback.last_report.rollouts
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    trainer = make_trainer(make_callback(records=tmp_path / "file" / "below", strict=False))
+    with pytest.warns(UserWarning, match="records of a probe were not kept"):
+        trainer.fit(make_module(), loader())
+    assert trainer.global_step == 4

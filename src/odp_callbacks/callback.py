@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from odp_callbacks.engine.prompts import Row, rows_from_batch
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.teachers import as_teachers
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.summaries import SPLITS, scalars
+from odp_callbacks.storage import save
+from odp_callbacks.summaries import SPLITS, free_scalars, scalars
 from odp_callbacks.tensorboard import write_tensorboard
 
 StudentLocator = str | Callable[[LightningModule], nn.Module]
@@ -53,6 +56,11 @@ class GradientAlignmentCallback(Callback):
         student: Where the student is: a dotted path in the LightningModule, a function of it, or None to find the
             only peft model in it.
         tokenizer: The student's; None takes the LightningModule's ``tokenizer`` or ``processing_class``.
+        free_every_n_steps: Optimizer steps between looks at the training's own rollouts (free mode: predicted gain at
+            the price of the gradients, no continuations). They are taken from the LightningModule's
+            ``last_rollouts``, a list of ``(row, response token ids)`` that it sets in each training step, as
+            :class:`~odp_callbacks.OnPolicyDistillation` does. None: no such looks.
+        records: Folder to keep each probe's records in, as ``step-<step>``; see :mod:`odp_callbacks.storage`.
         at_start: Also probe before the first step.
         on_validation: Also probe at the end of every validation, and in ``trainer.validate``.
         confidence: Level of the intervals.
@@ -89,6 +97,8 @@ class GradientAlignmentCallback(Callback):
         questions_per_probe: int = 8,
         student: StudentLocator | None = None,
         tokenizer: Any = None,
+        free_every_n_steps: int | None = None,
+        records: str | PathLike[str] | None = None,
         at_start: bool = False,
         on_validation: bool = False,
         confidence: float = 0.95,
@@ -97,7 +107,12 @@ class GradientAlignmentCallback(Callback):
         config: ProbeConfig | None = None,
         **options: Any,
     ) -> None:
-        for name, number in (("every_n_steps", every_n_steps), ("questions_per_probe", questions_per_probe)):
+        numbers = {
+            "every_n_steps": every_n_steps,
+            "questions_per_probe": questions_per_probe,
+            "free_every_n_steps": 1 if free_every_n_steps is None else free_every_n_steps,
+        }
+        for name, number in numbers.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but {number!r} was given.")
         if not 0 < confidence < 1:
@@ -116,6 +131,8 @@ class GradientAlignmentCallback(Callback):
         self.questions_per_probe = questions_per_probe
         self.student = student
         self.tokenizer = tokenizer
+        self.free_every_n_steps = free_every_n_steps
+        self.records = None if records is None else Path(records)
         self.at_start = at_start
         self.on_validation = on_validation
         self.confidence = confidence
@@ -124,6 +141,7 @@ class GradientAlignmentCallback(Callback):
         self.config = replace(config or ProbeConfig(), **options)
         self.last_report: ProbeReport | None = None
         self._probe: Probe | None = None
+        self._free: Probe | None = None
         self._stream = torch.Generator().manual_seed(seed)
         self._order: list[int] = []
         self._probes = 0
@@ -181,9 +199,13 @@ class GradientAlignmentCallback(Callback):
             return
         self._update_teachers(step)
         due = self.should_probe(step, self._last_step)
+        every = self.free_every_n_steps
+        free = every is not None and step // every > max(self._last_step, 0) // every
         self._last_step = step
         if due:
             self._run(trainer, batch)
+        if free:
+            self._look(trainer, pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,6 +266,14 @@ class GradientAlignmentCallback(Callback):
         if self._probe is not None and self._probe.student is students[0]:
             return
         self._probe = Probe(students[0], tokenizer, self.reward, self.teachers, self.config)
+        if self.free_every_n_steps is not None:
+            if not hasattr(pl_module, "last_rollouts"):
+                raise ValueError(
+                    f"`free_every_n_steps` was given, but {type(pl_module).__name__} has no `last_rollouts`; set it "
+                    "in each training step to a list of (row, response token ids), or give None."
+                )
+            free = replace(self.config, budget=0, seconds=None, half_width=None, step_alignment=False)
+            self._free = Probe(students[0], tokenizer, self.reward, self.teachers, free)
         if self.prompts is not None:
             # Evenly spread over a large dataset; whatever is drawn later is checked again then.
             step = max(1, len(self.prompts) // 1000)
@@ -282,6 +312,13 @@ class GradientAlignmentCallback(Callback):
         trained = self._train_seconds > 0
         metrics["odp/probe/time_share"] = self._probe_seconds / self._train_seconds if trained else float("nan")
         self._log(trainer, metrics, report)
+        if report is not None and self.records is not None and trainer.is_global_zero:
+            try:
+                save(report, self.records / f"step-{trainer.global_step:08d}", overwrite=True)
+            except Exception as error:
+                if self.strict:
+                    raise
+                self._say(f"records of a probe were not kept: {type(error).__name__}: {error}")
         self.last_report = report
 
     def _measure(self, trainer: Trainer, batch: Any) -> ProbeReport:
@@ -299,6 +336,33 @@ class GradientAlignmentCallback(Callback):
                 "defined (NaN); questions that the student sometimes solves, or more of them, would help."
             )
         return report
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The free mode on the training's own rollouts."""
+        assert self._free is not None
+        self._tick()
+        start = time.perf_counter()
+        try:
+            pairs: list[tuple[Row, Sequence[int]]] = pl_module.last_rollouts  # type: ignore[assignment]
+            # One row and its responses are one question: they are each other's baseline.
+            order = list(dict.fromkeys(id(row) for row, _ in pairs))
+            rows = [next(row for row, _ in pairs if id(row) == i) for i in order]
+            responses = [[ids for row, ids in pairs if id(row) == i] for i in order]
+            if not rows:
+                return
+            seed = int(torch.randint(2**62, (), generator=self._stream))
+            with trainer.precision_plugin.forward_context():
+                report = self._free.run(rows, seed=seed, responses=responses)
+            logged = free_scalars(report, self.confidence)
+        except Exception as error:
+            if self.strict:
+                raise
+            self._say(f"the free mode failed, and training goes on without it: {type(error).__name__}: {error}")
+            logged = {f"odp/free/predicted_gain/{name}": float("nan") for name in self.teachers}
+        self._probe_seconds += time.perf_counter() - start
+        self._tick()
+        logged["odp/free/seconds"] = time.perf_counter() - start
+        self._log(trainer, logged, None)
 
     def _next_rows(self, batch: Any) -> tuple[list[str], list[Row]]:
         """The next questions with stable ids, in an order that is shuffled anew at each pass; or the batch's."""

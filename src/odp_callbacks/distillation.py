@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from odp_callbacks.engine.directions import UserLoss
 from odp_callbacks.engine.logits import node_logits
-from odp_callbacks.engine.prompts import as_questions, rows_from_batch
+from odp_callbacks.engine.prompts import Row, as_questions, rows_from_batch
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
 from odp_callbacks.engine.teachers import as_teachers, teacher_logits, teacher_prompt_ids
@@ -87,10 +87,13 @@ class OnPolicyDistillation(LightningModule):
         self.max_new_tokens, self.rollouts_per_prompt = max_new_tokens, rollouts_per_prompt
         self.eos_token_ids = end_tokens(student, tokenizer, eos_token_ids)
         self.reward, self.weights, self.learning_rate = reward, weights, learning_rate
+        # What the callback's free mode looks at.
+        self.last_rollouts: list[tuple[Row, tuple[int, ...]]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sample rollouts, compare with the teacher, return the loss."""
         rollouts = self.sample(batch)
+        self.last_rollouts = [(r.question.row, r.response_ids) for r in rollouts]
         losses, mask = self.token_losses(rollouts)
         weights = torch.ones_like(losses) if self.weights is None else self._weights(rollouts, losses)
         loss = (weights * losses * mask).sum() / mask.sum()

@@ -6,7 +6,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from odp_callbacks.estimates import DEFINED, UNDEFINED, estimate
+from odp_callbacks.estimates import DEFINED, UNDEFINED, statuses
+from odp_callbacks.evidence import gather
 from odp_callbacks.records import ProbeReport
 
 COLOURS = "PuOr"
@@ -16,9 +17,10 @@ LINE, MIN_LINE = 88, 36  # characters: the longest a line gets, and the shortest
 def telling_rollout(report: ProbeReport, correct: bool) -> int | None:
     """The rollout of this class with the most nodes that have an alignment; None if the class is empty."""
     counts = {i: 0 for i, rollout in enumerate(report.rollouts) if rollout.correct == correct}
-    for node in report.nodes:
+    defined = (statuses(gather(report.nodes, teachers=len(report.teachers))) == DEFINED).sum(axis=1)
+    for node, count in zip(report.nodes, defined, strict=True):
         if node.rollout in counts:
-            counts[node.rollout] += int((estimate(node).status == DEFINED).sum())
+            counts[node.rollout] += int(count)
     return max(counts, key=lambda i: counts[i]) if counts else None
 
 
@@ -33,7 +35,10 @@ def rollout_figure(report: ProbeReport, index: int) -> Figure:
         index: Which of its rollouts.
     """
     rollout = report.rollouts[index]
-    nodes = {n.depth: estimate(n) for n in report.nodes if n.rollout == index}
+    here = [n for n in report.nodes if n.rollout == index]
+    evidence = gather(here, teachers=len(report.teachers))
+    cosine, status = evidence.cosine, statuses(evidence)
+    place = {node.depth: n for n, node in enumerate(here)}
     lines = _lines(rollout.pieces)
     height = 0.9 + 0.3 * (len(lines) + 1) * len(report.teachers)
     # As wide as the text: TensorBoard shrinks a picture to its card, and empty space would shrink the words.
@@ -52,15 +57,15 @@ def rollout_figure(report: ProbeReport, index: int) -> Figure:
         axes.text(0, top + 0.35, teacher, fontsize=9, fontweight="bold", va="center", parse_math=False)
         for row, line in enumerate(lines):
             for x, depth, piece in line:
-                node = nodes.get(depth)
+                n = place.get(depth)
                 box = None
                 colour = "#888888"
-                if node is not None:
-                    value, status = float(node.alignment[k]), str(node.status[k])
-                    style = {DEFINED: "-", UNDEFINED: ":"}.get(status, "--")
-                    face = colormaps[COLOURS]((value + 1) / 2) if status == DEFINED else "white"
+                if n is not None:
+                    value, known = float(cosine[n, k]), str(status[n, k])
+                    style = {DEFINED: "-", UNDEFINED: ":"}.get(known, "--")
+                    face = colormaps[COLOURS]((value + 1) / 2) if known == DEFINED else "white"
                     box = {"facecolor": face, "edgecolor": "#666666", "linestyle": style, "pad": 1.6, "linewidth": 0.7}
-                    colour = "white" if status == DEFINED and abs(value) > 0.6 else "black"
+                    colour = "white" if known == DEFINED and abs(value) > 0.6 else "black"
                 axes.text(
                     x,
                     top + row + 1.1,

@@ -286,6 +286,22 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
     return logged
 
 
+def free_scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
+    """What the free mode logs: ``odp/free/predicted_gain/<teacher>`` with its interval, and how much it rests on."""
+    logged = {
+        "odp/free/success_rate": success_rate(report),
+        "odp/free/questions": float(len({r.question for r in report.rollouts})),
+        "odp/free/nodes": float(len(report.nodes)),
+    }
+    for summary in summarise(report, confidence):
+        if summary.split == "all":
+            figure = summary.figures["predicted_gain"]
+            logged[f"odp/free/predicted_gain/{summary.teacher}"] = figure.value
+            logged[f"odp/free/predicted_gain_low/{summary.teacher}"] = figure.low
+            logged[f"odp/free/predicted_gain_high/{summary.teacher}"] = figure.high
+    return logged
+
+
 def success_rate(report: ProbeReport) -> float:
     """Mean reward of the rollouts; NaN without rollouts."""
     return float(np.mean([r.reward for r in report.rollouts])) if report.rollouts else float("nan")

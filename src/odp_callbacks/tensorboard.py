@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from odp_callbacks.estimates import estimate
+from odp_callbacks.evidence import gather
 from odp_callbacks.records import ProbeReport
 
 
@@ -17,12 +17,11 @@ def write_tensorboard(writer: Any, report: ProbeReport, step: int) -> None:
         report: The probe's report.
         step: Optimizer step.
     """
-    estimates = [estimate(node) for node in report.nodes]
+    evidence = gather(report.nodes, teachers=len(report.teachers))
+    cosine = evidence.cosine
     for k, teacher in enumerate(report.teachers):
         for split, wanted in (("correct", True), ("incorrect", False)):
-            values = np.array(
-                [e.alignment[k] for n, e in zip(report.nodes, estimates, strict=True) if n.correct == wanted]
-            )
+            values = cosine[evidence.correct == wanted, k]
             values = values[~np.isnan(values)]
             if values.size:
                 writer.add_histogram(f"odp/alignment_histogram/{teacher}/{split}", values, step)
