@@ -7,7 +7,6 @@ Writes ``benchmarks/results/heavy``, which ``efficiency.py`` reads. About half a
 
 import argparse
 import json
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from odp_callbacks.demo.student import load_student
 from odp_callbacks.demo.task import make_task
 from odp_callbacks.engine import Probe, ProbeConfig, Teacher
+from odp_callbacks.storage import save
 
 
 class Counting(Probe):
@@ -33,7 +33,7 @@ def main() -> None:
     """Run and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--continuations", type=int, default=128)
-    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "heavy")
     options = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
     probe = Counting(student, tokenizer, task.reward, teachers, config)
     report = probe.run(task.rows, seed=options.seed, progress=lambda *step: print(*step, flush=True))
     report = replace(report, settings={**report.settings, "lengths": json.dumps(probe.lengths)})
-    pickle.dump(report, open("/tmp/heavy.pkl", "wb"))
+    save(report, options.output, overwrite=True)
     print(len(report.nodes), report.generated_tokens, report.seconds)
 
 

@@ -1,9 +1,10 @@
 r"""What success is likely at a branch, given what few continuations gave: one model shared by all nodes of a probe.
 
-At a node the branches' successes come from a beta distribution with a mean and a concentration of the node's own; how
-often each pair of them occurs is fitted to the probe (nonparametric maximum likelihood, by EM on a grid). It knows of
-lengths and spreads of success, nothing of gradients or teachers, so it cannot push an alignment either way. Figures
-that must be unbiased (predicted gain) do not use it.
+At a node the branches' successes come from beta distributions with a mean and a concentration of the node's own, the
+student's likeliest token ahead of the others by a lead of the node's own; how often each triple of them occurs is
+fitted to the probe (nonparametric maximum likelihood, by EM on a grid). Without the lead, nodes where one token is
+right and the others are wrong would be shrunk too much. The model knows nothing of gradients or teachers, so it cannot
+push an alignment either way. Figures that must be unbiased (predicted gain) do not use it.
 """
 
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from scipy.special import betaln, logsumexp
 from odp_callbacks.evidence import Evidence
 from odp_callbacks.records import Floats
 
-MEANS = np.array([0.01, 0.03, 0.07, 0.13, 0.2, 0.28, 0.36, 0.44, 0.5, 0.56, 0.64, 0.72, 0.8, 0.87, 0.93, 0.97, 0.99])
-CONCENTRATIONS = np.array([0.3, 1, 2, 4, 8, 16, 32, 64, 150, 1000])
-_MEAN, _CONCENTRATION = (grid.ravel() for grid in np.meshgrid(MEANS, CONCENTRATIONS, indexing="ij"))
-_ALPHA, _BETA = _MEAN * _CONCENTRATION, (1 - _MEAN) * _CONCENTRATION
+MEANS = np.array([0.002, 0.01, 0.04, 0.1, 0.2, 0.32, 0.44, 0.5, 0.56, 0.68, 0.8, 0.9, 0.96, 0.99, 0.998])
+CONCENTRATIONS = np.array([0.5, 2, 6, 20, 80, 1000])
+LEADS = np.array([-2.0, 0.0, 1.0, 2.0, 4.0])
+"""By how much the student's likeliest token is better than the others, in log odds."""
+_MEAN, _CONCENTRATION, _LEAD = (grid.ravel() for grid in np.meshgrid(MEANS, CONCENTRATIONS, LEADS, indexing="ij"))
+_BOTH = np.stack([1 / (1 + (1 - _MEAN) / _MEAN * np.exp(-_LEAD)), _MEAN])
+"""Mean of the likeliest token and of the others, ``(2, G)``."""
 MOST_CERTAIN = 1e4
 """Rewards that hardly vary count as at most so many times a yes or no."""
 
@@ -55,28 +59,56 @@ class SuccessModel:
         point = np.zeros((nodes, draws), dtype=np.int64)
         for n, (c, u) in enumerate(zip(cumulative, level, strict=True)):
             point[n] = np.searchsorted(c, u * c[-1])
+        mean, concentration = self._means()[:, point].transpose(1, 2, 0), _CONCENTRATION[point][:, :, None]
         drawn = generator.beta(
-            _ALPHA[point][:, :, None] + self.wins[:, None], _BETA[point][:, :, None] + self.losses[:, None]
+            mean * concentration + self.wins[:, None], (1 - mean) * concentration + self.losses[:, None]
         )
         return np.where((evidence.exact | ~evidence.real)[:, None], evidence.success[:, None], drawn)
 
-    def spread_without_own(self) -> Floats:
-        """Standard deviation of one reward expected at each branch from the node's other branches, ``(N, A)``.
+    def spread_without_own(self, question: NDArray[np.int64], group: NDArray[np.int64]) -> Floats:
+        """Standard deviation of one reward expected at each branch from what was seen elsewhere, ``(N, A)``.
 
         A branch's own rewards are left out: continuations that go where rewards have varied would otherwise bias its
-        mean (a branch whose first two agree by chance would never get a third).
+        mean (a branch whose first two agree by chance would never get a third). What is left are the node's other
+        branches, and the other nodes of its question, which together count as one node.
+
+        Args:
+            question: ``(N,)``, a number for each question.
+            group: ``(N,)``, nodes with the same number share their continuations.
         """
         others = self.log_likelihood.sum(axis=1, keepdims=True) - self.log_likelihood
-        weight = _normalise(others + np.log(self.prior))
-        spread: Floats = np.sqrt(weight @ (_MEAN * (1 - _MEAN) * _CONCENTRATION / (1 + _CONCENTRATION)))
+        logs = self.log_likelihood.sum(axis=1)
+        elsewhere = _sum_by(question, logs) - _sum_by(group, logs)
+        count = np.bincount(question)[question] - np.bincount(group)[group]
+        elsewhere /= np.maximum(count, 1)[:, None]
+        weight = _normalise(others + elsewhere[:, None] + np.log(self.prior))
+        mean = self._means()
+        variance = mean * (1 - mean) * _CONCENTRATION / (1 + _CONCENTRATION)  # (A, G)
+        spread: Floats = np.sqrt((weight * variance).sum(axis=-1))
         return spread
 
     def mean(self, evidence: Evidence) -> Floats:
         """Posterior mean of each branch's success, ``(N, A)``."""
         weight = _normalise(self.log_likelihood.sum(axis=1) + np.log(self.prior))  # (N, G)
         wins, losses = self.wins[..., None], self.losses[..., None]
-        mean = ((_ALPHA + wins) / (_ALPHA + _BETA + wins + losses) * weight[:, None]).sum(axis=-1)
+        prior = self._means() * _CONCENTRATION  # (A, G)
+        mean = ((prior + wins) / (_CONCENTRATION + wins + losses) * weight[:, None]).sum(axis=-1)
         return np.where(evidence.exact | ~evidence.real, evidence.success, mean)
+
+    def _means(self) -> Floats:
+        """Prior mean of each branch, ``(A, G)``."""
+        return _branch_means(self.wins.shape[1])
+
+
+def _sum_by(label: NDArray[np.int64], values: Floats) -> Floats:
+    """Sum of ``(N, G)`` over the rows with the same label, at each row."""
+    total = np.zeros((int(label.max(initial=-1)) + 1, values.shape[1]))
+    np.add.at(total, label, values)
+    return total[label]
+
+
+def _branch_means(branches: int) -> Floats:
+    return _BOTH[np.minimum(np.arange(branches), 1)]
 
 
 def fit_success_model(evidence: Evidence, iterations: int = 60) -> SuccessModel:
@@ -94,7 +126,9 @@ def fit_success_model(evidence: Evidence, iterations: int = 60) -> SuccessModel:
     certainty = _certainty(evidence)
     wins = np.where(evidence.real, evidence.total * certainty, 0)
     losses = np.where(evidence.real, (evidence.count - evidence.total).clip(min=0) * certainty, 0)
-    log_likelihood = betaln(wins[..., None] + _ALPHA, losses[..., None] + _BETA) - betaln(_ALPHA, _BETA)  # (N, A, G)
+    alpha = _branch_means(wins.shape[1]) * _CONCENTRATION  # (A, G)
+    beta = _CONCENTRATION - alpha
+    log_likelihood = betaln(wins[..., None] + alpha, losses[..., None] + beta) - betaln(alpha, beta)  # (N, A, G)
     prior = np.full(len(_MEAN), 1 / len(_MEAN))
     if len(wins):
         logs = log_likelihood.sum(axis=1)

@@ -153,7 +153,7 @@ def _score(seen: Seen, target: str) -> Floats:
     total = np.zeros((len(seen.have), *by_node.shape[1:]))
     np.add.at(total, seen.group, by_node)
     spread = np.zeros((len(seen.have), by_node.shape[-1]))
-    np.add.at(spread, seen.group, model.spread_without_own())
+    np.add.at(spread, seen.group, model.spread_without_own(seen.evidence.question, seen.group))
     nodes = np.bincount(seen.group, minlength=len(seen.have))[:, None]
     found: Floats = np.sqrt((total**2).sum(axis=1)) * spread / nodes
     return found
