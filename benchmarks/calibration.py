@@ -76,20 +76,17 @@ def main() -> None:
                     found = cell(population, questions, n, options.probes, options.seed + 1)
                     for key, rows in found.items():
                         shown = ~np.isnan(rows[:, 1])
+                        place = f"{key[0]:24}{key[1]:10}{spread:5}{link:5}{questions:4}{n:4} {exact[key]:+.4f}"
                         if not shown.any():
-                            print(
-                                f"{key[0]:24}{key[1]:10}{spread:5}{link:5}{questions:4}{n:4} {exact[key]:+.4f}  withheld"
-                            )
+                            print(f"{place}  withheld")
                             continue
                         hit = ((rows[:, 1] <= exact[key]) & (exact[key] <= rows[:, 2]))[shown]
                         low, high = stats.binomtest(int(hit.sum()), len(hit)).proportion_ci(method="wilson")
-                        bias, plain = (
-                            rows[shown, 0].mean() - exact[key],
-                            np.nanmean(rows[:, 3]) - exact[key] if not np.isnan(rows[:, 3]).all() else np.nan,
-                        )
+                        bias, raw = rows[shown, 0].mean() - exact[key], rows[~np.isnan(rows[:, 3]), 3]
+                        plain = raw.mean() - exact[key] if len(raw) else np.nan
                         half = ((rows[:, 2] - rows[:, 1]) / 2)[shown].mean()
                         print(
-                            f"{key[0]:24}{key[1]:10}{spread:5}{link:5}{questions:4}{n:4} {exact[key]:+.4f} {bias:+.4f} "
+                            f"{place} {bias:+.4f} "
                             f"({plain:+.3f})  {hit.mean():.3f} [{low:.3f} {high:.3f}] {half:.4f}  {shown.mean():.0%}",
                             flush=True,
                         )

@@ -46,6 +46,12 @@ class Drawn:
         known = np.ones_like(self.success)
         return replace(self.evidence, count=known, total=self.success, total_square=self.success**2, exact=known > 0)
 
+    def telling(self) -> "Drawn":
+        """The nodes whose alignment is known: in truth their successes differ."""
+        there = self.truth().ideal_norm > 0
+        group = np.unique(self.group[there], return_inverse=True)[1]
+        return Drawn(self.evidence.take(there), self.success[there], self.length[there], group)
+
     def _seen(self, wins: np.ndarray, count: np.ndarray) -> Evidence:
         count, wins = np.where(self.open, count, 1).astype(float), np.where(self.open, wins, self.evidence.total)
         return replace(self.evidence, count=count, total=wins, total_square=wins)
@@ -139,6 +145,8 @@ def curve(run: Run, name: str, truth: np.ndarray, seeds: int) -> tuple[float, fl
 
 def ratio(fixed: Drawn, name: str, seeds: int, start: int = 0) -> dict[str, float]:
     """Tokens of equal numbers over those of the library, for the same mean squared error."""
+    if name == "alignment" and type(fixed) is Drawn:
+        fixed = fixed.telling()
     truth = figures(fixed.truth(), name)
 
     def stream(seed: int) -> np.random.Generator:

@@ -135,6 +135,7 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
         at_start=True,
         seed=config.seed,
         strict=True,
+        records=f"{config.output}/records",
         config=config.probe_config(newline),
     )
     logger = TensorBoardLogger(config.output, name=config.task)

@@ -1,7 +1,7 @@
 """The engine: torch, transformers and peft only; usable alone as a training-free diagnostic."""
 
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.nodes import every_node, exponential_windows
+from odp_callbacks.engine.nodes import EntropyNodes, UniformNodes, every_node, exponential_windows
 from odp_callbacks.engine.probe import Probe, diagnose
 from odp_callbacks.engine.rewards import RewardError
 from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
@@ -10,11 +10,13 @@ __all__ = [
     "AdapterTeacher",
     "BaseTeacher",
     "EMATeacher",
+    "EntropyNodes",
     "ModelTeacher",
     "Probe",
     "ProbeConfig",
     "RewardError",
     "Teacher",
+    "UniformNodes",
     "diagnose",
     "every_node",
     "exponential_windows",
