@@ -58,7 +58,8 @@ def gradient_figures(
     # Nowhere in this class did success differ: its 0 with an interval of no width would be no finding.
     blind = "" if seen or not chosen.any() else "no difference"
     silent = "" if heard.any() or not finite.any() else "no gradient"
-    reason = blind or silent or _too_noisy(evidence, correction, finite)
+    noisy = _too_noisy(evidence.token_weight * correction.norm, correction, finite)
+    reason = blind or silent or noisy
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = evidence.token_weight
         plain_norm = float((weight * np.nan_to_num(gain))[finite].sum() / (weight * evidence.ideal_norm)[finite].sum())
@@ -80,7 +81,7 @@ def gradient_figures(
         questions_of(evidence, measured),
         int(measured.sum()),
         uncorrected=plain,
-        withheld=blind or silent or _too_noisy(evidence, correction, measured),
+        withheld=blind or silent or _too_noisy(evidence.token_weight, correction, measured),
         ends=RANGE,
     )
     return found
@@ -96,13 +97,12 @@ def _regression(total: Floats) -> Floats:
     return mean
 
 
-def _too_noisy(evidence: Evidence, correction: Correction, chosen: NDArray[np.bool_]) -> str:
-    """Why a corrected figure of these nodes would be a guess; empty if it is none."""
-    if not chosen.any():
+def _too_noisy(weight: Floats, correction: Correction, chosen: NDArray[np.bool_]) -> str:
+    """Why a corrected figure of the chosen nodes, weighted like this, would be a guess; empty if it is none."""
+    weight = weight[chosen]
+    if not weight.sum() > 0:
         return ""
-    weight = evidence.token_weight[chosen]
-    known = np.isinf(correction.effective[chosen])
-    effective = weight.sum() / (weight / correction.effective[chosen]).sum() if not known.all() else np.inf
+    effective = weight.sum() / max(float((weight / correction.effective[chosen]).sum()), 1e-300)
     if effective < LEAST_CONTINUATIONS * (1 - 1e-9):
         return "too few continuations"
     reliability = np.average(correction.reliability[chosen], weights=weight)
