@@ -26,7 +26,7 @@ from odp_callbacks.evidence import Evidence, gather
 from odp_callbacks.figures import gradient_figures
 from odp_callbacks.storage import load
 
-EQUAL = (4, 8, 16, 32)
+EQUAL = (8, 16, 32)
 """Continuations of every branch."""
 
 
@@ -153,9 +153,9 @@ def ratio(fixed: Drawn, name: str, seeds: int, start: int = 0) -> dict[str, floa
         return np.random.default_rng(10_000 * start + seed)
 
     even = [curve(lambda s, n=n: fixed.equal(n, stream(s)), name, truth, seeds) for n in EQUAL]
-    one = even[1][0] / EQUAL[1]  # one continuation of every branch of every node
+    one = even[0][0] / EQUAL[0]  # one continuation of every branch of every node
     points = []
-    for budget in (1, 1.5, 2, 3, 4, 6, 8, 12):
+    for budget in (1.5, 2, 3, 4, 6, 8, 12):
         points.append(curve(lambda s, b=budget: fixed.adaptive(b * one, name, stream(s)), name, truth, seeds))
 
     def tokens_for(curve_: list[tuple[float, float]], error: float) -> float:

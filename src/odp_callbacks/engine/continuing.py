@@ -16,7 +16,7 @@ from odp_callbacks.evidence import Evidence
 from odp_callbacks.records import Floats
 from odp_callbacks.success_model import fit_success_model
 
-ROUND = 0.5
+ROUND = 1 / 3
 """Share of what is left that goes into a round before it is looked where the next should go."""
 CLOSE = 0.02
 """Share of a budget that is not worth another round."""
