@@ -53,6 +53,17 @@ def cell(population: Population, questions: int, continuations: int, probes: int
     return {key: np.array(values) for key, values in rows.items()}
 
 
+def bias_of_the_gain(probes: int, questions: int = 8) -> None:
+    """Print the bias of predicted gain with one continuation a branch."""
+    population, rng, found = synthetic(0.35), np.random.default_rng(7), []
+    for _ in range(probes):
+        evidence = population.probe(questions, 1, rng)
+        found.append(np.average(evidence.gain[:, 0], weights=evidence.token_weight))
+    gap = np.array(found) - truth(population)["predicted_gain", "all"]
+    error = gap.std() / np.sqrt(probes)
+    print(f"predicted gain, n = 1, {probes} probes: bias {gap.mean():+.5f}, standard error {error:.5f}", flush=True)
+
+
 def main() -> None:
     """Print a line for each cell."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,7 +73,9 @@ def main() -> None:
     parser.add_argument("--spreads", type=float, nargs="+", default=[0.35, 0.1])
     parser.add_argument("--links", type=float, nargs="+", default=[0.0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gain-probes", type=int, default=10_000)
     options = parser.parse_args()
+    bias_of_the_gain(options.gain_probes)
     print(
         "figure | part | spread link | questions n | truth | bias (plain) | coverage [95 % of it] | half-width | shown"
     )

@@ -194,6 +194,7 @@ def main() -> None:
     """Print a line for each set of nodes and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--world-seeds", type=int, default=10)
     parser.add_argument("--sets", type=int, default=5)
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--worlds", type=int, default=20)
@@ -209,7 +210,8 @@ def main() -> None:
     sources.append(("synthetic, sd 0.35", [some(population, options.questions, s) for s in range(options.sets)]))
     for label, sets in sources:
         for name in options.figures:
-            rows = [ratio(fixed, name, options.seeds, i) for i, fixed in enumerate(sets)]
+            seeds = options.world_seeds if isinstance(sets[0], Walked) else options.seeds
+            rows = [ratio(fixed, name, seeds, i) for i, fixed in enumerate(sets)]
             for key in rows[0]:
                 values = np.array([row[key] for row in rows])
                 print(

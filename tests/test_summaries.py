@@ -188,13 +188,24 @@ def test_correlations():
         alignment = [estimate(n).alignment[k] for n in defined]
         for name in PREDICTORS:
             expected = stats.pearsonr(alignment, [n.predictors[name][k] for n in defined]).statistic
-            assert found[teacher, name] == pytest.approx(expected, rel=1e-10)
+            figure = found[teacher, name]
+            assert figure.value == pytest.approx(expected, rel=1e-10)
+            out = [
+                stats.pearsonr(
+                    [estimate(n).alignment[k] for n in defined if n.question != q],
+                    [n.predictors[name][k] for n in defined if n.question != q],
+                ).statistic
+                for q in "012"
+            ]
+            half = stats.t.ppf(0.975, 2) * math.sqrt(2 / 3 * sum((x - np.mean(out)) ** 2 for x in out))
+            assert figure.low == pytest.approx(max(-1, expected - half))
+            assert figure.high == pytest.approx(min(1, expected + half))
 
 
 def test_correlations_that_do_not_exist():
-    assert all(math.isnan(v) for v in correlations(report(nodes(2))).values())
+    assert all(math.isnan(f.value) for f in correlations(report(nodes(2))).values())
     constant = [replace(n, predictors={p: np.ones(2) for p in PREDICTORS}) for n in nodes()]
-    assert all(math.isnan(v) for v in correlations(report(constant)).values())
+    assert all(math.isnan(f.value) for f in correlations(report(constant)).values())
 
 
 def test_scalars_are_named_and_complete():
@@ -212,10 +223,13 @@ def test_scalars_are_named_and_complete():
         assert logged[f"odp/nodes/{s.teacher}/{s.split}"] == s.nodes
         assert logged[f"odp/undefined_share/{s.teacher}/{s.split}"] == s.undefined / s.nodes
         assert logged[f"odp/undetermined_share/{s.teacher}/{s.split}"] == s.undetermined / s.nodes
-    for (teacher, name), value in correlations(report(given)).items():
-        assert logged[f"odp/correlation_{name}/{teacher}"] == value
+    for (teacher, name), figure in correlations(report(given)).items():
+        assert logged[f"odp/correlation_{name}/{teacher}"] == figure.value
+        assert logged[f"odp/correlation_{name}_low/{teacher}"] == pytest.approx(figure.low, nan_ok=True)
     expected = {
         "success_rate": 0.625,
+        "success_rate_low": success_rate(report(given)).low,
+        "success_rate_high": 1.0,
         "undefined_share": 2 / 12,
         "undetermined_share": 1 / 12,
         "truncated_share": 4 / 20,
@@ -231,7 +245,7 @@ def test_scalars_are_named_and_complete():
 
 def test_a_report_without_anything():
     empty = ProbeReport(("near",), (), (), (), {}, 0, 0, {})
-    assert math.isnan(success_rate(empty))
+    assert math.isnan(success_rate(empty).value)
     logged = scalars(empty)
     assert math.isnan(logged["odp/probe/truncated_share"])
     assert logged["odp/probe/nodes"] == 0

@@ -126,9 +126,7 @@ def fit_success_model(evidence: Evidence, iterations: int = 60) -> SuccessModel:
     certainty = _certainty(evidence)
     wins = np.where(evidence.real, evidence.total * certainty, 0)
     losses = np.where(evidence.real, (evidence.count - evidence.total).clip(min=0) * certainty, 0)
-    alpha = _branch_means(wins.shape[1]) * _CONCENTRATION  # (A, G)
-    beta = _CONCENTRATION - alpha
-    log_likelihood = betaln(wins[..., None] + alpha, losses[..., None] + beta) - betaln(alpha, beta)  # (N, A, G)
+    log_likelihood = _log_likelihood(wins, losses)
     prior = np.full(len(_MEAN), 1 / len(_MEAN))
     if len(wins):
         logs = log_likelihood.sum(axis=1)
@@ -140,6 +138,18 @@ def fit_success_model(evidence: Evidence, iterations: int = 60) -> SuccessModel:
             # Nothing is impossible, however the nodes seen so far came out.
             prior = 0.999 * prior / prior.sum() + 0.001 / len(prior)
     return SuccessModel(prior, log_likelihood, wins, losses)
+
+
+def _log_likelihood(wins: Floats, losses: Floats) -> Floats:
+    """Of every branch's rewards at every grid point, ``(N, A, G)``."""
+    # Few different counts occur: the special functions are evaluated once for each.
+    pairs, index = np.unique(np.stack([wins.ravel(), losses.ravel()]), axis=1, return_inverse=True)
+    alpha = (_BOTH * _CONCENTRATION)[:, None]  # (2, 1, G)
+    beta = _CONCENTRATION - alpha
+    table = betaln(pairs[0][:, None] + alpha, pairs[1][:, None] + beta) - betaln(alpha, beta)  # (2, U, G)
+    kind = np.minimum(np.arange(wins.shape[1]), 1)
+    found: Floats = table[kind, index.reshape(wins.shape)]
+    return found
 
 
 def _certainty(evidence: Evidence) -> float:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from odp_callbacks.correction import correct
 from odp_callbacks.estimates import DEFINED, UNDEFINED, UNDETERMINED, statuses, teacher_advantage
-from odp_callbacks.evidence import gather
+from odp_callbacks.evidence import Evidence, gather
 from odp_callbacks.figures import RANGE, gradient_figures, questions_of, token_mean
 from odp_callbacks.inference import Estimator, Figure, jackknife
 from odp_callbacks.records import Floats, ProbeReport
@@ -222,22 +222,44 @@ def summarise(report: ProbeReport, confidence: float = 0.95, by: str = "correctn
     return Analysis(report, confidence).summaries(by)
 
 
-def correlations(report: ProbeReport) -> dict[tuple[str, str], float]:
+def correlations(report: ProbeReport, confidence: float = 0.95) -> dict[tuple[str, str], Figure]:
     """Pearson correlation of alignment with each predictor over the defined nodes, by (teacher, predictor).
 
     NaN with fewer than three nodes, or where either does not vary. Source: arXiv:2605.10889.
+
+    Args:
+        report: A probe's report.
+        confidence: Level of the intervals, in (0, 1); clustered by question.
     """
     evidence = gather(report.nodes, teachers=len(report.teachers))
     cosine, status = evidence.cosine, statuses(evidence)
     found = {}
     for k, teacher in enumerate(report.teachers):
         defined = status[:, k] == DEFINED
-        alignment = cosine[defined, k]
+        alignment = np.where(defined, cosine[:, k], 0)
         for name in PREDICTORS:
-            predictor = np.array([node.predictors[name][k] for node in report.nodes])[defined]
-            varies = len(alignment) > 2 and np.ptp(alignment) > 0 and np.ptp(predictor) > 0
-            found[teacher, name] = float(np.corrcoef(alignment, predictor)[0, 1]) if varies else float("nan")
+            predictor = np.array([node.predictors[name][k] for node in report.nodes])
+            estimator = _correlation(evidence, alignment, predictor, defined)
+            found[teacher, name] = jackknife(estimator, confidence)
     return found
+
+
+def _correlation(evidence: Evidence, x: Floats, y: Floats, chosen: NDArray[np.bool_]) -> Estimator:
+    """Pearson's, each node counting once."""
+    questions, count = questions_of(evidence, chosen), int(chosen.sum())
+    if count < 3 or np.ptp(x[chosen]) == 0 or np.ptp(y[chosen]) == 0:
+        return Estimator(_nothing, questions, count, withheld="no difference" if count else "")
+    x, y = x - x[chosen].mean(), y - y[chosen].mean()
+    columns = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)[chosen]
+    sums = np.zeros((len(questions), 6))
+    np.add.at(sums, evidence.question[chosen], columns)
+
+    def function(weights: Floats) -> Floats:
+        n, sx, sy, sxx, syy, sxy = np.moveaxis(weights @ sums, -1, 0)
+        spread: Floats = np.sqrt((n * sxx - sx * sx) * (n * syy - sy * sy))
+        return np.asarray((n * sxy - sx * sy) / spread)
+
+    return Estimator(function, questions, count, ends=RANGE)
 
 
 def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
@@ -245,8 +267,8 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
 
     ``odp/<figure>/<teacher>/<split>`` with ``odp/<figure>_low/…`` and ``_high`` beside it, ``_uncorrected`` where a
     figure is corrected for noise; ``odp/questions/…`` and ``odp/nodes/…``; ``odp/undefined_share/…`` and
-    ``odp/undetermined_share/…``; ``odp/correlation_<predictor>/<teacher>``; and ``odp/probe/…`` for the probe as a
-    whole. NaN where a figure does not exist.
+    ``odp/undetermined_share/…``; ``odp/correlation_<predictor>/<teacher>`` with its interval; and ``odp/probe/…`` for
+    the probe as a whole. NaN where a figure does not exist.
     """
     logged: dict[str, float] = {}
     analysis = Analysis(report, confidence)
@@ -257,9 +279,7 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
         for name, figure in summary.figures.items():
             if not whole and name in PREDICTORS:
                 continue
-            logged[f"odp/{name}/{end}"] = figure.value
-            logged[f"odp/{name}_low/{end}"] = figure.low
-            logged[f"odp/{name}_high/{end}"] = figure.high
+            logged |= _with_ends(f"odp/{name}", f"/{end}", figure)
             if name in CORRECTED and whole:
                 logged[f"odp/{name}_uncorrected/{end}"] = figure.uncorrected
         if whole:
@@ -267,13 +287,13 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
             logged[f"odp/nodes/{end}"] = float(summary.nodes)
             for name, count in (("undefined", summary.undefined), ("undetermined", summary.undetermined)):
                 logged[f"odp/{name}_share/{end}"] = _share(count, summary.nodes)
-    for (teacher, predictor), value in correlations(report).items():
-        logged[f"odp/correlation_{predictor}/{teacher}"] = value
+    for (teacher, predictor), figure in correlations(report, confidence).items():
+        logged |= _with_ends(f"odp/correlation_{predictor}", f"/{teacher}", figure)
     everything = [s for s in summaries if s.split == "all"]
     pairs = sum(s.nodes for s in everything)
     responses = len(report.rollouts) + report.continuations
     logged |= {
-        "odp/probe/success_rate": success_rate(report),
+        **_with_ends("odp/probe/success_rate", "", success_rate(report, confidence)),
         "odp/probe/undefined_share": _share(sum(s.undefined for s in everything), pairs),
         "odp/probe/undetermined_share": _share(sum(s.undetermined for s in everything), pairs),
         "odp/probe/truncated_share": _share(report.truncated, responses),
@@ -289,22 +309,31 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
 def free_scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
     """What the free mode logs: ``odp/free/predicted_gain/<teacher>`` with its interval, and how much it rests on."""
     logged = {
-        "odp/free/success_rate": success_rate(report),
+        **_with_ends("odp/free/success_rate", "", success_rate(report, confidence)),
         "odp/free/questions": float(len({r.question for r in report.rollouts})),
         "odp/free/nodes": float(len(report.nodes)),
     }
     for summary in summarise(report, confidence):
         if summary.split == "all":
-            figure = summary.figures["predicted_gain"]
-            logged[f"odp/free/predicted_gain/{summary.teacher}"] = figure.value
-            logged[f"odp/free/predicted_gain_low/{summary.teacher}"] = figure.low
-            logged[f"odp/free/predicted_gain_high/{summary.teacher}"] = figure.high
+            logged |= _with_ends("odp/free/predicted_gain", f"/{summary.teacher}", summary.figures["predicted_gain"])
     return logged
 
 
-def success_rate(report: ProbeReport) -> float:
-    """Mean reward of the rollouts; NaN without rollouts."""
-    return float(np.mean([r.reward for r in report.rollouts])) if report.rollouts else float("nan")
+def success_rate(report: ProbeReport, confidence: float = 0.95) -> Figure:
+    """Mean reward of the rollouts, its interval clustered by question."""
+    labels, index = np.unique([r.question for r in report.rollouts], return_inverse=True)
+    sums = np.zeros((len(labels), 2))
+    np.add.at(sums, index, [(r.reward, 1.0) for r in report.rollouts] or np.zeros((0, 2)))
+
+    def function(weights: Floats) -> Floats:
+        total = weights @ sums
+        return np.asarray(total[..., 0] / total[..., 1])
+
+    return jackknife(Estimator(function, np.ones(len(labels), bool), len(report.rollouts), ends=(0.0, 1.0)), confidence)
+
+
+def _with_ends(name: str, end: str, figure: Figure) -> dict[str, float]:
+    return {f"{name}{end}": figure.value, f"{name}_low{end}": figure.low, f"{name}_high{end}": figure.high}
 
 
 def _share(part: int, whole: int) -> float:

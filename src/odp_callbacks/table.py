@@ -25,11 +25,12 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
         confidence: Level of the intervals.
     """
     analysis = Analysis(report, confidence)
+    rate = success_rate(report, confidence)
     truncated = report.truncated / max(1, len(report.rollouts) + report.continuations)
     table = _table("Does the teacher pull where success lies?", "teacher\nrollouts")
     table.caption = "\n".join(
         (
-            f"{len(report.rollouts)} rollouts, success rate {success_rate(report):.0%}; "
+            f"{len(report.rollouts)} rollouts, success rate {rate.value:.0%} ({rate.low:.0%} to {rate.high:.0%}); "
             f"{report.continuations} continuations, {truncated:.0%} cut at the limit.",
             f"{confidence:.0%} intervals, clustered by question.",
             "Predicted gain: success gained per unit step along the teacher's gradient;",
