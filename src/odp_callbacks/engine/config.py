@@ -26,8 +26,8 @@ class ProbeConfig:
         seconds: The same in seconds; with both, whichever is reached first.
         target: The figure whose interval the budget narrows: ``"predicted_gain"``, ``"gain_weighted_alignment"`` or
             ``"alignment"``.
-        half_width: Stop before the budget is spent when every teacher's interval of ``target``, over all nodes, is at
-            most this wide to either side.
+        half_width: Stop before the budget is spent when every teacher's 95 % interval of ``target``, over all nodes,
+            is at most this wide to either side.
         step_alignment: Also measure the cosine of the summed gradients; one more backward for each rollout.
         nodes: Which positions are measured: ``"exponential"`` windows, ``"every"``, ``"uniform"``, ``"entropy"``, or a
             function of your own.

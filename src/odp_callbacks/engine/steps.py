@@ -9,6 +9,8 @@ from odp_callbacks.records import NodeRecord, StepSums
 
 SKETCH = 2**16
 """Longer vectors are sketched to so many numbers."""
+CHUNK = 2**20
+"""Parameters that are sketched at a time."""
 
 
 class StepAccumulator:
@@ -28,11 +30,7 @@ class StepAccumulator:
         self.teachers = teachers
         self.length = min(size, SKETCH)
         self._sums: dict[tuple[str, bool], Tensor] = {}
-        self._bucket: Tensor | None = None
-        if size > SKETCH:
-            generator = torch.Generator().manual_seed(0)
-            self._bucket = torch.randint(SKETCH, (size,), generator=generator)
-            self._sign = torch.randint(2, (size,), generator=generator, dtype=torch.int8) * 2 - 1
+        self.size = size
 
     def add_teachers(self, question: str, correct: bool, vectors: Tensor) -> None:
         """Add ``(K, P)`` distillation gradients."""
@@ -59,9 +57,17 @@ class StepAccumulator:
 
     def _sketch(self, vectors: Tensor) -> Tensor:
         vectors = vectors.float().cpu()
-        if self._bucket is None:
+        if self.size <= SKETCH:
             return vectors
-        return torch.zeros(len(vectors), SKETCH, dtype=torch.float32).index_add_(1, self._bucket, vectors * self._sign)
+        found = torch.zeros(len(vectors), SKETCH, dtype=torch.float32)
+        for start in range(0, self.size, CHUNK):
+            part = vectors[:, start : start + CHUNK]
+            # Drawn anew each time: kept, the draws of a large adapter would fill gigabytes.
+            generator = torch.Generator().manual_seed(start)
+            bucket = torch.randint(SKETCH, (part.shape[1],), generator=generator)
+            sign = torch.randint(2, (part.shape[1],), generator=generator, dtype=torch.int8) * 2 - 1
+            found.index_add_(1, bucket, part * sign)
+        return found
 
 
 def half_coefficients(record: NodeRecord, outcomes: list[Outcomes]) -> Tensor:
