@@ -1,10 +1,8 @@
 """The probe: from rows to a report, in one pass through the stages."""
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,9 @@ from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.continuing import look, remaining_length, spend, thin
 from odp_callbacks.engine.decoding import Progress, prefill
 from odp_callbacks.engine.directions import Direction, distillation_direction
+from odp_callbacks.engine.free import from_rewards, taken_branches
 from odp_callbacks.engine.guest import guest
+from odp_callbacks.engine.ledger import Ledger
 from odp_callbacks.engine.logits import node_logits
 from odp_callbacks.engine.nodes import Node, select_nodes
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
@@ -32,28 +32,6 @@ from odp_callbacks.figures import half_width
 from odp_callbacks.functional.divergences import node_predictors
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import NodeRecord, ProbeReport, RolloutRecord
-
-
-@dataclass
-class _Ledger:
-    """Seconds by stage, and who is told of the progress."""
-
-    progress: Progress | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Time a stage; gives the function to report what is done of it."""
-        start = time.perf_counter()
-
-        def report(done: int) -> None:
-            if self.progress is not None:
-                self.progress(name, done, total)
-
-        report(0)
-        yield report
-        report(total)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class Probe:
@@ -147,14 +125,14 @@ class Probe:
             progress: Called with stage, done, total.
         """
         with guest(self.student):
-            return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, _Ledger(progress))
+            return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, Ledger(progress))
 
     def _run(
         self,
         questions: list[Question],
         seed: int,
         responses: Sequence[Sequence[Sequence[int]]] | None,
-        ledger: _Ledger,
+        ledger: Ledger,
     ) -> ProbeReport:
         self._check_lengths(questions)
         config = self.config
@@ -169,7 +147,7 @@ class Probe:
             student_logits = self._student_logits(rollouts, nodes)
             if config.free:
                 branches = [
-                    [_stand_in(rollouts, node, z, w, config.temperature) for w in (0.0, 1.0)]
+                    taken_branches(rollouts[node.rollout], node, z, config.temperature)
                     for node, z in zip(nodes, student_logits, strict=True)
                 ]
             else:
@@ -177,7 +155,7 @@ class Probe:
                 branches = [tree.branches[g] for g in tree.group]
         records = self._pull_back(rollouts, nodes, branches, student_logits, steps, ledger)
         if config.free:
-            records = _from_rewards(rollouts, records)
+            records = from_rewards(rollouts, records)
         else:
             records, outcomes = self._continue(rollouts, tree, records, spent, sampler, seed, ledger)
             if config.step_alignment:
@@ -204,7 +182,7 @@ class Probe:
         questions: list[Question],
         responses: Sequence[Sequence[Sequence[int]]] | None,
         sampler: torch.Generator,
-        ledger: _Ledger,
+        ledger: Ledger,
     ) -> list[Rollout]:
         """The student's rollouts, scored; with the entropy at each position if the node selector wants it."""
         config = self.config
@@ -243,7 +221,7 @@ class Probe:
         nodes: list[Node],
         student_logits: list[Tensor],
         chooser: torch.Generator,
-        ledger: _Ledger,
+        ledger: Ledger,
     ) -> tuple[Tree, list[Node], list[Tensor]]:
         """Prefixes with their branches; if the budget is too small for all, of nodes that are drawn."""
         tree = Tree(rollouts, nodes)
@@ -274,7 +252,7 @@ class Probe:
         tree.grow(branches)
         return tree, nodes, student_logits
 
-    def _tokens(self, ledger: _Ledger, rollouts: list[Rollout]) -> float:
+    def _tokens(self, ledger: Ledger, rollouts: list[Rollout]) -> float:
         """The budget in tokens, as fast as the rollouts were sampled."""
         limits = [float(self.config.budget)] if self.config.budget else []
         if self.config.seconds is not None and (taken := ledger.seconds.get("rollouts")):
@@ -299,7 +277,7 @@ class Probe:
         spent: Spent,
         sampler: torch.Generator,
         seed: int,
-        ledger: _Ledger,
+        ledger: Ledger,
     ) -> tuple[list[NodeRecord], list[list[Outcomes]]]:
         """Targeted continuations: as many of each branch, or where they help most within a budget."""
         config = self.config
@@ -354,7 +332,7 @@ class Probe:
         outcomes: list[list[Outcomes]],
         student_logits: list[Tensor],
         steps: StepAccumulator,
-        ledger: _Ledger,
+        ledger: Ledger,
     ) -> None:
         """Sum the ideal gradients: one more forward and one batched backward for each rollout."""
         tau = self.config.temperature
@@ -383,7 +361,7 @@ class Probe:
         branches: list[list[Branch]],
         student_logits: list[Tensor],
         steps: StepAccumulator,
-        ledger: _Ledger,
+        ledger: Ledger,
     ) -> list[NodeRecord]:
         """Teachers' logits, directions, and their Gram matrices, question by question."""
         records: list[NodeRecord] = []
@@ -505,29 +483,6 @@ def diagnose(
     probe = Probe(student, tokenizer, reward, teachers, ProbeConfig(**config))
     probe.validate(rows)
     return probe.run(rows, seed=seed, progress=progress)
-
-
-def _stand_in(rollouts: list[Rollout], node: Node, logits: Tensor, weight: float, temperature: float) -> Branch:
-    """In the free mode a node has the token that was taken, and what it is compared with."""
-    token = rollouts[node.rollout].response_ids[node.depth]
-    p = float(torch.softmax(logits.double() / temperature, dim=-1)[token])
-    return Branch(token, p, weight, tail=False)
-
-
-def _from_rewards(rollouts: list[Rollout], records: list[NodeRecord]) -> list[NodeRecord]:
-    r"""The free mode: :math:`(r - b)(e_y - p)` is an unbiased one-sample estimate of the ideal gradient.
-
-    The baseline is the mean reward of the sibling rollouts, or of all others where there is none; it only has to be
-    independent of the rollout's own.
-    """
-    found = []
-    for record in records:
-        own = rollouts[record.rollout]
-        others = [r for i, r in enumerate(rollouts) if i != record.rollout]
-        siblings = [r.reward for r in others if r.question is own.question] or [r.reward for r in others]
-        pair = np.array([np.mean(siblings) if siblings else 0.0, own.reward])
-        found.append(replace(record, count=np.ones(2, dtype=np.int64), total=pair, total_square=pair**2))
-    return found
 
 
 def _by_question(rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> Iterator[tuple[list[int], list[list[int]]]]:

@@ -74,9 +74,15 @@ class Tree:
                 self._place[key] = len(self.first)
                 self.first.append(n)
             self.group.append(self._place[key])
-        self._depths: dict[int, list[int]] = {}
+        self._depths: dict[int, set[int]] = {}
         for question, prefix in self._place:
-            self._depths.setdefault(question, []).append(len(prefix))
+            self._depths.setdefault(question, set()).add(len(prefix))
+        self._siblings: dict[int, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            self._siblings.setdefault(id(rollout.question), []).append(i)
+        self._taken: list[list[int]] = [[] for _ in self.first]
+        for n, g in enumerate(self.group):
+            self._taken[g].append(rollouts[nodes[n].rollout].response_ids[nodes[n].depth])
         self.branches: list[list[Branch]] = []
         self.outcomes: list[list[Outcomes]] = []
         self.length: list[tuple[int, int]] = []
@@ -88,11 +94,7 @@ class Tree:
 
     def taken(self, group: int) -> list[int]:
         """Tokens that the rollouts took at a prefix where they are measured."""
-        return [self._token(n) for n, g in enumerate(self.group) if g == group]
-
-    def _token(self, node: int) -> int:
-        where = self.nodes[node]
-        return self.rollouts[where.rollout].response_ids[where.depth]
+        return self._taken[group]
 
     def grow(self, branches: Sequence[list[Branch]]) -> None:
         """Give each group its branches."""
@@ -107,7 +109,7 @@ class Tree:
         own.add(reward, half)
         question = id(self.rollouts[self.nodes[self.first[group]].rollout].question)
         depth = self.nodes[self.first[group]].depth
-        for later in set(self._depths[question]):
+        for later in self._depths[question]:
             if depth < later < len(response):
                 passed = self._place.get((question, response[:later]))
                 if passed is not None:
@@ -123,12 +125,11 @@ class Tree:
         """What is known of a node's branches: continuations, and the sibling rollouts that pass through it."""
         group, where = self.group[node], self.nodes[node]
         found = [Outcomes(list(o.rewards), list(o.halves), o.exact) for o in self.outcomes[group]]
-        prefix, question = self.prefix(node), self.rollouts[where.rollout].question
-        for i, sibling in enumerate(self.rollouts):
-            if i != where.rollout and sibling.question is question:
-                path = sibling.response_ids
-                if len(path) > where.depth and path[: where.depth] == prefix:
-                    self._see(found, self.branches[group], path[where.depth], sibling.reward, i % 2)
+        prefix = self.prefix(node)
+        for i in self._siblings[id(self.rollouts[where.rollout].question)]:
+            path = self.rollouts[i].response_ids
+            if i != where.rollout and len(path) > where.depth and path[: where.depth] == prefix:
+                self._see(found, self.branches[group], path[where.depth], self.rollouts[i].reward, i % 2)
         return found
 
 

@@ -1,0 +1,30 @@
+"""What a probe spends its time on, and who is told."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from odp_callbacks.engine.decoding import Progress
+
+
+@dataclass
+class Ledger:
+    """Seconds by stage, and who is told of the progress."""
+
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Time a stage; gives the function to report what is done of it."""
+        start = time.perf_counter()
+
+        def report(done: int) -> None:
+            if self.progress is not None:
+                self.progress(name, done, total)
+
+        report(0)
+        yield report
+        report(total)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
