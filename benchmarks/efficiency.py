@@ -164,11 +164,15 @@ def ratio(fixed: Drawn, name: str, seeds: int, start: int = 0) -> dict[str, floa
         slope, level = np.polyfit(e, t, 1)
         return float(np.exp(slope * np.log(error) + level))
 
-    found = {f"error of n = {n}": t / tokens_for(points, e) for n, (t, e) in zip(EQUAL, even, strict=True)}
+    def reached(error: float) -> bool:
+        """Whether both curves pass through an error: nothing is extrapolated."""
+        return all(min(e for _, e in c) <= error <= max(e for _, e in c) for c in (even, points))
+
+    found = {f"error of n = {n}": (e, t) for n, (t, e) in zip(EQUAL, even, strict=True)}
     if name != "predicted_gain":
         error = (0.1 / 1.96) ** 2
-        found["half-width 0.1"] = tokens_for(even, error) / tokens_for(points, error)
-    return found
+        found["half-width 0.1"] = (error, tokens_for(even, error))
+    return {key: t / tokens_for(points, e) if reached(e) else float("nan") for key, (e, t) in found.items()}
 
 
 def heavy(path: Path) -> Drawn:
@@ -214,9 +218,14 @@ def main() -> None:
             rows = [ratio(fixed, name, seeds, i) for i, fixed in enumerate(sets)]
             for key in rows[0]:
                 values = np.array([row[key] for row in rows])
+                values = values[~np.isnan(values)]
+                place = f"{label:22} {name:24} {key:16}"
+                if not len(values):
+                    print(f"{place} in reach of none of {len(rows)}", flush=True)
+                    continue
                 print(
-                    f"{label:22} {name:24} {key:16} {np.exp(np.log(values).mean()):5.1f} times fewer tokens; "
-                    f"{np.quantile(values, 0.1):.1f} to {np.quantile(values, 0.9):.1f} (10 % to 90 % of {len(values)})",
+                    f"{place} {np.exp(np.log(values).mean()):5.1f} times fewer tokens; {np.quantile(values, 0.1):.1f} "
+                    f"to {np.quantile(values, 0.9):.1f} (10 % to 90 % of {len(values)} in reach, of {len(rows)})",
                     flush=True,
                 )
 
