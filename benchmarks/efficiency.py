@@ -203,15 +203,17 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--worlds", type=int, default=20)
     parser.add_argument("--figures", nargs="+", default=["predicted_gain", "gain_weighted_alignment", "alignment"])
+    parser.add_argument("--only", nargs="+", default=["SmolLM2", "worlds", "synthetic"])
     options = parser.parse_args()
     sources: list[tuple[str, list[Drawn]]] = []
     path = Path(__file__).parent / "results" / "heavy"
-    if path.exists():
+    if path.exists() and "SmolLM2" in options.only:
         sources.append(("SmolLM2-135M", [heavy(path)] * options.sets))
-    if options.worlds:
+    if "worlds" in options.only:
         sources.append((f"{options.worlds} enumerated worlds", [Walked(w) for w in worlds(options.worlds)]))
-    population = synthetic(0.35, 400)
-    sources.append(("synthetic, sd 0.35", [some(population, options.questions, s) for s in range(options.sets)]))
+    if "synthetic" in options.only:
+        population = synthetic(0.35, 400)
+        sources.append(("synthetic, sd 0.35", [some(population, options.questions, s) for s in range(options.sets)]))
     for label, sets in sources:
         for name in options.figures:
             seeds = options.world_seeds if isinstance(sets[0], Walked) else options.seeds

@@ -11,6 +11,7 @@ from scipy import stats
 from conftest import LETTERS, make_world, tiny_base
 from odp_callbacks.engine import Probe, ProbeConfig
 from odp_callbacks.estimates import DEFINED, UNDEFINED, estimate
+from odp_callbacks.evidence import gather
 from odp_callbacks.functional import distillation_logit_gradient
 from odp_callbacks.summaries import summarise
 
@@ -102,6 +103,35 @@ def test_every_figure_is_true_in_a_random_world(seed, size, horizon, temperature
             figure = summary.figures["gain_weighted_alignment"]
             if not np.isnan(figure.value):
                 assert sign * figure.value > 0.5
+
+
+def test_neighbours_help_each_other_without_bias():
+    """600 rollouts of one world, every node: gains from the evidence of all nodes against those of each node alone."""
+    world = make_world(seed=2, size=5, horizon=4, initializer_range=0.5)
+    other = tiny_base(vocabulary=5, seed=52, eos_token_id=0, pad_token_id=None, bos_token_id=None)
+    config = ProbeConfig(
+        nodes="every", branch_mass=0.7, max_new_tokens=4, continuations=1, rollouts_per_question=1, batch_size=4000
+    )
+    report = Probe(world.model, world.tokenizer, world.reward, {"other": other}, config).run([world.row] * 600, seed=0)
+    with torch.no_grad():
+        nodes = world.solve()
+    words = ["</s>", *LETTERS]
+    prefix = [tuple(words.index(p) for p in report.rollouts[n.rollout].pieces[: n.depth]) for n in report.nodes]
+    records = [
+        replace(r, count=np.ones_like(r.count), total=q, total_square=q * q, exact=q == q)
+        for r, q in ((r, nodes[p].success[r.tokens].numpy()) for r, p in zip(report.nodes, prefix, strict=True))
+    ]
+    truth = gather(records).gain[:, 0]
+    alone = np.array([estimate(record).predicted_gain[0] for record in report.nodes])
+    together = gather(report.nodes).gain[:, 0]
+    rollout = np.array([record.rollout for record in report.nodes])
+    errors = {name: np.bincount(rollout, gain - truth) for name, gain in (("alone", alone), ("together", together))}
+    z = {name: e.mean() / (e.std() / np.sqrt(len(e))) for name, e in errors.items()}
+    assert abs(z["alone"]) < 3.5
+    assert abs(z["together"]) < 3.5
+    assert (errors["together"] ** 2).mean() < 0.9 * (errors["alone"] ** 2).mean()
+    # What is known for certain stays what it is.
+    np.testing.assert_allclose(truth, [estimate(record).predicted_gain[0] for record in records], atol=1e-12)
 
 
 def test_intervals_cover_in_random_worlds():

@@ -10,6 +10,8 @@ from odp_callbacks.records import Floats, NodeRecord
 
 NOISE = 16 * float(np.finfo(np.float64).eps)
 """Two means of the same rewards differ by rounding; no two successes differ by as little."""
+MOST = 1e4
+"""Continuations that a success known for certain counts as."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def norm(form: Floats, success: Floats) -> Floats:
 def gather(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool = False, teachers: int = 0) -> Evidence:
     """Put nodes into arrays.
 
+    Neighbours help each other: what was measured behind the token that a rollout took counts for that token.
+
     Args:
         nodes: ``N`` records with the same teachers.
         module: Index of one LoRA module; None for all LoRA parameters together.
@@ -147,6 +151,7 @@ def gather(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool 
         # A tail holds more than the tokens that were drawn from it.
         seen = np.isclose(node.weight[node.tail].sum(), node.probability[node.tail].sum(), rtol=1e-9, atol=0)
         certain[n] = bool(seen) and (arms == 1 or bool(node.exact.all()))
+    _smooth(nodes, counts, columns, exact)
     return Evidence(
         question=np.array([labels[node.question] for node in nodes], dtype=np.int64),
         token_weight=np.array([1 / node.inclusion for node in nodes]),
@@ -161,3 +166,30 @@ def gather(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool 
         certain=certain,
         **columns,
     )
+
+
+def _smooth(nodes: Sequence[NodeRecord], count: Floats, columns: dict[str, Floats], exact: NDArray[np.bool_]) -> None:
+    """Let the next token's node say what it knows of the branch that leads there.
+
+    The success of the token that a rollout took is that of the node behind it, whose branches were measured one by
+    one. Both are unbiased; how they are weighted depends on their numbers of continuations alone, so the sum is too.
+    """
+    place = {(node.rollout, node.depth): n for n, node in enumerate(nodes)}
+    added = []
+    for n, node in enumerate(nodes):
+        after = place.get((node.rollout, node.depth + 1))
+        if after is None or exact[n, node.taken] or node.weight[0] == 0:  # 0: the free mode
+            continue
+        weight = nodes[after].weight
+        size = len(weight)
+        open_ = ~exact[after, :size]
+        noise = float((weight[open_] ** 2 / count[after, :size][open_]).sum())
+        # Known for certain, it counts as very many.
+        worth = min(1 / noise, MOST) if noise > 0 else MOST
+        value = weight @ (columns["total"][after, :size] / count[after, :size]) / weight.sum()
+        added.append((n, node.taken, worth, worth * value))
+    # All at once: no node passes on what it was told.
+    for n, a, worth, total in added:
+        count[n, a] += worth
+        columns["total"][n, a] += total
+        columns["total_square"][n, a] += total
