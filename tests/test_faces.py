@@ -69,6 +69,18 @@ def test_the_table_shows_every_class_with_intervals_in_eighty_columns(report: Pr
     assert "…" not in text
 
 
+def test_no_note_is_cut_off(report: ProbeReport) -> None:
+    few = replace(
+        report,
+        teachers=("answer", "solution"),
+        nodes=tuple(replace(n, count=np.ones_like(n.count)) for n in report.nodes),
+    )
+    out = StringIO()
+    Console(file=out, width=80).print(summary_table(few))
+    assert "few cont." in out.getvalue()
+    assert "…" not in out.getvalue()
+
+
 def test_the_demo_tasks_own_solutions_satisfy_its_verifier() -> None:
     task = make_task("chain_sum", questions=6, lines=5, shots=2, seed=0)
     assert len(task.rows) == 6

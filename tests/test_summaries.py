@@ -162,7 +162,7 @@ def test_edges_say_what_they_cannot_tell():
                 assert not math.isinf(figure.low)
                 assert not math.isinf(figure.high)
     for summary in summarise(report(one)):
-        assert summary.figures["alignment"].note == "too few continuations"
+        assert summary.figures["alignment"].note == "few continuations"
         assert math.isfinite(summary.figures["predicted_gain"].value)
 
 

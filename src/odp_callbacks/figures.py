@@ -104,7 +104,7 @@ def _too_noisy(weight: Floats, correction: Correction, chosen: NDArray[np.bool_]
         return ""
     effective = weight.sum() / max(float((weight / correction.effective[chosen]).sum()), 1e-300)
     if effective < LEAST_CONTINUATIONS * (1 - 1e-9):
-        return "too few continuations"
+        return "few continuations"
     reliability = np.average(correction.reliability[chosen], weights=weight)
     return "too noisy" if reliability < LEAST_RELIABILITY else ""
 

@@ -134,7 +134,7 @@ def jackknife(estimator: Estimator, confidence: float = 0.95) -> Figure:
         return _cut(replace(blank, value=value, note=note), estimator.ends)
     variance = estimator.variance
     if not np.isfinite(variance):
-        return _cut(replace(blank, value=value, note="rests on one question"), estimator.ends)
+        return _cut(replace(blank, value=value, note="one question"), estimator.ends)
     half = float(stats.t.ppf((1 + confidence) / 2, estimator.freedom) * np.sqrt(variance))
     return _cut(replace(blank, value=value, low=value - half, high=value + half), estimator.ends)
 

@@ -37,7 +37,7 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
             "unbiased: it ranks teachers. Gain-weighted alignment: the share of the",
             "possible gain that the teacher delivers. Alignment: mean cosine with the",
             "ideal gradient, corrected for noise. Undef.: no alignment exists.",
-            "Unclear: the continuations cannot tell.",
+            "Unclear: the continuations (cont.) cannot tell, or are too few.",
         )
     )
     for column in ("nodes\nquest.", "undef.\nunclear"):
@@ -70,7 +70,7 @@ def verdict(contrast: ClassSummary) -> str:
 def show(figure: Figure) -> str:
     """A figure above its interval, or why there is none."""
     if math.isnan(figure.value):
-        return f"unclear\n{figure.note}"
+        return f"unclear\n{figure.note.replace('continuations', 'cont.')}"
     if math.isnan(figure.low):
         return f"{figure.value:+.3f}\n{figure.note}"
     return f"{figure.value:+.3f}\n{figure.low:.2f} to {figure.high:.2f}"
