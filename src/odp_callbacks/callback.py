@@ -343,16 +343,18 @@ class GradientAlignmentCallback(Callback):
         self._tick()
         start = time.perf_counter()
         try:
-            pairs: list[tuple[Row, Sequence[int]]] = pl_module.last_rollouts  # type: ignore[assignment]
+            module: Any = pl_module
             # One row and its responses are one question: they are each other's baseline.
-            order = list(dict.fromkeys(id(row) for row, _ in pairs))
-            rows = [next(row for row, _ in pairs if id(row) == i) for i in order]
-            responses = [[ids for row, ids in pairs if id(row) == i] for i in order]
+            rows: dict[int, Row] = {}
+            responses: dict[int, list[Sequence[int]]] = {}
+            for row, ids in module.last_rollouts:
+                rows[id(row)] = row
+                responses.setdefault(id(row), []).append(ids)
             if not rows:
                 return
             seed = int(torch.randint(2**62, (), generator=self._stream))
             with trainer.precision_plugin.forward_context():
-                report = self._free.run(rows, seed=seed, responses=responses)
+                report = self._free.run(list(rows.values()), seed=seed, responses=list(responses.values()))
             logged = free_scalars(report, self.confidence)
         except Exception as error:
             if self.strict:

@@ -55,11 +55,10 @@ def correct(evidence: Evidence, model: SuccessModel | None = None, draws: int = 
     """
     model = model or fit_success_model(evidence)
     drawn = model.draw(evidence, draws)  # (N, S, A)
-    estimated = evidence.success - evidence.success[:, :1]
     drawn = drawn - drawn[:, :, :1]
     true_norm = norm(evidence.norm_form, drawn)  # (N, S)
     product = true_norm * evidence.ideal_norm[:, None]
-    inner = np.einsum("nsa,nab,nb->ns", drawn, evidence.norm_form, estimated, optimize=True)
+    inner = np.einsum("nsa,nab,nb->ns", drawn, evidence.norm_form, evidence.offset, optimize=True)
     cosine = np.divide(inner, product, out=np.zeros_like(product), where=product > 0).clip(-1, 1)
     positive = true_norm > 0
     logs = np.log(true_norm, out=np.zeros_like(true_norm), where=positive)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,31 +52,31 @@ class Evidence:
     exact: NDArray[np.bool_]
     certain: NDArray[np.bool_]
 
-    @property
+    @cached_property
     def success(self) -> Floats:
         """Mean reward of each branch, ``(N, A)``."""
         mean: Floats = self.total / self.count
         return mean
 
-    @property
+    @cached_property
     def gain(self) -> Floats:
         """Predicted gain of each node and teacher, ``(N, K)``."""
-        gain: Floats = np.einsum("nka,na->nk", self.gain_form, self._offset)
+        gain: Floats = np.einsum("nka,na->nk", self.gain_form, self.offset)
         return gain
 
-    @property
+    @cached_property
     def ideal_norm(self) -> Floats:
         """Norm of the estimated ideal gradient, ``(N,)``; noise lengthens it."""
-        return norm(self.norm_form, self._offset)
+        return norm(self.norm_form, self.offset)
 
-    @property
+    @cached_property
     def cosine(self) -> Floats:
         """Alignment of each node and teacher as it comes, ``(N, K)``; NaN where either gradient is zero."""
         there = (self.ideal_norm[:, None] > 0) & (self.teacher_norm > 0)
         ratio: Floats = np.divide(self.gain, self.ideal_norm[:, None], out=np.full(there.shape, np.nan), where=there)
         return ratio.clip(-1, 1)  # rounding only: a Gram matrix keeps the inequality of Cauchy and Schwarz
 
-    @property
+    @cached_property
     def variance(self) -> Floats:
         """Unbiased variance of each branch's mean, ``(N, A)``; 0 where it is known, NaN with one continuation."""
         n = self.count
@@ -89,13 +90,13 @@ class Evidence:
 
         :math:`\hat Q^\top H \hat Q - \sum_a \hat v_a H_{aa}`.
         """
-        plain: Floats = np.einsum("na,nab,nb->n", self._offset, self.norm_form, self._offset)
+        plain: Floats = np.einsum("na,nab,nb->n", self.offset, self.norm_form, self.offset)
         curve = np.einsum("naa->na", self.norm_form)
         noise: Floats = np.where(curve > 0, self.variance * curve, 0).sum(axis=1)
         return plain - noise
 
-    @property
-    def _offset(self) -> Floats:
+    @cached_property
+    def offset(self) -> Floats:
         """Successes less that of the first branch, ``(N, A)``: equal ones cancel exactly."""
         difference = self.success - self.success[:, :1]
         return np.where(self.real & (np.abs(difference) > NOISE), difference, 0)

@@ -30,15 +30,22 @@ def _sums(evidence: Evidence, columns: Sequence[Floats], chosen: NDArray[np.bool
 
 
 def _ratio(
-    evidence: Evidence, top: Floats, bottom: Floats, chosen: NDArray[np.bool_], withheld: str = "", **more: object
+    evidence: Evidence,
+    top: Floats,
+    bottom: Floats,
+    chosen: NDArray[np.bool_],
+    withheld: str,
+    uncorrected: float = float("nan"),
+    ends: tuple[float, float] | None = None,
 ) -> Estimator:
     sums = _sums(evidence, [top, bottom], chosen)
 
     def function(weights: Floats) -> Floats:
         total = weights @ sums
-        return total[..., 0] / total[..., 1]
+        ratio: Floats = total[..., 0] / total[..., 1]
+        return ratio
 
-    return Estimator(function, questions_of(evidence, chosen), int(chosen.sum()), withheld=withheld, **more)  # type: ignore[arg-type]
+    return Estimator(function, questions_of(evidence, chosen), int(chosen.sum()), uncorrected, withheld, ends)
 
 
 def token_mean(evidence: Evidence, values: Floats, chosen: NDArray[np.bool_], withheld: str = "") -> Estimator:

@@ -69,6 +69,7 @@ class Analysis:
         self._logits = (logits, correct(logits, self.model))
         self._advantage = np.stack([teacher_advantage(node) for node in report.nodes]) if report.nodes else None
         self.status = statuses(self.evidence)
+        self._kept: dict[tuple[int, str], dict[str, Estimator]] = {}
 
     def summaries(self, by: str = "correctness") -> list[ClassSummary]:
         """Figures of each teacher in each class.
@@ -80,14 +81,12 @@ class Analysis:
         Raises:
             ValueError: For another one.
         """
+        if by == "module":
+            return self._modules()
         found = []
         for k, teacher in enumerate(self.report.teachers):
-            if by == "module":
-                for m, module in enumerate(self.report.modules):
-                    found.append(self._module(k, teacher, m, module))
-                continue
             parts = dict(self._classes(by))
-            estimators = {name: self._estimators(k, chosen) for name, chosen in parts.items()}
+            estimators = {name: self._estimators(k, name, chosen) for name, chosen in parts.items()}
             found += [self._summary(teacher, name, k, parts[name], estimators[name]) for name in parts]
             if by == "correctness":
                 found.append(self._difference(teacher, GAP, estimators["incorrect"], estimators["correct"]))
@@ -96,7 +95,9 @@ class Analysis:
     def contrasts(self) -> list[ClassSummary]:
         """Differences between every two teachers on the same nodes, in each class."""
         return [
-            self._difference(f"{first} - {second}", name, self._estimators(i, chosen), self._estimators(j, chosen))
+            self._difference(
+                f"{first} - {second}", name, self._estimators(i, name, chosen), self._estimators(j, name, chosen)
+            )
             for (i, first), (j, second) in combinations(enumerate(self.report.teachers), 2)
             for name, chosen in self._classes("correctness")
         ]
@@ -145,27 +146,34 @@ class Analysis:
         figures = {figure: jackknife(first[figure] - second[figure], self.confidence) for figure in first}
         return ClassSummary(teacher, name, figures, figures["predicted_gain"].nodes, 0, 0)
 
-    def _module(self, k: int, teacher: str, m: int, module: str) -> ClassSummary:
-        evidence = gather(self.report.nodes, module=m)
-        everything = np.ones(len(evidence.correct), bool)
-        figures = gradient_figures(evidence, correct(evidence, self.model), k, everything, statuses(evidence)[:, k])
-        return self._summary(teacher, module, k, everything, figures)
+    def _modules(self) -> list[ClassSummary]:
+        everything = np.ones(len(self.evidence.correct), bool)
+        found: dict[tuple[int, int], ClassSummary] = {}
+        for m, module in enumerate(self.report.modules):
+            evidence = gather(self.report.nodes, module=m, teachers=len(self.report.teachers))
+            correction, status = correct(evidence, self.model), statuses(evidence)
+            for k, teacher in enumerate(self.report.teachers):
+                figures = gradient_figures(evidence, correction, k, everything, status[:, k])
+                found[k, m] = self._summary(teacher, module, k, everything, figures)
+        return [found[key] for key in sorted(found)]
 
-    def _estimators(self, k: int, chosen: NDArray[np.bool_]) -> dict[str, Estimator]:
-        """Every figure of teacher ``k`` on the chosen nodes."""
+    def _estimators(self, k: int, name: str, chosen: NDArray[np.bool_]) -> dict[str, Estimator]:
+        """Every figure of teacher ``k`` on the chosen nodes, the class of that name; kept for the differences."""
+        if (k, name) not in self._kept:
+            self._kept[k, name] = self._estimate(k, chosen)
+        return self._kept[k, name]
+
+    def _estimate(self, k: int, chosen: NDArray[np.bool_]) -> dict[str, Estimator]:
         found = gradient_figures(self.evidence, self.correction, k, chosen, self.status[:, k])
-        if self.report.free:
-            # A rollout's own reward stands for the success: right in the mean over nodes, and only there.
-            for name in ("gain_weighted_alignment", "alignment"):
-                found[name] = replace(found[name], withheld="free mode")
         found["step_alignment"] = self._step(k, chosen)
         logits, correction = self._logits
         found["logit_alignment"] = gradient_figures(logits, correction, k, chosen, statuses(logits)[:, k])["alignment"]
-        if self.report.free:
-            found["logit_alignment"] = replace(found["logit_alignment"], withheld="free mode")
         advantage = np.zeros(0) if self._advantage is None else self._advantage[:, k]
-        reason = "free mode" if self.report.free else found["predicted_gain"].withheld
-        found["teacher_advantage"] = token_mean(self.evidence, advantage, chosen, reason)
+        found["teacher_advantage"] = token_mean(self.evidence, advantage, chosen, found["predicted_gain"].withheld)
+        if self.report.free:
+            # A rollout's own reward stands for the success: right in the mean of a linear figure, and only there.
+            for name in (*CORRECTED, "teacher_advantage"):
+                found[name] = replace(found[name], withheld="free mode")
         for name in PREDICTORS:
             values = np.array([node.predictors[name][k] for node in self.report.nodes])
             found[name] = token_mean(self.evidence, values, chosen)

@@ -188,16 +188,7 @@ def test_tilted_teachers_align_exactly():
 def test_predicted_gain_is_unbiased(config):
     """z-tests at seed 0 over 300 questions of one rollout: sums over the response, node by node, and by class."""
     world, teacher, seed, questions = make_world(), external(), 0, 300
-    with torch.no_grad():
-        nodes = world.solve()
-        pulls = {
-            p: distillation_logit_gradient(n.logits, teacher(input_ids=world.ids(p)[None]).logits[0, -1])
-            for p, n in nodes.items()
-        }
-    truth = {}
-    for prefix, node in nodes.items():
-        g, d = world.pull(node, ideal_logit_gradient(node.logits, node.success), pulls[prefix])
-        truth[prefix] = float(g @ d / d.norm())
+    truth, expected = world_truth(world, teacher)
     options = {"rollouts_per_question": 1, "success_threshold": 0.5, "batch_size": 1000, **config}
     report = probe_world(world, {"other": teacher}, questions, seed, **options)
     totals, surplus = (
@@ -209,7 +200,6 @@ def test_predicted_gain_is_unbiased(config):
         totals[record.rollout] += gain / record.inclusion
         for split in ("all", record.correct):
             surplus[split][record.rollout] += (gain - truth[prefix]) / record.inclusion
-    expected = sum(float(n.reach) * truth[p] for p, n in nodes.items())
     for sample, value in ((totals, expected), *((s, 0.0) for s in surplus.values())):
         error = sample.std(ddof=1) / np.sqrt(questions)
         assert abs(sample.mean() - value) < 3 * error

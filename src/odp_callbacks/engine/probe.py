@@ -323,7 +323,8 @@ class Probe:
                 width,
                 np.random.default_rng(seed),
             )
-        return seen(), [tree.at(n) for n in range(len(records))]
+        outcomes = [tree.at(n) for n in range(len(records))]
+        return [with_outcomes(record, row) for record, row in zip(records, outcomes, strict=True)], outcomes
 
     def _add_ideal(
         self,
