@@ -1,3 +1,6 @@
+"""The same continuations in all three ways: shared prefix, repeated cache, generate."""
+
+import copy
 from collections import Counter
 
 import numpy as np
@@ -5,61 +8,79 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import count_tokens, paddable
-from odp_callbacks.engine import decoding
-from odp_callbacks.engine.decoding import Start, prefill, sample_continuations
+from conftest import FAMILIES, count_tokens, paddable
+from odp_callbacks.engine import decoders, decoding
+from odp_callbacks.engine.decoders import WAYS, read_prefixes, sample_continuations
+from odp_callbacks.engine.prefixes import Start
 
-SEQUENCES = [torch.tensor(s) for s in ([1, 6, 7, 8, 9, 10, 11, 5, 6, 9, 8], [1], [1, 5, 9, 11, 6, 7, 10, 6])]
-# Prefixes of unequal length, of zero, at a sequence's end and inside it, longer and shorter than the window of 4.
+# Two rollouts of the first question; a response longer and one shorter than the window of 4; an empty prompt.
+PROMPTS = [torch.tensor(s, dtype=torch.long) for s in ([1, 6, 7, 8, 9], [], [1, 5, 9, 11, 6, 7])]
+RESPONSES = [torch.tensor(s) for s in ([10, 11, 5, 6, 9, 8], [7], [1], [10, 6])]
+OWNERS = [0, 0, 1, 2]
+SEQUENCES = [torch.cat([PROMPTS[q], r]) for q, r in zip(OWNERS, RESPONSES, strict=True)]
+# Prefixes that end in a prompt, at its end, in a response and at its end, and of no token at all.
 STARTS = [
     Start(sequence, prefix, token, limit)
     for sequence, prefix, token, limit in [
-        (0, 11, 7, 6), (2, 3, 5, 2), (0, 0, 9, 4), (1, 1, 8, 6),
-        (2, 8, 11, 1), (0, 5, 10, 6), (0, 0, 4, 5), (1, 0, 6, 3),
+        (0, 11, 7, 6), (3, 3, 5, 2), (0, 0, 9, 4), (2, 1, 8, 6), (1, 5, 3, 4), (0, 8, 6, 5),
+        (3, 8, 11, 1), (0, 5, 10, 6), (1, 6, 4, 5), (2, 0, 6, 3),
     ]
 ]  # fmt: skip
 ENDS = [8, 10]
 
 
-def sample(model, sequences, starts, **changes):
+def read(model, way="shared prefix"):
+    with torch.no_grad():
+        return read_prefixes(model, PROMPTS, RESPONSES, OWNERS, way)
+
+
+def sample(model, prefixes, starts, **changes):
     options = {"temperature": 1.0, "eos_token_ids": [], "generator": torch.Generator().manual_seed(0), "batch_size": 64}
     with torch.no_grad():
-        return sample_continuations(model, prefill(model, sequences), starts, **{**options, **changes})
+        return sample_continuations(model, prefixes, starts, **{**options, **changes})
 
 
 def context(start):
     return torch.cat([SEQUENCES[start.sequence][: start.prefix], torch.tensor([start.token])])
 
 
-def test_logits_are_those_of_the_full_forward(family, monkeypatch):
-    model = paddable(family)
-    starts = [Start(s.sequence, s.prefix, s.token, 6) for s in STARTS]
-    steps = []
-    forward = decoding._forward
-
-    def record(*arguments):
-        logits = forward(*arguments)
-        steps.append(logits[:, -1])
-        return logits
-
+def after_prompt(model, prompt_ids, way):
     with torch.no_grad():
-        cache = prefill(model, SEQUENCES)
-        monkeypatch.setattr(decoding, "_forward", record)
-        sampled = sample_continuations(
-            model, cache, starts, temperature=1.0, eos_token_ids=[], generator=None, batch_size=64
-        )
-        found = torch.stack(steps, dim=1)  # (B, 6, V), neighbours in length together
-        order = sorted(range(len(starts)), key=lambda i: (starts[i].prefix, starts[i].sequence))
-        for row, i in zip(found, order, strict=True):
-            ids = torch.cat([context(starts[i]), torch.tensor(sampled[i].tokens)])
-            expected = model(input_ids=ids[None]).logits[0, starts[i].prefix : -1]
-            torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+        return read_prefixes(model, [prompt_ids], way=way)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_greedy_continuations_are_those_of_the_full_forward(family, batch_size):
+@pytest.mark.parametrize("batch_size", [3, 7, 64])
+def test_logits_are_those_of_the_full_forward(family, batch_size, monkeypatch):
+    """Whoever sits where, whenever it was seated: each row's logits at each of its steps."""
     model = paddable(family)
-    found = sample(model, SEQUENCES, STARTS, temperature=1e-4, batch_size=batch_size, eos_token_ids=ENDS)
+    prefixes = read(model)
+    seen = {}
+    step = decoding._Batch.step
+
+    def record(batch, *arguments):
+        before = [(owner, int(age)) for owner, age in zip(batch.owners, batch.view.ages, strict=True)]
+        rows = []
+        with monkeypatch.context() as patch:
+            inner = decoding.sample_tokens
+            patch.setattr(decoding, "sample_tokens", lambda z, *a: (rows.append(z), inner(z, *a))[1])
+            step(batch, *arguments)
+        seen.update({place: row for place, row, taken in zip(before, rows[0], batch.taken, strict=True) if taken})
+
+    monkeypatch.setattr(decoding._Batch, "step", record)
+    sampled = sample(model, prefixes, STARTS * 2, batch_size=batch_size, eos_token_ids=ENDS)
+    for i, (start, found) in enumerate(zip(STARTS * 2, sampled, strict=True)):
+        ids = torch.cat([context(start), torch.tensor(found.tokens)])
+        with torch.no_grad():
+            expected = model(input_ids=ids[None]).logits[0, start.prefix : -1]
+        rows = torch.stack([seen[i, age] for age in range(len(found.tokens))])
+        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_greedy_continuations_are_those_of_the_full_forward(family, batch_size, way):
+    model = paddable(family)
+    found = sample(model, read(model, way), STARTS, temperature=1e-4, batch_size=batch_size, eos_token_ids=ENDS)
     ended = 0
     for start, continuation in zip(STARTS, found, strict=True):
         ids, written = context(start), []
@@ -73,16 +94,19 @@ def test_greedy_continuations_are_those_of_the_full_forward(family, batch_size):
     assert 0 < ended < len(STARTS), "the case must hold both kinds of ending"
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("split", [0, 1])
-def test_outcomes_have_their_exact_frequencies(world, temperature, split):
+def test_outcomes_have_their_exact_frequencies(world, temperature, split, way):
     """Whole responses, and continuations after a first token that is given."""
     first = (2,)[:split]
     exact = {r: p for r, p in world.responses(temperature).items() if r[:split] == first}
     n = 5000
     ids = torch.cat([world.prompt_ids, torch.tensor(first, dtype=torch.long)])
     start = Start(0, len(ids) - 1, int(ids[-1]), world.horizon - split)
-    found = sample(world.model, [ids[:-1]], [start] * n, temperature=temperature, eos_token_ids=[0], batch_size=1000)
+    prefixes = after_prompt(world.model, ids[:-1], way)
+    # Not a divisor of n: seats change their owners at unequal times.
+    found = sample(world.model, prefixes, [start] * n, temperature=temperature, eos_token_ids=[0], batch_size=700)
     counts = Counter(first + c.tokens for c in found)
     assert set(counts) <= set(exact)
     total = sum(exact.values())
@@ -97,8 +121,10 @@ def test_outcomes_have_their_exact_frequencies(world, temperature, split):
     assert all(c.truncated == (c.tokens[-1] != 0) for c in found)
 
 
-def test_any_of_several_tokens_ends(world):
-    found = sample(world.model, [world.prompt_ids], [Start(0, 2, 1, 20)] * 300, eos_token_ids=[0, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_any_of_several_tokens_ends(world, way):
+    prefixes = after_prompt(world.model, world.prompt_ids, way)
+    found = sample(world.model, prefixes, [Start(0, 2, 1, 20)] * 300, eos_token_ids=[0, 3])
     for continuation in found:
         assert continuation.truncated == (continuation.tokens[-1] not in (0, 3))
         assert not {0, 3} & set(continuation.tokens[:-1])
@@ -107,48 +133,141 @@ def test_any_of_several_tokens_ends(world):
     assert len({len(c.tokens) for c in found}) > 4
 
 
-def test_the_same_seed_gives_the_same_and_another_another(world):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_seed_gives_the_same_and_another_another(world, way):
+    prefixes = after_prompt(world.model, world.prompt_ids, way)
     starts = [Start(0, 1, 2, 8)] * 50
-    runs = [
-        sample(world.model, [world.prompt_ids], starts, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
-    ]
+    runs = [sample(world.model, prefixes, starts, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
 
 def test_each_token_is_run_once(family):
-    """A sequence is prefilled once; each continuation then costs as many tokens as it has, and no padding."""
+    """A prompt is read once, so is a response; each continuation then costs about as many tokens as it has."""
     model = paddable(family)
     shapes = []
     stop = count_tokens(model, shapes)
-    with torch.no_grad():
-        cache = prefill(model, SEQUENCES)
-        assert shapes == [(3, 11)]
-        shapes.clear()
-        found = sample_continuations(
-            model, cache, STARTS * 5, temperature=1.0, eos_token_ids=ENDS, generator=None, batch_size=16
-        )
+    prefixes = read(model)
+    assert shapes == [(3, 6), (4, 6)]
+    shapes.clear()
+    found = sample(model, prefixes, STARTS * 20, eos_token_ids=ENDS, batch_size=32)
     stop()
     assert all(width == 1 for _, width in shapes)
-    assert sum(rows for rows, _ in shapes) == sum(len(c.tokens) for c in found)
-    assert max(rows for rows, _ in shapes) == 16
+    needed, run = sum(len(c.tokens) for c in found), sum(rows for rows, _ in shapes)
+    assert needed <= run <= 1.1 * needed, "seats are empty at the very end only"
+    assert max(rows for rows, _ in shapes) == 32
+    full = [rows for rows, _ in shapes].index(next(rows for rows, _ in shapes[1:] if rows < 32))
+    assert full >= 0.7 * len(shapes), "those who wait take the seats of those who leave"
 
 
-def test_the_cache_is_read_only(family):
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_of_the_model_or_the_prefixes_changes(family, way):
     model = paddable(family)
-    with torch.no_grad():
-        cache = prefill(model, SEQUENCES)
-    before = [(k.clone(), v.clone()) for k, v in cache.layers]
-    with torch.no_grad():
-        sample_continuations(model, cache, STARTS, temperature=1.0, eos_token_ids=[], generator=None, batch_size=64)
-    for (k, v), (old_k, old_v) in zip(cache.layers, before, strict=True):
+    prefixes = read(model, way)
+    layers = [] if prefixes.cache is None else [*prefixes.cache.trunks, *prefixes.cache.limbs]
+    before = [(k.clone(), v.clone()) for k, v in layers]
+    config = model.get_base_model().config
+    settings, generation = config.to_dict(), model.get_base_model().generation_config.to_dict()
+    attention = config._attn_implementation
+    state = torch.get_rng_state()
+    sample(model, prefixes, STARTS, eos_token_ids=ENDS)
+    assert torch.equal(state, torch.get_rng_state())
+    assert (config.to_dict(), config._attn_implementation) == (settings, attention)
+    assert model.get_base_model().generation_config.to_dict() == generation
+    for (k, v), (old_k, old_v) in zip(layers, before, strict=True):
         assert torch.equal(k.nan_to_num(), old_k.nan_to_num())
         assert torch.equal(v.nan_to_num(), old_v.nan_to_num())
 
 
-def test_progress_and_nothing_to_do(world):
+@pytest.mark.parametrize("way", WAYS)
+def test_every_continuation_is_told_of_once(world, way):
     told = []
-    sample(world.model, [world.prompt_ids], [Start(0, 1, 2, 2)] * 5, batch_size=2, progress=told.append)
-    assert told == [2, 4, 5]
-    assert sample(world.model, [world.prompt_ids], []) == []
-    assert len(sample(world.model, [world.prompt_ids[:0]], [Start(0, 0, 1, 3)] * 2)) == 2
+    prefixes = after_prompt(world.model, world.prompt_ids, way)
+    found = sample(world.model, prefixes, [Start(0, 1, 2, 2)] * 5, batch_size=2, finished=told.append)
+    assert {i: c for done in told for i, c in done.items()} == dict(enumerate(found))
+    assert sum(map(len, told)) == 5
+    assert sample(world.model, prefixes, []) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_empty_prefix(world, way):
+    prefixes = after_prompt(world.model, world.prompt_ids[:0], way)
+    assert len(sample(world.model, prefixes, [Start(0, 0, 1, 3)] * 2)) == 2
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_logits_that_are_no_distribution_are_an_error(way):
+    model = paddable("llama")
+    prefixes = read(model, way)
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample(model, prefixes, STARTS)
+
+
+def test_looking_seldom_who_has_ended_changes_nothing(world, monkeypatch):
+    """On an accelerator the batch is looked at every few steps; what a row writes past its end is dropped."""
+    monkeypatch.setattr(decoding, "PATIENCE", 3)
+    before = decoding._Batch.__init__
+
+    def patient(batch, *arguments):
+        before(batch, *arguments)
+        batch.patience = 3
+
+    monkeypatch.setattr(decoding._Batch, "__init__", patient)
+    model = world.model
+    prefixes = after_prompt(model, world.prompt_ids, "shared prefix")
+    starts = [Start(0, 2, token, limit) for token in range(5) for limit in (1, 2, 3, 4, 7)]
+    found = sample(model, prefixes, starts, temperature=1e-4, eos_token_ids=[0], batch_size=4)
+    monkeypatch.undo()
+    assert found == sample(model, prefixes, starts, temperature=1e-4, eos_token_ids=[0], batch_size=4)
+
+
+class TestChoice:
+    def test_every_family_shares_prefixes(self, family, recwarn):
+        decoders._known.clear()
+        assert decoders.way_of(paddable(family)) == WAYS[0]
+        assert not [w for w in recwarn if "continuations" in str(w.message)]
+
+    @pytest.mark.parametrize(
+        ("kind", "sizes", "way"),
+        [
+            ("mamba", {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}, "generate"),
+            ("bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 4}, "repeated cache"),
+        ],
+    )
+    def test_others_fall_back_and_say_so_once(self, kind, sizes, way):
+        """Recurrent, and with a bias by position: they still give the full forward's continuations."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(kind, vocab_size=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+        with pytest.warns(UserWarning, match=f"sampled by {way}.*same distribution.*shared prefix") as warned:
+            assert decoders.way_of(model) == way
+        decoders.way_of(model)
+        assert len([w for w in warned if "same distribution" in str(w.message)]) == 1
+        starts = [s for s in STARTS if s.prefix > 0]
+        found = sample(model, read(model, None), starts, temperature=1e-4, eos_token_ids=ENDS)
+        for start, continuation in zip(starts, found, strict=True):
+            ids, written = context(start), []
+            with torch.no_grad():
+                while len(written) < start.limit and not (written and written[-1] in ENDS):
+                    written.append(int(model(input_ids=ids[None], use_cache=False).logits[0, -1].argmax()))
+                    ids = torch.cat([ids, torch.tensor(written[-1:])])
+            assert continuation.tokens == tuple(written)
+
+    def test_a_window_that_attention_is_not_told_of_is_noticed(self, monkeypatch):
+        """The trial is shorter than any real window, so a model that cuts by its mask alone would pass it."""
+        model = paddable("mistral", sliding_window=64)
+        assert decoders.way_of(model) == WAYS[0]
+        decoders._known.clear()
+        for layer in model.get_base_model().model.layers:
+            silent = copy.copy(layer.self_attn.config)
+            silent.sliding_window = None
+            monkeypatch.setattr(layer.self_attn, "config", silent)
+        with pytest.warns(UserWarning, match="not told of"):
+            assert decoders.way_of(model) == "repeated cache"
+
+
+def test_families_have_windows_and_groups():
+    assert {FAMILIES[f].get("sliding_window") for f in FAMILIES} == {None, 4}

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from conftest import count_tokens, paddable, randomise, tiny, tiny_base
-from odp_callbacks.engine.logits import node_logits, vocabulary_size
+from odp_callbacks.engine.logits import node_logits
+from odp_callbacks.engine.prefixes import vocabulary_size
 from odp_callbacks.functional import lora_parameters
 
 SEQUENCES = [torch.tensor(s) for s in ([1, 6, 7, 8, 9, 10, 11], [1, 5], [1, 7, 7, 9, 10])]

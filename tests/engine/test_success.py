@@ -4,7 +4,7 @@ from scipy import stats
 
 from conftest import make_world
 from odp_callbacks.engine.branches import Branch
-from odp_callbacks.engine.decoding import prefill
+from odp_callbacks.engine.decoders import read_prefixes
 from odp_callbacks.engine.nodes import Node
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.rollouts import Rollout
@@ -30,7 +30,7 @@ def measure(allocation, reward=WORLD.reward, tree=None, seed=0, **changes):
             WORLD.model,
             WORLD.tokenizer,
             reward,
-            prefill(WORLD.model, [r.sequence[:-1] for r in tree.rollouts]),
+            read_prefixes(WORLD.model, [r.sequence[:-1] for r in tree.rollouts]),
             tree,
             **{
                 "allocation": allocation,

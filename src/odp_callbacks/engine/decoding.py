@@ -1,75 +1,32 @@
-"""Sampling the student's continuations from shared prefixes.
+"""Sampling many continuations of shared prefixes, in one batch that stays full.
 
-The one place that knows how a prefix is kept and read: a sequence is prefilled once, whatever the number of its
-continuations; each continuation gets a copy of the part of that cache that it needs.
+A row of the batch is a seat. A continuation that has finished leaves it, and one that waits takes it, so that each step
+of the model serves as many continuations as there is room for; prefixes are read where they are
+(:mod:`odp_callbacks.engine.attention`) and never copied.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
+from odp_callbacks.engine.attention import sharing
+from odp_callbacks.engine.prefixes import PrefixCache, Start, forward, share, suffix_cache
+from odp_callbacks.engine.sampling import Continuation, sample_tokens
 from odp_callbacks.functional.gradients import forward_arguments
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, what is done of it, and how much there is."""
+Finished = Callable[[dict[int, Continuation]], None]
+"""Called with continuations as they finish, by their place among the starts."""
+LEAVE = 7 / 8
+"""The batch is made smaller when this share of its seats, or less, is taken and nobody waits."""
+PATIENCE = 8
+"""Steps between looks at which rows have ended, on an accelerator: each look waits for it."""
 
 
-@dataclass(frozen=True)
-class PrefixCache:
-    """Keys and values of ``S`` sequences, one pair ``(S, H, T, D)`` for each layer; aligned left."""
-
-    layers: list[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a continuation starts.
-
-    Attributes:
-        sequence: Which prefilled sequence it continues.
-        prefix: How many of that sequence's first tokens it has seen.
-        token: The token that follows them: a rollout's last prompt token, or a branch's first token.
-        limit: The most tokens to sample after ``token``, at least 1.
-    """
-
-    sequence: int
-    prefix: int
-    token: int
-    limit: int
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Sampled tokens, with the end token if one came; ``truncated`` where the limit cut it."""
-
-    tokens: tuple[int, ...]
-    truncated: bool
-
-
-def prefill(model: nn.Module, sequences: Sequence[Tensor]) -> PrefixCache:
-    """Run ``model`` once over sequences and keep their keys and values.
-
-    Args:
-        model: Causal language model that takes a transformers cache.
-        sequences: ``(T_s,)`` int64 each, without padding.
-    """
-    device = next(model.parameters()).device
-    lengths = torch.tensor([len(s) for s in sequences])
-    # Right padding: positions count from 0, and what follows a sequence's end is never read.
-    ids = pad_sequence([s.cpu() for s in sequences], batch_first=True)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    cache = DynamicCache()
-    if ids.shape[1]:
-        _forward(model, forward_arguments(model), ids.to(device), mask.to(device), None, cache)
-    return PrefixCache([(layer.keys, layer.values) for layer in cache.layers])
-
-
-def sample_continuations(
+def sample_shared(
     model: nn.Module,
     cache: PrefixCache,
     starts: Sequence[Start],
@@ -78,109 +35,156 @@ def sample_continuations(
     eos_token_ids: Sequence[int],
     generator: torch.Generator | None,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    finished: Finished | None = None,
 ) -> list[Continuation]:
     """Sample one continuation for each start, from the student's own policy: temperature, and nothing else.
 
     Args:
-        model: The student, in evaluation mode.
-        cache: Prefixes, from :func:`prefill`.
+        model: The student, in evaluation mode; it must attend through transformers' attention interface.
+        cache: Prefixes, from :func:`~odp_callbacks.engine.prefixes.prefill`.
         starts: Where each continuation starts.
         temperature: Divides the logits.
         eos_token_ids: Tokens that end a response.
         generator: Random stream on the model's device; None for torch's global one.
         batch_size: The most continuations at a time.
-        progress: Called with the number of finished continuations.
+        finished: Told of continuations as they finish.
 
     Returns:
         In the order of ``starts``.
+
+    Raises:
+        FloatingPointError: If the model's logits are no distribution (NaN).
     """
-    # Neighbours in length share a batch, so that little of the copied prefix is padding.
-    order = sorted(range(len(starts)), key=lambda i: (starts[i].prefix, starts[i].sequence))
+    if not starts:
+        return []
     sampled: dict[int, Continuation] = {}
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        batch = _sample_batch(model, cache, [starts[i] for i in chosen], temperature, eos_token_ids, generator)
-        sampled.update(zip(chosen, batch, strict=True))
-        if progress is not None:
-            progress(len(sampled))
+    with sharing(model):
+        batch = _Batch(model, cache, starts, list(eos_token_ids), batch_size)
+        while batch.owners:
+            batch.step(temperature, generator)
+            if batch.due():
+                done = batch.leave()
+                sampled.update(done)
+                if done and finished is not None:
+                    finished(done)
     return [sampled[i] for i in range(len(starts))]
 
 
-def _sample_batch(
-    model: nn.Module,
-    prefixes: PrefixCache,
-    starts: Sequence[Start],
-    temperature: float,
-    eos_token_ids: Sequence[int],
-    generator: torch.Generator | None,
-) -> list[Continuation]:
-    device = next(model.parameters()).device
-    seen = torch.tensor([s.prefix for s in starts], device=device)  # (B,)
-    limits = torch.tensor([s.limit for s in starts], device=device)
-    tokens = torch.tensor([s.token for s in starts], device=device)
-    eos = torch.tensor(list(eos_token_ids), device=device, dtype=torch.long)
-    cache, mask = _gather(prefixes, torch.tensor([s.sequence for s in starts], device=device), seen)
-    written = torch.zeros(len(starts), int(limits.max()), dtype=torch.long, device=device)
-    lengths = torch.zeros_like(limits)
-    ended = torch.zeros_like(limits, dtype=torch.bool)
-    alive = torch.arange(len(starts), device=device)
-    takes = forward_arguments(model)  # read once: inspecting a signature has no place in a loop over tokens
-    for step in range(written.shape[1]):
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        positions = (seen[alive] + step)[:, None]
-        logits = _forward(model, takes, tokens[:, None], mask, positions, cache)[:, -1]  # (B, V)
-        probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-        tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        written[alive, step] = tokens
-        lengths[alive] += 1
-        ended[alive] = torch.isin(tokens, eos)
-        running = ~ended[alive] & (lengths[alive] < limits[alive])
-        if not running.any():
-            break
-        if not running.all():
-            # Finished rows leave, so that no step is spent on padding.
-            kept = running.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
-            mask, tokens, alive = mask[kept], tokens[kept], alive[kept]
-    return [
-        Continuation(tuple(row[:length]), not end)
-        for row, length, end in zip(written.tolist(), lengths.tolist(), ended.tolist(), strict=True)
-    ]
+class _Batch:
+    """Continuations under way: ``B`` seats, each with a start, a suffix, and what it has written.
 
-
-def _gather(prefixes: PrefixCache, rows: Tensor, lengths: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Copy the first ``lengths`` positions of sequences ``rows``, aligned right; return them with their mask (B, T).
-
-    Aligned right, the distance between two positions in the cache is the distance in the text: sliding windows,
-    which transformers cut by the former, stay exact.
+    Attributes:
+        owners: For each seat, which start sits or sat there last.
+        taken: For each seat, whether it still does.
     """
-    longest = int(lengths.max())
-    steps = torch.arange(longest, device=rows.device)
-    place = steps - (longest - lengths)[:, None]  # (B, T): where in the sequence, negative on padding
-    cache = DynamicCache()
-    if longest:
-        for layer, (keys, values) in enumerate(prefixes.layers):
-            at = (rows[:, None], slice(None), place.clamp(min=0))
-            cache.update(keys[at].transpose(1, 2), values[at].transpose(1, 2), layer)  # (B, T, H, D) -> (B, H, T, D)
-    return cache, (place >= 0).long()
 
+    def __init__(
+        self, model: nn.Module, cache: PrefixCache, starts: Sequence[Start], eos: list[int], batch_size: int
+    ) -> None:
+        self.model, self.cache, self.starts = model, cache, starts
+        self.device = next(model.parameters()).device
+        self.takes = forward_arguments(model)  # read once: inspecting a signature has no place in a loop over tokens
+        self.patience = 1 if self.device.type == "cpu" else PATIENCE
 
-def _forward(
-    model: nn.Module,
-    takes: frozenset[str],
-    ids: Tensor,
-    mask: Tensor,
-    position_ids: Tensor | None,
-    cache: DynamicCache,
-) -> Tensor:
-    """Logits at the last position ``(B, 1, V)``; ``cache`` grows by ``ids``. ``takes``: the forward's arguments."""
-    keywords: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-    # transformers 5.2x renamed the argument; both names are served.
-    keywords["cache" if "cache" in takes else "past_key_values"] = cache
-    if position_ids is not None and "position_ids" in takes:
-        keywords["position_ids"] = position_ids
-    if "logits_to_keep" in takes:
-        keywords["logits_to_keep"] = 1
-    logits: Tensor = model(**keywords).logits
-    return logits[:, -1:]
+        # Neighbours share a sequence; of one sequence, those with most left to write go first.
+        def place(i: int) -> tuple[int, int, int]:
+            return cache.owners[starts[i].sequence], starts[i].sequence, starts[i].prefix
+
+        self.waiting = deque(sorted(range(len(starts)), key=place))
+        self.longest = max(s.limit for s in starts) + self.patience - 1
+        self.owners = [self.waiting.popleft() for _ in range(min(batch_size, len(starts)))]
+        seats = len(self.owners)
+        self.taken = [True] * seats
+        self.born = [0] * seats
+        self.now = 0
+        self.eos = torch.tensor(eos, device=self.device, dtype=torch.long)
+        self.token = self._of("token", range(seats))
+        self.limit = self._of("limit", range(seats))
+        self.written = torch.zeros(seats, self.longest, dtype=torch.long, device=self.device)
+        self.length = torch.zeros(seats, dtype=torch.long, device=self.device)
+        self.ended = torch.zeros(seats, dtype=torch.bool, device=self.device)
+        self.sound = torch.ones((), dtype=torch.bool, device=self.device)
+        self.view = share(cache, [starts[i] for i in self.owners], self.device, self.longest)
+        self.suffixes = suffix_cache(seats, self.longest, self.view)
+
+    def _of(self, name: str, seats: Sequence[int]) -> Tensor:
+        return torch.tensor([getattr(self.starts[self.owners[seat]], name) for seat in seats], device=self.device)
+
+    def step(self, temperature: float, generator: torch.Generator | None) -> None:
+        """One token for every seat."""
+        view = self.view
+        positions = (view.starts + view.ages)[:, None]
+        logits = forward(
+            self.model, self.token[:, None], self.suffixes, positions=positions, view=view, takes=self.takes
+        )[:, -1]  # (B, V)
+        self.token, sound = sample_tokens(logits, temperature, generator)
+        running = ~self.ended & (self.length < self.limit)
+        self.sound &= (sound | ~running).all()
+        self.written.scatter_(1, view.ages[:, None], self.token[:, None])
+        self.length += running
+        self.ended |= running & torch.isin(self.token, self.eos)
+        # A seat that nobody waits for goes on until the batch is made smaller; it must not outgrow its room.
+        view.ages.add_(1).clamp_(max=self.longest - 1)
+        self.now += 1
+        view.step(*self._ages())
+
+    def _ages(self) -> tuple[int, bool]:
+        """The oldest suffix, and whether all are as old."""
+        born = {at for at, taken in zip(self.born, self.taken, strict=True) if taken}
+        return min(self.now - min(born, default=self.now), self.longest - 1), len(born) < 2
+
+    def due(self) -> bool:
+        """Whether it is time to look who has ended."""
+        return self.now % self.patience == 0
+
+    def leave(self) -> dict[int, Continuation]:
+        """Take up what has finished, and seat those who wait."""
+        over = (self.ended | (self.length >= self.limit)).tolist()
+        seats = [seat for seat, taken in enumerate(self.taken) if taken and over[seat]]
+        if not seats:
+            return {}
+        if not self.sound:
+            raise FloatingPointError("the student's logits are not finite, so no continuation can be sampled.")
+        rows = zip(
+            seats, self.written[seats].tolist(), self.length[seats].tolist(), self.ended[seats].tolist(), strict=True
+        )
+        found = {self.owners[s]: Continuation(tuple(row[:length]), not end) for s, row, length, end in rows}
+        free = seats[: len(self.waiting)]
+        for seat in free:
+            self.owners[seat], self.born[seat] = self.waiting.popleft(), self.now
+        for seat in seats[len(free) :]:
+            self.taken[seat] = False
+        if free:
+            self._seat(free)
+        if sum(self.taken) <= LEAVE * len(self.owners):
+            self._shrink([seat for seat, taken in enumerate(self.taken) if taken])
+        return found
+
+    def _seat(self, seats: list[int]) -> None:
+        """Start anew on seats whose owners have changed."""
+        at = torch.tensor(seats, device=self.device)
+        self.token[at] = self._of("token", seats)
+        self.limit[at] = self._of("limit", seats)
+        self.length[at], self.ended[at] = 0, False
+        self._look(self.view.ages.index_fill(0, at, 0))
+
+    def _shrink(self, seats: list[int]) -> None:
+        """Go on with these seats alone."""
+        for name in ("owners", "taken", "born"):
+            setattr(self, name, [getattr(self, name)[seat] for seat in seats])
+        if not seats:
+            return
+        rows = torch.tensor(seats, device=self.device)
+        for name in ("token", "limit", "written", "length", "ended"):
+            setattr(self, name, getattr(self, name)[rows])
+        for layer in self.suffixes.layers:
+            layer.retain(rows)
+        self._look(self.view.ages[rows])
+
+    def _look(self, ages: Tensor) -> None:
+        """A new view of what is shared, for new owners."""
+        self.view = share(self.cache, [self.starts[i] for i in self.owners], self.device, self.longest)
+        self.view.ages = ages
+        self.view.step(*self._ages())
+        for layer in self.suffixes.layers:
+            layer.view = self.view

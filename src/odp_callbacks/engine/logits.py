@@ -1,12 +1,12 @@
 """Logits where they are needed, and nowhere else."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from odp_callbacks.engine.prefixes import vocabulary_size
 from odp_callbacks.functional.gradients import logits_at
 
 
@@ -56,11 +56,3 @@ def _batches(positions: Sequence[Sequence[int]], vocabulary: int, most: int) -> 
         union = joined
     if positions:
         yield first, len(positions)
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """Number of logits that ``model`` gives."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(output, "weight", None)
-    config: Any = getattr(model, "config", None)
-    return int(weight.shape[0]) if weight is not None else int(config.get_text_config().vocab_size)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from odp_callbacks.engine.branches import Branch, choose_branches
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.continuing import look, remaining_length, spend, thin
-from odp_callbacks.engine.decoding import Progress, prefill
+from odp_callbacks.engine.decoders import read_prefixes
+from odp_callbacks.engine.decoding import Progress
 from odp_callbacks.engine.directions import Direction, distillation_direction
 from odp_callbacks.engine.free import from_rewards, taken_branches
 from odp_callbacks.engine.guest import guest
@@ -281,7 +282,15 @@ class Probe:
     ) -> tuple[list[NodeRecord], list[list[Outcomes]]]:
         """Targeted continuations: as many of each branch, or where they help most within a budget."""
         config = self.config
-        cache = prefill(self.student, [r.sequence[:-1] for r in rollouts])
+        questions = list({id(r.question): r.question for r in rollouts}.values())
+        place = {id(question): q for q, question in enumerate(questions)}
+        # A rollout's last prompt token goes with its response: a branch at the root has seen all but that one.
+        prefixes = read_prefixes(
+            self.student,
+            [q.prompt_ids[:-1] for q in questions],
+            [r.sequence[len(r.question.prompt_ids) - 1 : -1] for r in rollouts],
+            [place[id(r.question)] for r in rollouts],
+        )
 
         def sample(allocation: Any) -> None:
             with ledger.stage("continuations", int(sum(map(sum, allocation)))) as progress:
@@ -289,7 +298,7 @@ class Probe:
                     self.student,
                     self.tokenizer,
                     self.reward,
-                    cache,
+                    prefixes,
                     tree,
                     allocation=[[int(n) for n in row] for row in allocation],
                     max_new_tokens=config.max_new_tokens,

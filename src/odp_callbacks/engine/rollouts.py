@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odp_callbacks.engine.decoding import Start, prefill, sample_continuations
+from odp_callbacks.engine.decoders import read_prefixes, sample_continuations
+from odp_callbacks.engine.prefixes import Start
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rewards import RewardFunction, score
 
@@ -63,7 +64,7 @@ def sample_rollouts(
     Returns:
         ``len(questions) * per_question`` rollouts, those of one question together.
     """
-    cache = prefill(model, [q.prompt_ids[:-1] for q in questions])
+    prefixes = read_prefixes(model, [q.prompt_ids[:-1] for q in questions])
     starts = [
         Start(i, len(q.prompt_ids) - 1, int(q.prompt_ids[-1]), max_new_tokens)
         for i, q in enumerate(questions)
@@ -71,7 +72,7 @@ def sample_rollouts(
     ]
     sampled = sample_continuations(
         model,
-        cache,
+        prefixes,
         starts,
         temperature=temperature,
         eos_token_ids=eos_token_ids,

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from odp_callbacks.engine.branches import Branch
-from odp_callbacks.engine.decoding import PrefixCache, Start, sample_continuations
+from odp_callbacks.engine.decoders import Prefixes, sample_continuations
 from odp_callbacks.engine.nodes import Node
+from odp_callbacks.engine.prefixes import Start
 from odp_callbacks.engine.rewards import RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, response_text
 
@@ -137,7 +138,7 @@ def measure_success(
     model: nn.Module,
     tokenizer: Any,
     reward: RewardFunction,
-    cache: PrefixCache,
+    prefixes: Prefixes,
     tree: Tree,
     *,
     allocation: Sequence[Sequence[int]],
@@ -157,7 +158,7 @@ def measure_success(
         model: The student, in evaluation mode.
         tokenizer: Its tokenizer.
         reward: The verifier.
-        cache: The rollouts' prefilled sequences, in their order.
+        prefixes: The rollouts' sequences, in their order.
         tree: Where to branch; added to.
         allocation: For each group and branch, how many continuations to add.
         max_new_tokens: Limit of the whole response.
@@ -184,13 +185,13 @@ def measure_success(
             owners += [(g, b)] * allocation[g][b]
     sampled = sample_continuations(
         model,
-        cache,
+        prefixes,
         starts,
         temperature=temperature,
         eos_token_ids=eos_token_ids,
         generator=generator,
         batch_size=batch_size,
-        progress=progress,
+        finished=None if progress is None else _count(progress),
     )
     responses = [
         (*tree.prefix(tree.first[g]), tree.branches[g][b].token, *tail)
@@ -214,3 +215,14 @@ def measure_success(
     spent.tokens += sum(len(c.tokens) for c in sampled)
     spent.continuations += len(sampled)
     spent.truncated += sum(c.truncated for c in sampled)
+
+
+def _count(progress: Callable[[int], None]) -> Callable[[dict[int, Any]], None]:
+    total = 0
+
+    def finished(done: dict[int, Any]) -> None:
+        nonlocal total
+        total += len(done)
+        progress(total)
+
+    return finished

@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from odp_callbacks.engine.logits import node_logits, vocabulary_size
+from odp_callbacks.engine.logits import node_logits
+from odp_callbacks.engine.prefixes import vocabulary_size
 from odp_callbacks.engine.prompts import Prompt, Question, Row, encode_prompt, is_conversational
 from odp_callbacks.functional.gradients import evaluating, lora_parameters
 

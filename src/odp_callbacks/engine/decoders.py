@@ -1,0 +1,348 @@
+"""Which way a model's continuations are sampled, and the ways for models that cannot share a prefix.
+
+Three ways with one distribution, the first that works is taken: the shared prefix
+(:mod:`odp_callbacks.engine.decoding`); a copy of the prefix's cache for each continuation; transformers' ``generate``
+for models with another kind of cache. Which one works is tried, on a few tokens, against the model's full forward.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
+
+from odp_callbacks.engine.attention import sharing
+from odp_callbacks.engine.decoding import Finished, sample_shared
+from odp_callbacks.engine.prefixes import (
+    PrefixCache,
+    Start,
+    forward,
+    grow,
+    prefill,
+    share,
+    suffix_cache,
+    vocabulary_size,
+)
+from odp_callbacks.engine.sampling import Continuation, sample_tokens
+from odp_callbacks.functional.gradients import forward_arguments
+
+WAYS = ("shared prefix", "repeated cache", "generate")
+
+_known: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Sequences that continuations start from.
+
+    Attributes:
+        sequences: ``(T_s,)`` int64 each.
+        cache: Their keys and values; None where ``generate`` keeps its own.
+        way: One of :data:`WAYS`.
+    """
+
+    sequences: tuple[Tensor, ...]
+    cache: PrefixCache | None
+    way: str
+
+
+def read_prefixes(
+    model: nn.Module,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor] | None = None,
+    owners: Sequence[int] = (),
+    way: str | None = None,
+) -> Prefixes:
+    """Run ``model`` over sequences: prompts, or prompts with responses, each prompt once.
+
+    Args:
+        model: The student, in evaluation mode.
+        prompts: ``(P_q,)`` int64 each.
+        responses: ``(T_s,)`` int64 each, what follows; None where the prompts are the sequences.
+        owners: For each response, its prompt.
+        way: One of :data:`WAYS`; None for the first that works for this model.
+    """
+    way = way or way_of(model)
+    if responses is None:
+        sequences = list(prompts)
+    else:
+        sequences = [torch.cat([prompts[q], r]) for q, r in zip(owners, responses, strict=True)]
+    cache = None
+    if way == "shared prefix":
+        cache = prefill(model, prompts)
+        if responses is not None:
+            cache, _ = grow(model, cache, responses, owners)
+    elif way == "repeated cache":
+        cache = prefill(model, sequences)
+    return Prefixes(tuple(sequences), cache, way)
+
+
+def sample_continuations(
+    model: nn.Module,
+    prefixes: Prefixes,
+    starts: Sequence[Start],
+    *,
+    temperature: float,
+    eos_token_ids: Sequence[int],
+    generator: torch.Generator | None,
+    batch_size: int,
+    finished: Finished | None = None,
+) -> list[Continuation]:
+    """Sample one continuation for each start, from the student's own policy: temperature, and nothing else.
+
+    Args:
+        model: The student, in evaluation mode.
+        prefixes: From :func:`read_prefixes`.
+        starts: Where each continuation starts.
+        temperature: Divides the logits.
+        eos_token_ids: Tokens that end a response.
+        generator: Random stream on the model's device; None for torch's global one.
+        batch_size: The most continuations at a time.
+        finished: Told of continuations as they finish, by their place among the starts.
+
+    Returns:
+        In the order of ``starts``.
+
+    Raises:
+        FloatingPointError: If the model's logits are no distribution (NaN).
+    """
+    if prefixes.way == "shared prefix":
+        assert prefixes.cache is not None
+        return sample_shared(
+            model,
+            prefixes.cache,
+            starts,
+            temperature=temperature,
+            eos_token_ids=eos_token_ids,
+            generator=generator,
+            batch_size=batch_size,
+            finished=finished,
+        )
+    sampled: dict[int, Continuation] = {}
+    for chosen in _batches(starts, batch_size, equal=prefixes.way == "generate"):
+        some = [starts[i] for i in chosen]
+        if prefixes.cache is not None:
+            batch = _repeat(model, prefixes.cache, some, temperature, list(eos_token_ids), generator)
+        else:
+            batch = _generate(model, prefixes.sequences, some, temperature, list(eos_token_ids), generator)
+        done = dict(zip(chosen, batch, strict=True))
+        sampled.update(done)
+        if finished is not None:
+            finished(done)
+    return [sampled[i] for i in range(len(starts))]
+
+
+def _batches(starts: Sequence[Start], batch_size: int, equal: bool) -> Iterator[list[int]]:
+    """Neighbours in length share a batch, so that little is padding; ``equal``: of one length, so that none is."""
+    order = sorted(range(len(starts)), key=lambda i: (starts[i].prefix, starts[i].sequence))
+    batch: list[int] = []
+    for i in order:
+        if len(batch) == batch_size or (equal and batch and starts[i].prefix != starts[batch[0]].prefix):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _repeat(
+    model: nn.Module,
+    prefixes: PrefixCache,
+    starts: Sequence[Start],
+    temperature: float,
+    eos: list[int],
+    generator: torch.Generator | None,
+) -> list[Continuation]:
+    """One batch, each row on a copy of the part of its sequence's cache that it needs."""
+    device = next(model.parameters()).device
+    seen = torch.tensor([s.prefix for s in starts], device=device)  # (B,)
+    limits = torch.tensor([s.limit for s in starts], device=device)
+    tokens = torch.tensor([s.token for s in starts], device=device)
+    ends = torch.tensor(eos, device=device, dtype=torch.long)
+    cache, mask = _gather(prefixes, torch.tensor([s.sequence for s in starts], device=device), seen)
+    written = torch.zeros(len(starts), int(limits.max()), dtype=torch.long, device=device)
+    lengths = torch.zeros_like(limits)
+    ended = torch.zeros_like(limits, dtype=torch.bool)
+    alive = torch.arange(len(starts), device=device)
+    takes = forward_arguments(model)
+    for step in range(written.shape[1]):
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        positions = (seen[alive] + step)[:, None]
+        logits = forward(model, tokens[:, None], cache, mask=mask, positions=positions, takes=takes)[:, -1]  # (B, V)
+        tokens, sound = sample_tokens(logits, temperature, generator)
+        if not sound.all():
+            raise FloatingPointError("the student's logits are not finite, so no continuation can be sampled.")
+        written[alive, step] = tokens
+        lengths[alive] += 1
+        ended[alive] = torch.isin(tokens, ends)
+        running = ~ended[alive] & (lengths[alive] < limits[alive])
+        if not running.any():
+            break
+        if not running.all():
+            # Finished rows leave, so that no step is spent on padding.
+            kept = running.nonzero().squeeze(1)
+            cache.batch_select_indices(kept)
+            mask, tokens, alive = mask[kept], tokens[kept], alive[kept]
+    return [
+        Continuation(tuple(row[:length]), not end)
+        for row, length, end in zip(written.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+    ]
+
+
+def _gather(prefixes: PrefixCache, rows: Tensor, lengths: Tensor) -> tuple[DynamicCache, Tensor]:
+    """Copy the first ``lengths`` positions of sequences ``rows``, aligned right; return them with their mask (B, T).
+
+    Aligned right, the distance between two positions in the cache is the distance in the text: sliding windows,
+    which transformers cut by the former, stay exact.
+    """
+    longest = int(lengths.max())
+    steps = torch.arange(longest, device=rows.device)
+    place = steps - (longest - lengths)[:, None]  # (B, T): where in the sequence, negative on padding
+    cache = DynamicCache()
+    if longest:
+        for layer, (keys, values) in enumerate(prefixes.trunks):
+            at = (rows[:, None], slice(None), place.clamp(min=0))
+            cache.update(keys[at].transpose(1, 2), values[at].transpose(1, 2), layer)  # (B, T, H, D) -> (B, H, T, D)
+    return cache, (place >= 0).long()
+
+
+def _generate(
+    model: Any,
+    sequences: Sequence[Tensor],
+    starts: Sequence[Start],
+    temperature: float,
+    eos: list[int],
+    generator: torch.Generator | None,
+) -> list[Continuation]:
+    """One batch of equally long prefixes, each run from its first token."""
+    device = next(model.parameters()).device
+    ids = torch.stack([torch.cat([sequences[s.sequence][: s.prefix], torch.tensor([s.token])]) for s in starts])
+    ids = ids.to(device)
+    # `generate` draws from the global streams: they are set from ours, and put back.
+    seed = int(torch.randint(2**62, (), generator=generator, device=device))
+    pad = eos[0] if eos else 0
+    plain = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max(s.limit for s in starts),
+        eos_token_id=eos or None,
+        pad_token_id=pad,
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        own, base.generation_config = base.generation_config, plain
+        try:
+            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain)[
+                :, ids.shape[1] :
+            ].tolist()
+        finally:
+            base.generation_config = own
+    found = []
+    for row, start in zip(written, starts, strict=True):
+        end = next((t for t, token in enumerate(row[: start.limit]) if token in eos), None)
+        found.append(Continuation(tuple(row[: start.limit if end is None else end + 1]), end is None))
+    return found
+
+
+def way_of(model: nn.Module) -> str:
+    """The first of :data:`WAYS` that gives this model's own logits; tried once for each model, told if not the first.
+
+    Args:
+        model: In evaluation mode.
+    """
+    if model not in _known:
+        reasons = []
+        for way, trial in (("shared prefix", _try_shared), ("repeated cache", _try_repeated)):
+            try:
+                trial(model)
+            except Exception as error:
+                reasons.append(f"{way}: {error or type(error).__name__}")
+            else:
+                _known[model] = way
+                break
+        else:
+            _known[model] = "generate"
+        if reasons:
+            warnings.warn(
+                f"continuations of {type(model).__name__} are sampled by {_known[model]}, which is slower and has the "
+                f"same distribution; what is faster does not serve this model ({'; '.join(reasons)}).",
+                stacklevel=2,
+            )
+    return _known[model]
+
+
+def _try_shared(model: nn.Module) -> None:
+    """Prompts of unequal length, responses, and rows that leave them at unequal places, against the full forward."""
+    kinds = {kind for config in _configs(model) for kind in getattr(config, "layer_types", None) or ()}
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"layers of kind {sorted(other)}")
+    device = next(model.parameters()).device
+    prompts, responses, owners = _tokens(model, (6, 3)), _tokens(model, (5, 2, 4)), (0, 0, 1)
+    starts = [Start(s, len(prompts[owners[s]]) + t, 1, 2) for s, t in ((0, 5), (0, 2), (1, 1), (2, 3))]
+    with torch.no_grad():
+        tree, logits = grow(model, prefill(model, prompts), responses, owners, keep=[[len(r) - 1] for r in responses])
+        wholes = [torch.cat([prompts[q], r]) for q, r in zip(owners, responses, strict=True)]
+        for whole, found in zip(wholes, logits, strict=True):
+            _agree(model, whole, found[0])
+        with sharing(model):
+            view = share(tree, starts, device, 2)
+            cache = suffix_cache(len(starts), 2, view)
+            steps = []
+            for step in range(2):
+                positions = (view.starts + view.ages)[:, None]
+                ids = torch.full((len(starts), 1), 1 - step, device=device)
+                steps.append(forward(model, ids, cache, positions=positions, view=view)[:, -1])
+                view.ages += 1
+                view.step(step + 1, True)
+        # Windows are longer than this trial: a layer must have asked for its own.
+        windows = {getattr(c, "sliding_window", None) for c in _configs(model)} - {None, 0}
+        slides = not kinds or "sliding_attention" in kinds
+        if slides and not windows <= view.windows:
+            raise NotImplementedError("a sliding window that the attention function is not told of")
+    for row, start in enumerate(starts):
+        prefix = wholes[start.sequence][: start.prefix]
+        for step in range(2):
+            _agree(model, torch.cat([prefix, torch.tensor([1, 0][: step + 1])]), steps[step][row])
+
+
+def _try_repeated(model: nn.Module) -> None:
+    """Rows on copies of a cache, aligned right, against the full forward."""
+    device = next(model.parameters()).device
+    sequences = _tokens(model, (6, 3))
+    lengths = torch.tensor([5, 2], device=device)
+    with torch.no_grad():
+        cache, mask = _gather(prefill(model, sequences), torch.tensor([0, 1], device=device), lengths)
+        ids = torch.ones(2, 1, dtype=torch.long, device=device)
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+        logits = forward(model, ids, cache, mask=mask, positions=lengths[:, None])[:, -1]
+    for row, length in enumerate(lengths.tolist()):
+        _agree(model, torch.cat([sequences[row][:length], torch.tensor([1])]), logits[row])
+
+
+def _agree(model: Callable[..., Any], ids: Tensor, logits: Tensor) -> None:
+    """Raise unless ``logits`` are those that the full forward gives after ``ids``, up to rounding."""
+    with torch.no_grad():
+        whole = model(input_ids=ids[None].to(logits.device), use_cache=False).logits[0, -1]
+    coarse = {torch.float64: 1e-8, torch.float32: 1e-3}.get(whole.dtype, 0.1)
+    error = float((whole - logits).abs().max() / (1 + whole.abs().max()))
+    if not error <= coarse:
+        raise ArithmeticError(f"logits differ by {error:.1g} from the full forward's")
+
+
+def _tokens(model: nn.Module, lengths: Sequence[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = vocabulary_size(model)
+    return [torch.randint(size, (length,), generator=generator) for length in lengths]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return [getattr(c, "get_text_config", lambda c=c: c)() for c in found.values()]

@@ -1,0 +1,68 @@
+"""Drawing tokens from the student's policy."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import TemperatureLogitsWarper
+
+BLOCK = 256
+"""Tokens that are weighed together before one of them is drawn."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Sampled tokens, with the end token if one came; ``truncated`` where the limit cut it."""
+
+    tokens: tuple[int, ...]
+    truncated: bool
+
+
+def sample_tokens(
+    logits: Tensor, temperature: float, generator: torch.Generator | None = None, most_elements: int = 2**21
+) -> tuple[Tensor, Tensor]:
+    r"""Draw one token for each row from :math:`\mathrm{softmax}(z / \tau)`, without any restriction.
+
+    By inversion, in two levels: first a block of the vocabulary, then a token in it. ``torch.multinomial`` draws a
+    random number for every token of the vocabulary, and on a CPU one after the other: 215 ms for 256 rows of 49,152,
+    against 19 ms.
+
+    Args:
+        logits: ``(B, V)``, floating.
+        temperature: Positive.
+        generator: Random stream on the device of ``logits``; None for torch's global one.
+        most_elements: The most weights to hold at a time.
+
+    Returns:
+        ``(B,)`` int64, and ``(B,)`` bool: whether the row's logits were a distribution. Where they were not (a NaN),
+        the token means nothing.
+
+    Example:
+        >>> import torch
+        >>> tokens, sound = sample_tokens(torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]]), 1.0)
+        >>> tokens.tolist(), sound.tolist()
+        ([1, 0], [True, True])
+    """
+    warp = TemperatureLogitsWarper(temperature)
+    size = -(-logits.shape[-1] // BLOCK) * BLOCK
+    tokens, sound = [], []
+    for part in logits.split(max(1, most_elements // size)):
+        z = warp(None, part if part.dtype == torch.float64 else part.float())
+        weights = F.pad((z - z.amax(dim=-1, keepdim=True)).exp_(), (0, size - z.shape[-1]))
+        blocks = weights.unflatten(-1, (-1, BLOCK))  # (B, V / 256, 256)
+        u = torch.rand(2, len(part), 1, dtype=torch.float64, device=logits.device, generator=generator)
+        which, total = _invert(blocks.sum(dim=-1, dtype=torch.float64), u[0])
+        inside, _ = _invert(blocks[torch.arange(len(part), device=logits.device), which].double(), u[1])
+        tokens.append(which * BLOCK + inside)
+        sound.append(total.isfinite())
+    return torch.cat(tokens), torch.cat(sound)
+
+
+def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Place ``(B,)`` of ``u`` in the cumulated weights ``(B, N)``, never on a weight of 0; and their sums ``(B,)``."""
+    cumulated = weights.cumsum(dim=-1)
+    total = cumulated[:, -1:]
+    place = torch.searchsorted(cumulated, u * total, right=True).squeeze(-1)
+    # Only a NaN gets beyond the last: u < 1, and a product with it rounds to less than the total.
+    return place.clamp_(max=weights.shape[-1] - 1), total.squeeze(-1)
