@@ -243,10 +243,10 @@ class TestChoice:
         config = AutoConfig.for_model(kind, vocab_size=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
         model = AutoModelForCausalLM.from_config(config).double().eval()
         with pytest.warns(UserWarning, match=f"sampled by {way}.*same distribution.*shared prefix") as warned:
-            assert decoders.way_of(model) == way
-        decoders.way_of(model)
+            assert [read(model, None).way for _ in range(2)] == [way] * 2
         assert len([w for w in warned if "same distribution" in str(w.message)]) == 1
         starts = [s for s in STARTS if s.prefix > 0]
+        assert decoders.way_of(model) == way
         found = sample(model, read(model, None), starts, temperature=1e-4, eos_token_ids=ENDS)
         for start, continuation in zip(starts, found, strict=True):
             ids, written = context(start), []
@@ -266,7 +266,7 @@ class TestChoice:
             silent.sliding_window = None
             monkeypatch.setattr(layer.self_attn, "config", silent)
         with pytest.warns(UserWarning, match="not told of"):
-            assert decoders.way_of(model) == "repeated cache"
+            assert read(model, None).way == "repeated cache"
 
 
 def test_families_have_windows_and_groups():

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from conftest import count_tokens, paddable, randomise, tiny, tiny_base
-from odp_callbacks.engine.logits import node_logits
+from odp_callbacks.engine.decoders import way_of
+from odp_callbacks.engine.logits import node_logits, response_logits
 from odp_callbacks.engine.prefixes import vocabulary_size
 from odp_callbacks.functional import lora_parameters
 
@@ -44,3 +45,21 @@ def test_vocabulary_size(student):
         config = student.config
 
     assert vocabulary_size(Bare()) == 12
+
+
+def test_responses_to_equal_prompts_share_them(family):
+    model = paddable(family)
+    assert way_of(model) == "shared prefix"
+    prompts = [SEQUENCES[0], SEQUENCES[2], SEQUENCES[0], SEQUENCES[0][:1]]
+    responses, depths = [[5, 6, 7, 8, 9, 10], [9, 9], [10], [6, 5, 6]], [[5, 0, 2], [1], [0], [1, 2]]
+    shapes = []
+    stop = count_tokens(model, shapes)
+    with torch.no_grad():
+        found = response_logits(model, prompts, responses, depths)
+        stop()
+        assert shapes == [(3, 6), (4, 6)], "three prompts, then all responses up to their last node"
+        for logits, p, r, d in zip(found, prompts, responses, depths, strict=True):
+            ids = torch.cat([p, torch.tensor(r)])
+            expected = model(input_ids=ids[None]).logits[0, [len(p) - 1 + t for t in d]]
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert response_logits(model, [], [], []) == []

@@ -36,6 +36,7 @@ from odp_callbacks.engine import (
     every_node,
     exponential_windows,
 )
+from odp_callbacks.engine.decoders import way_of
 from odp_callbacks.estimates import DEFINED, UNDEFINED, UNDETERMINED, estimate
 from odp_callbacks.evidence import gather
 from odp_callbacks.functional import (
@@ -269,7 +270,7 @@ def test_a_rollouts_own_ending_would_bias_a_split_by_correctness():
     world, teacher = make_world(), external()
     with torch.no_grad():
         truth = {p: float(torch.softmax(n.logits, -1) @ n.success) for p, n in world.solve().items()}
-    questions = 900
+    questions = 1400
     options = {"rollouts_per_question": 1, "success_threshold": 0.6, "batch_size": 2000, "continuations": 1}
     report = probe_world(world, {"other": teacher}, questions, **options)
     gaps = {"as it is": np.zeros(questions), "with the own ending": np.zeros(questions)}
@@ -398,21 +399,28 @@ def test_a_users_loss_and_a_teacher_that_equals_the_student():
 
 
 def test_teachers_with_a_context_see_the_same_response(student, tokenizer):
-    seen = []
+    read, continued = [], []
 
     def record(module, args, kwargs):
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        if mask is not None and mask.shape == ids.shape:  # a batch of whole sequences
-            seen.extend(row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True))
+        if mask is not None and mask.shape == ids.shape:  # prompts, but for their last token
+            read.extend(row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True))
+        elif kwargs.get("shared_prefix") is not None:  # what follows them
+            continued.extend(ids.tolist())
 
     hook = student.get_base_model().register_forward_pre_hook(record, with_kwargs=True)
     report = measure(student, {"answer": Teacher("{answer} e {prompt}"), "gold": Teacher(lambda row: row["answer"])})
     hook.remove()
     for question, row in enumerate(ROWS):
-        responses = [[WORDS.index(p) for p in r.pieces] for r in report.rollouts if r.question == str(question)]
+        rollouts = [i for i, r in enumerate(report.rollouts) if r.question == str(question)]
         for prompt in (f"{row['answer']} e {row['prompt']}", row["answer"]):
             ids = tokenizer(prompt)["input_ids"]
-            assert all(ids + response in seen for response in responses)
+            assert ids[:-1] in read
+            for i in rollouts:
+                response = [WORDS.index(p) for p in report.rollouts[i].pieces]
+                deepest = max(n.depth for n in report.nodes if n.rollout == i)
+                expected = [ids[-1], *response[:deepest]]
+                assert any(seen[: len(expected)] == expected for seen in continued)
     assert all(np.isfinite(n.gram).all() and (np.diagonal(n.gram.sum(0))[-2:] > 0).all() for n in report.nodes)
 
 
@@ -478,8 +486,9 @@ def test_the_budget_is_held_whatever_the_length(student, budget, limit, seed):
 
 
 def test_a_budget_too_small_for_all_nodes_draws_some(student):
-    everything = measure(student, "base", continuations=1, max_new_tokens=40, nodes="every")
-    found = measure(student, "base", budget=200, max_new_tokens=40, nodes="every")
+    everything = measure(student, "base", continuations=1, max_new_tokens=40, nodes="every", seed=4)
+    # What a continuation will cost is expected from four rollouts; of another seed these may be far too short.
+    found = measure(student, "base", budget=200, max_new_tokens=40, nodes="every", seed=4)
     assert 0 < len(found.nodes) < len(everything.nodes)
     assert found.generated_tokens["continuations"] <= 1.3 * 200
     where = {(n.rollout, n.depth) for n in everything.nodes}
@@ -519,6 +528,7 @@ def test_continuations_go_where_the_teacher_pulls(student):
 
 
 def test_prefixes_are_run_once_whatever_the_continuations(student):
+    way_of(student)  # the trial of what this model can do has its own forwards
     calls = []
     for continuations in (1, 6):
         shapes = []
@@ -526,12 +536,12 @@ def test_prefixes_are_run_once_whatever_the_continuations(student):
         report = measure(student, "base", continuations=continuations)
         stop()
         calls.append([s for s in shapes if s[1] > 1])
-        # Whole sequences: prompts, student, prefixes, teacher and gradients; single tokens: those that were sampled.
+        # Single tokens are those that were sampled, and a few of rows that have ended.
         single = sum(rows for rows, width in shapes if width == 1)
-        assert single == sum(report.generated_tokens.values())
+        assert 1 <= single / sum(report.generated_tokens.values()) < 1.15
     assert calls[0] == calls[1]
-    # The summed ideal gradients take each of the six rollouts once more.
-    assert len(calls[0]) == 1 + 3 + 1 + 3 + 6 + 6
+    # Prompts twice, student, responses, teacher, gradients; the summed ideal gradients take each rollout once more.
+    assert len(calls[0]) == 1 + 3 + 1 + 1 + 3 + 6 + 6
 
 
 def test_the_report_counts_what_was_done(student):

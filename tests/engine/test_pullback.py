@@ -1,16 +1,20 @@
+from itertools import combinations, pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import Snapshot, relative, tiny
-from odp_callbacks.engine.pullback import lora_modules, pull_back, pull_sums
+from odp_callbacks.engine.pullback import lora_modules, pull_back, pull_sums, segment_ends
 from odp_callbacks.functional import lora_gradients, lora_parameters
 
 IDS = torch.tensor([1, 5, 6, 9, 7, 8, 11, 6, 5])
 POSITIONS = [2, 8, 5]
 
 
-def gram_matrices(*arguments):
-    return pull_back(*arguments)[0]
+def gram_matrices(*arguments, **options):
+    return pull_back(*arguments, **options)[0]
 
 
 def directions(counts=(3, 1, 5), scale=1.0):
@@ -22,12 +26,14 @@ def gradients(model, position, cotangents):
     return lora_gradients(model, IDS, torch.tensor([position]), cotangents[None])[0]
 
 
-@pytest.mark.parametrize("most", [16, 2])
-def test_are_those_of_the_plain_gradients(family, most):
+@pytest.mark.parametrize("ends", [None, [9], [3, 6, 9], [4, 9]])
+@pytest.mark.parametrize("memory", [None, 1])
+def test_are_those_of_the_plain_gradients(family, ends, memory):
+    """In whatever segments, and one direction at a time where there is no memory."""
     model = tiny(family)
     modules = lora_modules(list(lora_parameters(model)))
     sizes = [sum(p.numel() for n, p in lora_parameters(model).items() if f"{m}.lora_" in n) for m in modules]
-    grams = gram_matrices(model, IDS, POSITIONS, directions(), most)
+    grams = gram_matrices(model, IDS, POSITIONS, directions(), ends=ends, memory=memory)
     for position, cotangents, gram in zip(POSITIONS, directions(), grams, strict=True):
         assert gram.dtype == torch.float64
         rows = gradients(model, position, cotangents)
@@ -103,3 +109,38 @@ def test_sums_over_nodes_are_those_of_the_plain_gradients(family):
     assert relative(sums.double(), expected) < 1e-6
     together = torch.stack([w * v[-2:] for w, v in zip(weights, cotangents, strict=True)], dim=1)
     assert relative(pull_sums(model, IDS, POSITIONS, together).double(), expected) < 1e-6
+
+
+@given(
+    nodes=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 6)), min_size=1, max_size=7, unique_by=lambda n: n[0]),
+    overhead=st.floats(0, 300),
+)
+def test_segments_are_the_cheapest_of_all(nodes, overhead):
+    """Against every way to cut at nodes."""
+    positions, counts = zip(*nodes, strict=True)
+
+    def cost(ends):
+        total = 0.0
+        for s, (start, end) in enumerate(pairwise([0, *ends]), 1):
+            total += sum(c for p, c in nodes if start <= p < end) * end + 2 * s * overhead
+        return total
+
+    at = sorted(p + 1 for p in positions)
+    every = [(*cut, at[-1]) for k in range(len(at)) for cut in combinations(at[:-1], k)]
+    found = segment_ends(positions, counts, overhead)
+    assert found[-1] == at[-1]
+    assert cost(found) == pytest.approx(min(map(cost, every)))
+
+
+def test_the_backward_of_a_node_passes_nothing_behind_it(student):
+    """Tokens that go back: each direction up to its segment's end, not to the sequence's."""
+    seen = []
+    hooks = [
+        module.register_full_backward_hook(lambda m, gin, gout: seen.append(gout[0].shape[-2]))
+        for name, module in student.named_modules()
+        if name.endswith("layers.1.mlp")
+    ]
+    gram_matrices(student, IDS, [2, 8], directions((1, 1)), ends=[3, 9])
+    for hook in hooks:
+        hook.remove()
+    assert seen == [3, 6], "the last node passes both segments, the first its own (the top layer of the other is cut)"

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig
 
 from conftest import BOS, WORDS, Snapshot, flat_parameters, paddable, randomise, tiny, tiny_base, word_tokenizer
-from odp_callbacks.engine.logits import node_logits
+from odp_callbacks.engine.logits import response_logits
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.teachers import (
     AdapterTeacher,
@@ -52,9 +52,8 @@ def logits(teacher, student, prompts=PROMPTS):
 
 def test_the_student_itself_gives_the_same_bits(family):
     student = paddable(family)
-    sequences = [torch.cat([p, torch.tensor(r)]) for p, r in zip(PROMPTS, RESPONSES)]
     with torch.no_grad():
-        own = node_logits(student, sequences, [[2, 4], [3]])
+        own = response_logits(student, PROMPTS, RESPONSES, DEPTHS)
     for a, b in zip(logits(Teacher(), student), own, strict=True):
         assert torch.equal(a, b)
 

@@ -154,21 +154,23 @@ def shared_prefix_attention(
     """
     if position_bias is not None:
         raise NotImplementedError("a position bias in attention")
-    batch, all_heads, steps, _size = query.shape
+    # Under autocast a rotation leaves queries and keys in float32, and values in half precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    batch, all_heads, steps = query.shape[:3]
     heads = key.shape[1]
     share = all_heads // heads
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
     window = sliding_window or 0
     if window:
         shared_prefix.windows.add(window)
-    index: int = module.layer_idx  # type: ignore[assignment]  # an int on every attention module of transformers
+    layer: int = module.layer_idx  # type: ignore[assignment]  # torch declares modules' attributes so
     # Queries of the heads that share keys and values stand in line: (B, H', share * T', D).
     q = query.reshape(batch, heads, share * steps, -1)
     own_mask = shared_prefix.suffix_mask(key.shape[2], window, share, query)
     parts = [attend(q, key, value, scale, own_mask, softcap, fused=steps > 1)]
     sorted_q = q[shared_prefix.order].transpose(0, 1).contiguous()  # (H', B, share * T', D)
     for depth, level in enumerate(shared_prefix.levels):
-        keys, values = level.layers[index]
+        keys, values = level.layers[layer]
         out = q.new_zeros(*sorted_q.shape[:3], values.shape[-1])
         total = parts[0][1].new_full(sorted_q.shape[:3], _lowest(parts[0][1].dtype))
         for group, (sequence, first, stop, longest) in enumerate(level.groups):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from odp_callbacks.engine.prefixes import vocabulary_size
+from odp_callbacks.engine.decoders import WAYS, way_of
+from odp_callbacks.engine.prefixes import grow, prefill, vocabulary_size
 from odp_callbacks.functional.gradients import logits_at
 
 
@@ -17,9 +18,7 @@ def node_logits(
     parameters: dict[str, Tensor] | None = None,
     most_elements: int = 2**26,
 ) -> list[Tensor]:
-    """Logits at chosen positions of each sequence; student and teachers take this same way, in the same batches.
-
-    Hence a teacher that equals the student gives the same bits, and is seen to say nothing.
+    """Logits at chosen positions of each sequence, in padded batches; gradients pass where they are on.
 
     Args:
         model: Causal language model in the mode that the caller wants.
@@ -43,6 +42,43 @@ def node_logits(
         place = {p: i for i, p in enumerate(wanted)}
         found += [logits[row, [place[p] for p in ps]] for row, ps in enumerate(positions[first:last])]
     return found
+
+
+def response_logits(
+    model: nn.Module,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Sequence[int]],
+    depths: Sequence[Sequence[int]],
+    parameters: dict[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """Logits at chosen depths of responses; equal prompts are read once, whatever the number of responses.
+
+    Student and teachers take this same way; hence a teacher that equals the student gives the same bits, and is seen
+    to say nothing.
+
+    Args:
+        model: Causal language model in the mode that the caller wants.
+        prompts: ``(P_r,)`` int64, one for each response.
+        responses: Response tokens.
+        depths: For each response, the ``N_r`` depths that are asked for.
+        parameters: Replacements for parameters of ``model``.
+
+    Returns:
+        ``(N_r, V)`` each.
+    """
+    if not responses:
+        return []
+    tails = [torch.tensor(list(r[: max(d)]), dtype=torch.long) for r, d in zip(responses, depths, strict=True)]
+    if way_of(model) == WAYS[0]:
+        different = list(dict.fromkeys(tuple(p.tolist()) for p in prompts))
+        place = {ids: q for q, ids in enumerate(different)}
+        trunks = prefill(model, [torch.tensor(ids[:-1], dtype=torch.long) for ids in different], parameters)
+        owners = [place[tuple(p.tolist())] for p in prompts]
+        limbs = [torch.cat([p[-1:], tail]) for p, tail in zip(prompts, tails, strict=True)]
+        return grow(model, trunks, limbs, owners, depths, parameters)[1]
+    sequences = [torch.cat([p, tail]) for p, tail in zip(prompts, tails, strict=True)]
+    positions = [[len(p) - 1 + t for t in d] for p, d in zip(prompts, depths, strict=True)]
+    return node_logits(model, sequences, positions, parameters)
 
 
 def _batches(positions: Sequence[Sequence[int]], vocabulary: int, most: int) -> Iterator[tuple[int, int]]:

@@ -80,7 +80,7 @@ def prefill(model: nn.Module, sequences: Sequence[Tensor], parameters: dict[str,
     cache = DynamicCache()
     if ids.shape[1]:
         forward(model, ids.to(device), cache, mask=mask.to(device), parameters=parameters)
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    layers = [(layer.keys.to(layer.values.dtype), layer.values) for layer in cache.layers]
     return PrefixCache(layers, tuple(lengths), [], (0,) * len(lengths), tuple(range(len(lengths))))
 
 
@@ -126,9 +126,12 @@ def grow(
                 place = {p: i for i, p in enumerate(wanted)}
                 found += [logits[row, [place[p] for p in ps]].clone() for row, ps in enumerate(keep[first:stop])]
             if not limbs:
-                size = len(responses), max(lengths)
-                limbs = [tuple(x.new_zeros(size[0], x.shape[1], size[1], x.shape[3]) for x in pair)
-                         for pair in ((layer.keys, layer.values) for layer in cache.layers)]  # fmt: skip
+                rows, size = len(responses), max(lengths)
+                shapes = [(layer.values, (rows, layer.values.shape[1], size, -1)) for layer in cache.layers]
+                limbs = [
+                    (v.new_zeros(*shape[:3], layer.keys.shape[3]), v.new_zeros(*shape[:3], v.shape[3]))
+                    for (v, shape), layer in zip(shapes, cache.layers, strict=True)
+                ]
             for (keys, values), layer in zip(limbs, cache.layers, strict=True):
                 keys[first:stop, :, : ids.shape[1]] = layer.keys
                 values[first:stop, :, : ids.shape[1]] = layer.values

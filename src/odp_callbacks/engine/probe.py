@@ -18,7 +18,7 @@ from odp_callbacks.engine.directions import Direction, distillation_direction
 from odp_callbacks.engine.free import from_rewards, taken_branches
 from odp_callbacks.engine.guest import guest
 from odp_callbacks.engine.ledger import Ledger
-from odp_callbacks.engine.logits import node_logits
+from odp_callbacks.engine.logits import node_logits, response_logits
 from odp_callbacks.engine.nodes import Node, select_nodes
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
 from odp_callbacks.engine.pullback import lora_modules, pull_back, pull_sums
@@ -265,8 +265,8 @@ class Probe:
         found: list[Tensor] = []
         for indices, depths in _by_question(rollouts, nodes):
             prompts = [rollouts[i].question.prompt_ids for i in indices]
-            positions = [[len(p) - 1 + t for t in d] for p, d in zip(prompts, depths, strict=True)]
-            for logits in node_logits(self.student, [rollouts[i].sequence for i in indices], positions):
+            responses = [rollouts[i].response_ids for i in indices]
+            for logits in response_logits(self.student, prompts, responses, depths):
                 found += list(logits)
         return found
 

@@ -1,16 +1,109 @@
 """Pulling directions on a rollout's nodes back to the LoRA parameters, and their Gram matrices.
 
-One forward serves all nodes of a rollout; the directions of a node go back together, as one batched
-vector-Jacobian product.
+One forward serves all nodes of a rollout. It runs in segments that end at nodes, each on the keys and values of those
+before it, with their graph: so the backward from a node passes only what lies before it, and nothing of the rest of
+the rollout. The directions of a segment's nodes go back together, as batched vector-Jacobian products.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
 
+from odp_callbacks.engine.decoders import way_of
+from odp_callbacks.engine.memory import free_bytes
+from odp_callbacks.engine.prefixes import forward
 from odp_callbacks.functional.gradients import flatten, logits_at, lora_parameters
+
+MOST_SEGMENTS = 8
+CANDIDATES = 64
+"""The most places that are weighed as ends of segments."""
+OVERHEAD = {"cpu": 32}
+"""What one pass through the model costs beyond its tokens, in tokens."""
+ELSEWHERE = 512
+"""The same on an accelerator, where a pass waits for its kernels to be launched."""
+ROWS = {"cpu": 2048}
+"""Directions times tokens that go back together: more of them leave a CPU's cache."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A forward over one sequence that waits to be differentiated.
+
+    Attributes:
+        parameters: The LoRA parameters that it was run with.
+        segments: Nodes by their place, and their logits ``(N_s, V)``; the graph of each ends at its last node.
+        ends: Where each segment ends.
+    """
+
+    parameters: dict[str, Tensor]
+    segments: list[tuple[list[int], Tensor]]
+    ends: list[int]
+
+
+@contextmanager
+def _graph(model: nn.Module, input_ids: Tensor, positions: Sequence[int], ends: Sequence[int]) -> Iterator[Graph]:
+    """Run ``model`` up to the last of ``ends``, with gradients, in segments that end there."""
+    device = next(model.parameters()).device
+    parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(model).items()}
+    ids = input_ids.to(device)[None]
+    segments = []
+    # Of the kernels for scaled dot product attention only the plain one can be batched over directions.
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        cache = DynamicCache()
+        for start, end in pairwise([0, *ends]):
+            here = [n for n, p in enumerate(positions) if start <= p < end]
+            at = torch.tensor([positions[n] - start for n in here], device=device)
+            if len(ends) == 1:
+                logits = logits_at(model, ids[:, :end], at, parameters=parameters)
+            else:
+                logits = forward(model, ids[:, start:end], cache, keep=at, parameters=parameters)
+            segments.append((here, logits[0]))
+        yield Graph(parameters, segments, list(ends))
+
+
+def segment_ends(positions: Sequence[int], directions: Sequence[int], overhead: float) -> list[int]:
+    """Where to cut a sequence so that its backwards are cheapest.
+
+    A direction of a node costs the tokens up to the end of its segment; each segment that a batch of them passes costs
+    ``overhead`` tokens more. The best cut at nodes is found by dynamic programming.
+
+    Args:
+        positions: ``N``, of the nodes.
+        directions: ``N``, how many each has.
+        overhead: In tokens.
+
+    Returns:
+        Ends of the segments, each one after a node; the last after the last node.
+
+    Example:
+        >>> segment_ends([10, 500, 501], [4, 4, 4], overhead=32)
+        [11, 502]
+        >>> segment_ends([10, 500, 501], [4, 4, 4], overhead=5000)
+        [502]
+    """
+    at = sorted(set(positions))
+    if len(at) > CANDIDATES:
+        at = sorted({at[round(i * (len(at) - 1) / (CANDIDATES - 1))] for i in range(CANDIDATES)})
+    below = [sum(d for p, d in zip(positions, directions, strict=True) if p <= end) for end in at]
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [])}
+    for j, end in enumerate(at, 1):
+        for s in range(1, min(j, MOST_SEGMENTS) + 1):
+            for i in range(s - 1, j):
+                if (i, s - 1) not in best:
+                    continue
+                cost, ends = best[i, s - 1]
+                # A forward and one backward through each of the segments so far.
+                cost += (below[j - 1] - (below[i - 1] if i else 0)) * (end + 1) + 2 * s * overhead
+                if (j, s) not in best or cost < best[j, s][0]:
+                    best[j, s] = cost, [*ends, end + 1]
+    return min((found for (j, _), found in best.items() if j == len(at)), key=lambda found: found[0])[1]
 
 
 def pull_back(
@@ -18,9 +111,10 @@ def pull_back(
     input_ids: Tensor,
     positions: Sequence[int],
     cotangents: Sequence[Tensor],
-    most_directions: int = 16,
     weights: Sequence[float] | None = None,
     last: int = 0,
+    memory: float | None = None,
+    ends: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     r"""Gram matrices of :math:`J_u^\top v_c` for the directions of each node of one sequence, per module.
 
@@ -29,50 +123,78 @@ def pull_back(
         input_ids: ``(T,)`` int64, without padding.
         positions: ``N`` positions whose logits decide the next token.
         cotangents: ``(C_n, V)`` floating for each node.
-        most_directions: The most directions to send back at a time: memory grows with it.
         weights: One number for each node.
         last: How many of each node's last directions to sum over the nodes, with these weights.
+        memory: The most bytes to take; None for half of what is free.
+        ends: Where to cut the sequence; None for :func:`segment_ends`.
 
     Returns:
         Gram matrices ``(M, C_n, C_n)`` float64 on the CPU, one for each node, one matrix for each of the ``M``
         modules of :func:`lora_modules`; their sum over ``M`` is the Gram matrix on all LoRA parameters. And the sums
         ``(last, P)`` float32, or None.
     """
-    device = next(model.parameters()).device
-    parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(model).items()}
-    modules = lora_modules(list(parameters))
     # Scaled to one, and back in the Gram matrix, so that half precision does not lose small directions.
     scales = [v.abs().amax(dim=-1).double().cpu() if v.numel() else v.new_zeros(len(v)).double() for v in cotangents]
-    grams = []
+    # A direction of exact zeros (a teacher that says nothing) needs no backward. NaN is not zero.
+    heard = [(scale != 0).nonzero().squeeze(1) for scale in scales]
+    if ends is None:
+        overhead = OVERHEAD.get(input_ids.device.type, ELSEWHERE)
+        counts = [len(h) for h in heard]
+        ends = segment_ends(positions, counts, overhead) if way_of(model) != "generate" else [max(positions) + 1]
+    grams: list[Tensor] = [torch.empty(0)] * len(cotangents)
     sums: Tensor | None = None
-    # Of the kernels for scaled dot product attention only the plain one can be batched over directions.
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        at = torch.tensor(list(positions), device=device)
-        logits = logits_at(model, input_ids.to(device)[None], at, parameters=parameters)[0]  # (N, V)
-        for n, (v, scale) in enumerate(zip(cotangents, scales, strict=True)):
-            # A direction of exact zeros (a teacher that says nothing) needs no backward. NaN is not zero.
-            heard = (scale != 0).nonzero().squeeze(1)
-            unit = (v.double().cpu()[heard] / scale[heard, None]).to(logits)
-            pulled = [
-                torch.autograd.grad(
-                    logits[n],
-                    list(parameters.values()),
-                    chunk,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
+    with _graph(model, input_ids, positions, ends) as graph:
+        parameters = graph.parameters
+        modules = lora_modules(list(parameters))
+        size = sum(p.numel() for p in parameters.values())
+        for (here, logits), end in zip(graph.segments, graph.ends, strict=True):
+            rows = [[parameter.new_zeros(0) for parameter in parameters.values()] for _ in here]
+            units = [(place, int(c)) for place, n in enumerate(here) for c in heard[n]]
+            most = most_directions(model, end, len(here) * logits.shape[-1], memory)
+            for first in range(0, len(units), most):
+                chunk = units[first : first + most]
+                v = logits.new_zeros(len(chunk), *logits.shape)
+                for row, (place, c) in enumerate(chunk):
+                    n = here[place]
+                    v[row, place] = (cotangents[n][c].double().cpu() / scales[n][c]).to(logits)
+                pulled = torch.autograd.grad(
+                    logits, list(parameters.values()), v, retain_graph=True, allow_unused=True, is_grads_batched=True
                 )
-                for chunk in unit.split(most_directions)
-                if len(chunk)
-            ]
-            gram = torch.zeros(len(modules), len(v), len(v), dtype=torch.float64)
-            gram[:, heard[:, None], heard] = _gram(pulled, parameters, modules) * scale[heard, None] * scale[heard]
-            grams.append(gram)
-            if weights is not None and last:
-                factor = torch.where(scale != 0, scale, 0)[heard] * weights[n]
-                share = _sum_last(pulled, parameters, heard, factor, len(v), last)
-                sums = share if sums is None else sums + share
+                for place in {place for place, _ in chunk}:
+                    own = [row for row, (p, _) in enumerate(chunk) if p == place]
+                    for i, (gradient, parameter) in enumerate(zip(pulled, parameters.values(), strict=True)):
+                        found = parameter.new_zeros(len(own), parameter.numel())
+                        if gradient is not None:
+                            found = gradient[own].flatten(1)
+                        kept = rows[place][i]
+                        rows[place][i] = found if not kept.numel() else torch.cat([kept, found])
+            for place, n in enumerate(here):
+                count, where = len(cotangents[n]), heard[n]
+                gram = torch.zeros(len(modules), count, count, dtype=torch.float64)
+                if len(where):
+                    factor = scales[n][where]
+                    gram[:, where[:, None], where] = _gram(rows[place], list(parameters), modules) * (
+                        factor[:, None] * factor
+                    )
+                grams[n] = gram
+                if weights is not None and last:
+                    factor = scales[n][where] * weights[n]
+                    share = _sum_last(rows[place], where, factor, count, last, size)
+                    sums = share if sums is None else sums + share
     return grams, sums
+
+
+def most_directions(model: nn.Module, tokens: int, logits: int, memory: float | None = None) -> int:
+    """How many directions may go back together over ``tokens`` tokens and ``logits`` logits."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config()
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    heads = config.num_attention_heads if hasattr(config, "num_attention_heads") else 1
+    parameter = next(model.parameters())
+    # A layer's widest activations and its attention, and as much again for what follows them.
+    numbers = 2 * tokens * (4 * width + 6 * config.hidden_size + 3 * heads * tokens) + 2 * logits
+    fits = free_bytes(parameter.device, memory) // (numbers * max(4, parameter.element_size()))
+    return max(1, min(int(fits), ROWS.get(parameter.device.type, 2**16) // tokens))
 
 
 def pull_sums(model: nn.Module, input_ids: Tensor, positions: Sequence[int], cotangents: Tensor) -> Tensor:
@@ -87,34 +209,24 @@ def pull_sums(model: nn.Module, input_ids: Tensor, positions: Sequence[int], cot
     Returns:
         ``(D, P)`` float32.
     """
-    device = next(model.parameters()).device
-    parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(model).items()}
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        at = torch.tensor(list(positions), device=device)
-        logits = logits_at(model, input_ids.to(device)[None], at, parameters=parameters)[0]  # (N, V)
+    with _graph(model, input_ids, positions, [max(positions) + 1]) as graph:
+        ((_, logits),) = graph.segments
         scale = cotangents.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
         unit = (cotangents / scale[:, None, None]).to(logits)
-        pulled = torch.autograd.grad(logits, list(parameters.values()), unit, allow_unused=True, is_grads_batched=True)
-    return flatten(pulled, parameters).float() * scale[:, None].to(logits.device).float()
+        leaves = list(graph.parameters.values())
+        pulled = torch.autograd.grad(logits, leaves, unit, allow_unused=True, is_grads_batched=True)
+    return flatten(pulled, graph.parameters).float() * scale[:, None].to(logits.device).float()
 
 
-def _sum_last(
-    pulled: Sequence[tuple[Tensor | None, ...]],
-    parameters: dict[str, Tensor],
-    heard: Tensor,
-    factor: Tensor,
-    count: int,
-    last: int,
-) -> Tensor:
-    """``(last, P)``, the last of a node's ``count`` directions, scaled; those that were not heard are zero."""
-    size = sum(p.numel() for p in parameters.values())
-    device = next(iter(parameters.values())).device
-    found = torch.zeros(last, size, device=device, dtype=torch.float32)
+def _sum_last(rows: Sequence[Tensor], heard: Tensor, factor: Tensor, count: int, last: int, size: int) -> Tensor:
+    """``(last, size)``, the last of a node's ``count`` directions, scaled; those that were not heard are zero."""
+    device = rows[0].device
     wanted = (heard >= count - last).nonzero().squeeze(1)
-    if len(wanted):
-        rows = torch.cat([flatten(chunk, parameters).float() for chunk in pulled])
-        at = (heard[wanted] - (count - last)).to(device)
-        found[at] = rows[wanted.to(device)] * factor[wanted].to(device)[:, None].float()
+    found = torch.zeros(last, size, device=device, dtype=torch.float32)
+    if not len(wanted):
+        return found
+    flat = torch.cat([row[wanted.to(device)].float() for row in rows], dim=1)
+    found[(heard[wanted] - (count - last)).to(device)] = flat * factor[wanted].to(device)[:, None].float()
     return found
 
 
@@ -132,14 +244,11 @@ def _module(name: str) -> str:
     return name.split(".lora_")[0].removeprefix("base_model.model.")
 
 
-def _gram(pulled: Sequence[tuple[Tensor | None, ...]], parameters: dict[str, Tensor], modules: list[str]) -> Tensor:
-    """``(M, C, C)`` from the chunks' gradients, each parameter's ``(chunk, *shape)``."""
-    size = sum(len(next(g for g in chunk if g is not None)) for chunk in pulled)
-    gram = torch.zeros(len(modules), size, size, dtype=torch.float64)
+def _gram(rows: Sequence[Tensor], names: Sequence[str], modules: list[str]) -> Tensor:
+    """``(M, C, C)`` from each parameter's gradients ``(C, size)``."""
+    gram = torch.zeros(len(modules), len(rows[0]), len(rows[0]), dtype=torch.float64)
     index = {module: m for m, module in enumerate(modules)}
-    for i, (name, parameter) in enumerate(parameters.items()):
-        parts = [flatten((chunk[i],), {name: parameter}) for chunk in pulled if chunk[i] is not None]
-        if parts:
-            rows = torch.cat(parts).double()  # (C, size of the parameter)
-            gram[index[_module(name)]] += (rows @ rows.mT).cpu()
+    for name, row in zip(names, rows, strict=True):
+        wide = row.double()
+        gram[index[_module(name)]] += (wide @ wide.mT).cpu()
     return gram

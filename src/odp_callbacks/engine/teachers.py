@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from odp_callbacks.engine.logits import node_logits
+from odp_callbacks.engine.logits import response_logits
 from odp_callbacks.engine.prefixes import vocabulary_size
 from odp_callbacks.engine.prompts import Prompt, Question, Row, encode_prompt, is_conversational
 from odp_callbacks.functional.gradients import evaluating, lora_parameters
@@ -269,7 +269,7 @@ def teacher_logits(
     Args:
         teacher: The teacher.
         student: The student, with its adapters.
-        prompts: The teacher's prompts, ``(P'_r,)`` each.
+        prompts: The teacher's prompt for each response, ``(P'_r,)``.
         responses: The student's response tokens.
         depths: For each response, the ``N_r`` depths that are asked for.
 
@@ -278,13 +278,9 @@ def teacher_logits(
         model has more are padding rows (:meth:`ModelTeacher.check`), and they go.
     """
     device = next(student.parameters()).device
-    sequences = [
-        torch.cat([p, torch.tensor(list(r), dtype=torch.long)]) for p, r in zip(prompts, responses, strict=True)
-    ]
-    positions = [[len(p) - 1 + t for t in d] for p, d in zip(prompts, depths, strict=True)]
     size = vocabulary_size(student)
     with torch.no_grad(), teacher.policy(student) as (model, parameters):
-        logits = node_logits(model, sequences, positions, parameters)
+        logits = response_logits(model, prompts, responses, depths, parameters)
     return [x[..., :size].to(device) for x in logits]
 
 
