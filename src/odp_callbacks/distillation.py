@@ -14,6 +14,7 @@ from odp_callbacks.engine.prompts import Row, as_questions, rows_from_batch
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
 from odp_callbacks.engine.teachers import as_teachers, teacher_logits, teacher_prompt_ids
+from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.divergences import Divergence, check_divergence, distillation_loss
 from odp_callbacks.functional.gradients import evaluating
 
@@ -116,9 +117,9 @@ class OnPolicyDistillation(LightningModule):
                 temperature=self.temperature,
                 eos_token_ids=self.eos_token_ids,
                 generator=None,
-                batch_size=2**16,
+                batch_size=256,
             )
-        return rollouts if self.reward is None else score_rollouts(self.reward, rollouts)
+        return rollouts if self.reward is None else score_rollouts(Verifier(self.reward), rollouts)
 
     def token_losses(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
         """Distillation loss of every response token.

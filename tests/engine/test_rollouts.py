@@ -7,6 +7,7 @@ from conftest import BOS, EOS, count_tokens, tiny
 from odp_callbacks.engine.decoders import way_of
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.rollouts import end_tokens, response_text, sample_rollouts, score_rollouts
+from odp_callbacks.engine.verifier import Verifier
 
 
 def rollouts(model, tokenizer, rows, eos=(EOS,), **changes):
@@ -73,7 +74,7 @@ def test_score(student, tokenizer):
         return [int(a) / 3 for a in answer]
 
     found = rollouts(student, tokenizer, ROWS)
-    scored = score_rollouts(reward, found)
+    scored = score_rollouts(Verifier(reward), found)
     assert [r.reward for r in scored] == [1 / 3] * 3 + [2 / 3] * 3 + [1.0] * 3
     assert [r.response_ids for r in scored] == [r.response_ids for r in found]
 

@@ -9,6 +9,7 @@ from odp_callbacks.engine.nodes import Node
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.success import Outcomes, Spent, Tree, measure_success
+from odp_callbacks.engine.verifier import Verifier
 
 WORLD = make_world()
 QUESTION = as_questions([WORLD.row], WORLD.tokenizer)[0]
@@ -29,7 +30,7 @@ def measure(allocation, reward=WORLD.reward, tree=None, seed=0, **changes):
         measure_success(
             WORLD.model,
             WORLD.tokenizer,
-            reward,
+            Verifier(reward),
             read_prefixes(WORLD.model, [r.sequence[:-1] for r in tree.rollouts]),
             tree,
             **{
@@ -118,7 +119,7 @@ def test_more_are_added_and_nothing_known_is_scored_again():
 
 def test_nothing_to_do():
     outcomes, spent = measure([[0] * 5 for _ in NODES], eos_token_ids=[9])
-    assert spent == Spent()
+    assert (spent.tokens, spent.continuations, spent.truncated) == (0, 0, 0)
     assert sum(len(o.rewards) for row in outcomes for o in row) == 5
 
 

@@ -40,7 +40,9 @@ class ProbeConfig:
         top_k: Restricts the loss to that many tokens.
         eos_token_ids: More tokens that end a response.
         success_threshold: Reward from which a rollout counts as correct.
-        batch_size: The most sequences sampled at a time.
+        batch_size: The most sequences sampled at a time; fewer where memory is short.
+        memory: The most bytes that sampling or gradients may take at a time; None: half of what is free.
+        reward_seconds: The most that one call of the reward function may take; None for no limit.
     """
 
     rollouts_per_question: int = 4
@@ -61,7 +63,9 @@ class ProbeConfig:
     top_k: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     success_threshold: float = 1.0
-    batch_size: int = 64
+    batch_size: int = 256
+    memory: float | None = None
+    reward_seconds: float | None = 120.0
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -76,7 +80,7 @@ class ProbeConfig:
             raise ValueError(
                 f"`budget` must be a number of tokens, 0 for the free mode, or None, but {self.budget!r} was given."
             )
-        for name in ("seconds", "half_width"):
+        for name in ("seconds", "half_width", "memory", "reward_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`{name}` must be a positive number or None, but {value!r} was given.")

@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from odp_callbacks.engine.attention import sharing
 from odp_callbacks.engine.decoding import Finished, sample_shared
+from odp_callbacks.engine.memory import free_bytes
 from odp_callbacks.engine.prefixes import (
     PrefixCache,
     Start,
@@ -92,6 +93,7 @@ def sample_continuations(
     eos_token_ids: Sequence[int],
     generator: torch.Generator | None,
     batch_size: int,
+    memory: float | None = None,
     finished: Finished | None = None,
 ) -> list[Continuation]:
     """Sample one continuation for each start, from the student's own policy: temperature, and nothing else.
@@ -103,7 +105,8 @@ def sample_continuations(
         temperature: Divides the logits.
         eos_token_ids: Tokens that end a response.
         generator: Random stream on the model's device; None for torch's global one.
-        batch_size: The most continuations at a time.
+        batch_size: The most continuations at a time; fewer where they would take more memory than there is.
+        memory: The most bytes to take; None for half of what is free.
         finished: Told of continuations as they finish, by their place among the starts.
 
     Returns:
@@ -112,6 +115,8 @@ def sample_continuations(
     Raises:
         FloatingPointError: If the model's logits are no distribution (NaN).
     """
+    if starts and prefixes.cache is not None:
+        batch_size = min(batch_size, _seats(prefixes, starts, free_bytes(next(model.parameters()).device, memory)))
     if prefixes.way == "shared prefix":
         assert prefixes.cache is not None
         return sample_shared(
@@ -136,6 +141,14 @@ def sample_continuations(
         if finished is not None:
             finished(done)
     return [sampled[i] for i in range(len(starts))]
+
+
+def _seats(prefixes: Prefixes, starts: Sequence[Start], free: int) -> int:
+    """How many continuations' keys and values fit."""
+    assert prefixes.cache is not None
+    token = sum(x.shape[1] * x.shape[3] * x.element_size() for pair in prefixes.cache.trunks for x in pair)
+    longest = max(s.limit + (s.prefix if prefixes.way == "repeated cache" else 0) for s in starts)
+    return max(1, free // max(1, token * longest))
 
 
 def _batches(starts: Sequence[Start], batch_size: int, equal: bool) -> Iterator[list[int]]:

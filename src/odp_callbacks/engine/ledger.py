@@ -15,6 +15,11 @@ class Ledger:
     progress: Progress | None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def move(self, stage: str, other: str, seconds: float) -> None:
+        """Book seconds of one stage on another."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) - seconds
+        self.seconds[other] = self.seconds.get(other, 0.0) + seconds
+
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Time a stage; gives the function to report what is done of it."""

@@ -1,7 +1,8 @@
 """The probe: from rows to a report, in one pass through the stages."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -9,28 +10,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odp_callbacks.engine.branches import Branch, choose_branches
+from odp_callbacks.engine.branches import choose_branches
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.continuing import look, remaining_length, spend, thin
 from odp_callbacks.engine.decoders import read_prefixes
 from odp_callbacks.engine.decoding import Progress
-from odp_callbacks.engine.directions import Direction, distillation_direction
+from odp_callbacks.engine.differentiating import Differentiator, by_question
+from odp_callbacks.engine.directions import distillation_direction
 from odp_callbacks.engine.free import from_rewards, taken_branches
 from odp_callbacks.engine.guest import guest
 from odp_callbacks.engine.ledger import Ledger
 from odp_callbacks.engine.logits import node_logits, response_logits
 from odp_callbacks.engine.nodes import Node, select_nodes
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
-from odp_callbacks.engine.pullback import lora_modules, pull_back, pull_sums
-from odp_callbacks.engine.recording import node_record, with_outcomes
+from odp_callbacks.engine.pullback import lora_modules
+from odp_callbacks.engine.recording import with_outcomes
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, given_rollouts, sample_rollouts, score_rollouts
-from odp_callbacks.engine.steps import StepAccumulator, half_coefficients
+from odp_callbacks.engine.steps import StepAccumulator
 from odp_callbacks.engine.success import Outcomes, Spent, Tree, measure_success
-from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_logits, teacher_prompt_ids
+from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_prompt_ids
+from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.evidence import Evidence, gather
 from odp_callbacks.figures import half_width
-from odp_callbacks.functional.divergences import node_predictors
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import NodeRecord, ProbeReport, RolloutRecord
 
@@ -68,10 +70,12 @@ class Probe:
         self.teachers: dict[str, Teacher] = as_teachers(teachers)
         self.config = config or ProbeConfig()
         self.modules = tuple(lora_modules(list(lora_parameters(student))))
+        self._verifier = Verifier(reward, self.config.reward_seconds)
         self.eos_token_ids = end_tokens(student, tokenizer, self.config.eos_token_ids)
-        self._direction: Direction = distillation_direction(
+        direction = distillation_direction(
             self.config.divergence, self.config.beta, self.config.top_k, self.config.temperature
         )
+        self._gradients = Differentiator(student, tokenizer, self.teachers, self.config, direction)
         for teacher in self.teachers.values():
             teacher.check(student, tokenizer)
 
@@ -125,7 +129,7 @@ class Probe:
                 (by the training, say); None samples them.
             progress: Called with stage, done, total.
         """
-        with guest(self.student):
+        with guest(self.student), closing(self._verifier):
             return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, Ledger(progress))
 
     def _run(
@@ -154,13 +158,13 @@ class Probe:
             else:
                 tree, nodes, student_logits = self._tree(rollouts, nodes, student_logits, chooser, ledger)
                 branches = [tree.branches[g] for g in tree.group]
-        records = self._pull_back(rollouts, nodes, branches, student_logits, steps, ledger)
+        records = self._gradients.at_nodes(rollouts, nodes, branches, student_logits, steps, ledger)
         if config.free:
             records = from_rewards(rollouts, records)
         else:
             records, outcomes = self._continue(rollouts, tree, records, spent, sampler, seed, ledger)
             if config.step_alignment:
-                self._add_ideal(rollouts, records, outcomes, student_logits, steps, ledger)
+                self._gradients.add_ideal(rollouts, records, outcomes, student_logits, steps, ledger)
         return ProbeReport(
             teachers=tuple(self.teachers),
             modules=self.modules,
@@ -203,7 +207,14 @@ class Probe:
                     batch_size=config.batch_size,
                 )
         with ledger.stage("verifier", len(rollouts)):
-            rollouts = score_rollouts(self.reward, rollouts)
+            rollouts = score_rollouts(self._verifier, rollouts)
+        if not config.free:
+            self._verifier.try_thread(
+                [r.reward for r in rollouts],
+                [r.question for r in rollouts],
+                [r.text for r in rollouts],
+                [r.response_ids for r in rollouts],
+            )
         if getattr(config.selector, "uses_entropy", False):
             rollouts = [replace(r, entropy=self._entropy(r)) for r in rollouts]
         return rollouts
@@ -263,7 +274,7 @@ class Probe:
     def _student_logits(self, rollouts: list[Rollout], nodes: list[Node]) -> list[Tensor]:
         """The student's logits at each node, ``(V,)``; question by question, as the teachers' are taken."""
         found: list[Tensor] = []
-        for indices, depths in _by_question(rollouts, nodes):
+        for indices, depths in by_question(rollouts, nodes):
             prompts = [rollouts[i].question.prompt_ids for i in indices]
             responses = [rollouts[i].response_ids for i in indices]
             for logits in response_logits(self.student, prompts, responses, depths):
@@ -293,11 +304,12 @@ class Probe:
         )
 
         def sample(allocation: Any) -> None:
+            waited = spent.waited
             with ledger.stage("continuations", int(sum(map(sum, allocation)))) as progress:
                 measure_success(
                     self.student,
                     self.tokenizer,
-                    self.reward,
+                    self._verifier,
                     prefixes,
                     tree,
                     allocation=[[int(n) for n in row] for row in allocation],
@@ -306,9 +318,11 @@ class Probe:
                     eos_token_ids=self.eos_token_ids,
                     generator=sampler,
                     batch_size=config.batch_size,
+                    memory=config.memory,
                     spent=spent,
                     progress=progress,
                 )
+            ledger.move("continuations", "verifier", spent.waited - waited)
 
         def seen() -> list[NodeRecord]:
             return [with_outcomes(record, tree.at(n)) for n, record in enumerate(records)]
@@ -334,123 +348,6 @@ class Probe:
             )
         outcomes = [tree.at(n) for n in range(len(records))]
         return [with_outcomes(record, row) for record, row in zip(records, outcomes, strict=True)], outcomes
-
-    def _add_ideal(
-        self,
-        rollouts: list[Rollout],
-        records: list[NodeRecord],
-        outcomes: list[list[Outcomes]],
-        student_logits: list[Tensor],
-        steps: StepAccumulator,
-        ledger: Ledger,
-    ) -> None:
-        """Sum the ideal gradients: one more forward and one batched backward for each rollout."""
-        tau = self.config.temperature
-        with ledger.stage("gradients", len(records)):
-            for i, rollout in enumerate(rollouts):
-                here = [n for n, record in enumerate(records) if record.rollout == i]
-                if not here:
-                    continue
-                cotangents = []
-                for n in here:
-                    record = records[n]
-                    coefficients = half_coefficients(record, outcomes[n]) / record.inclusion / tau  # (2, A - 1)
-                    z = student_logits[n].double().cpu()
-                    direction = -coefficients.sum(dim=1, keepdim=True) * torch.softmax(z / tau, dim=-1)
-                    direction.index_add_(1, torch.from_numpy(record.tokens[1:]), coefficients)
-                    cotangents.append(direction)
-                first = len(rollout.question.prompt_ids) - 1
-                positions = [first + records[n].depth for n in here]
-                halves = pull_sums(self.student, rollout.sequence, positions, torch.stack(cotangents, dim=1))
-                steps.add_ideal(rollout.question.id, records[here[0]].correct, halves)
-
-    def _pull_back(
-        self,
-        rollouts: list[Rollout],
-        nodes: list[Node],
-        branches: list[list[Branch]],
-        student_logits: list[Tensor],
-        steps: StepAccumulator,
-        ledger: Ledger,
-    ) -> list[NodeRecord]:
-        """Teachers' logits, directions, and their Gram matrices, question by question."""
-        records: list[NodeRecord] = []
-        done = 0
-        for indices, depths in _by_question(rollouts, nodes):
-            responses = [rollouts[i].response_ids for i in indices]
-            question = rollouts[indices[0]].question
-            with ledger.stage("teachers", len(indices)):
-                teachers = [
-                    teacher_logits(
-                        teacher,
-                        self.student,
-                        [teacher_prompt_ids(teacher, self.tokenizer, question)] * len(indices),
-                        responses,
-                        depths,
-                    )
-                    for teacher in self.teachers.values()
-                ]
-            for place, i in enumerate(indices):
-                with ledger.stage("gradients", len(nodes)) as progress:
-                    here = range(len(records), len(records) + len(depths[place]))
-                    records += self._rollout_nodes(
-                        rollouts[i],
-                        [nodes[n] for n in here],
-                        [branches[n] for n in here],
-                        torch.stack([student_logits[n] for n in here]),
-                        [logits[place] for logits in teachers],
-                        steps,
-                    )
-                    done += len(here)
-                    progress(done)
-        return records
-
-    def _rollout_nodes(
-        self,
-        rollout: Rollout,
-        nodes: list[Node],
-        branches: list[list[Branch]],
-        student_logits: Tensor,
-        teachers: list[Tensor],
-        steps: StepAccumulator,
-    ) -> list[NodeRecord]:
-        """Records of one rollout's nodes; ``student_logits`` is ``(N, V)``, ``teachers`` ``K`` times ``(N, V')``."""
-        tau = self.config.temperature
-        z = student_logits.float() if student_logits.dtype != torch.float64 else student_logits
-        taken = torch.tensor([rollout.response_ids[node.depth] for node in nodes], device=z.device)
-        pulls = torch.stack([self._direction(z, t.to(z), taken) for t in teachers])  # (K, N, V)
-        predictors = [node_predictors(z[..., : t.shape[-1]], t.to(z), tau) for t in teachers]
-        p = torch.softmax(z / tau, dim=-1)
-        directions = []
-        for n, row in enumerate(branches):
-            arms = -p[n].expand(len(row) - 1, -1).clone()  # (A - 1, V)
-            arms[torch.arange(len(row) - 1), [b.token for b in row[1:]]] += 1
-            directions.append(torch.cat([arms / tau, pulls[:, n]]))  # (C, V)
-        first = len(rollout.question.prompt_ids) - 1
-        correct = rollout.reward >= self.config.success_threshold
-        grams, sums = pull_back(
-            self.student,
-            rollout.sequence,
-            [first + node.depth for node in nodes],
-            directions,
-            weights=[1 / node.inclusion for node in nodes] if self.config.step_alignment else None,
-            last=len(teachers),
-        )
-        if sums is not None:
-            steps.add_teachers(rollout.question.id, correct, sums)
-        return [
-            node_record(
-                rollout,
-                node,
-                branches[n],
-                correct=correct,
-                gram=grams[n],
-                directions=directions[n],
-                teacher_probabilities=[torch.softmax(t[n].to(z) / tau, dim=-1) for t in teachers],
-                predictors={k: np.array([float(found[k][n]) for found in predictors]) for k in predictors[0]},
-            )
-            for n, node in enumerate(nodes)
-        ]
 
     def _rollout_record(self, rollout: Rollout) -> RolloutRecord:
         return RolloutRecord(
@@ -493,15 +390,3 @@ def diagnose(
     probe = Probe(student, tokenizer, reward, teachers, ProbeConfig(**config))
     probe.validate(rows)
     return probe.run(rows, seed=seed, progress=progress)
-
-
-def _by_question(rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """For each question its rollouts, and for each of those the depths of its nodes, in the order of ``nodes``."""
-    depths: dict[int, list[int]] = {}
-    for node in nodes:
-        depths.setdefault(node.rollout, []).append(node.depth)
-    groups: dict[int, list[int]] = {}
-    for index in depths:
-        groups.setdefault(id(rollouts[index].question), []).append(index)
-    for indices in groups.values():
-        yield indices, [depths[i] for i in indices]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from odp_callbacks.engine.decoders import read_prefixes, sample_continuations
 from odp_callbacks.engine.prefixes import Start
 from odp_callbacks.engine.prompts import Question
-from odp_callbacks.engine.rewards import RewardFunction, score
+from odp_callbacks.engine.verifier import Verifier
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def sample_rollouts(
     ]
 
 
-def score_rollouts(reward: RewardFunction, rollouts: Sequence[Rollout]) -> list[Rollout]:
+def score_rollouts(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The same rollouts, with their rewards."""
-    rewards = score(
-        reward, [r.question for r in rollouts], [r.text for r in rollouts], [r.response_ids for r in rollouts]
+    rewards = verifier.score(
+        [r.question for r in rollouts], [r.text for r in rollouts], [r.response_ids for r in rollouts]
     )
     return [replace(rollout, reward=value) for rollout, value in zip(rollouts, rewards, strict=True)]
 

@@ -6,6 +6,7 @@ A rollout's own ending is none: figures are split by whether it was correct, and
 failure every time.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,9 @@ from odp_callbacks.engine.branches import Branch
 from odp_callbacks.engine.decoders import Prefixes, sample_continuations
 from odp_callbacks.engine.nodes import Node
 from odp_callbacks.engine.prefixes import Start
-from odp_callbacks.engine.rewards import RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, response_text
+from odp_callbacks.engine.sampling import Continuation
+from odp_callbacks.engine.verifier import Verifier
 
 Response = tuple[int, ...]
 
@@ -45,11 +47,12 @@ class Outcomes:
 
 @dataclass
 class Spent:
-    """What continuations cost: tokens that were generated, how many there were, how many the limit cut."""
+    """What continuations cost: tokens, how many there were, how many the limit cut, seconds spent on the verifier."""
 
     tokens: int = 0
     continuations: int = 0
     truncated: int = 0
+    waited: float = 0.0
 
 
 class Tree:
@@ -137,7 +140,7 @@ class Tree:
 def measure_success(
     model: nn.Module,
     tokenizer: Any,
-    reward: RewardFunction,
+    verifier: Verifier,
     prefixes: Prefixes,
     tree: Tree,
     *,
@@ -147,6 +150,7 @@ def measure_success(
     eos_token_ids: Sequence[int],
     generator: torch.Generator | None,
     batch_size: int,
+    memory: float | None = None,
     spent: Spent,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -157,7 +161,7 @@ def measure_success(
     Args:
         model: The student, in evaluation mode.
         tokenizer: Its tokenizer.
-        reward: The verifier.
+        verifier: Scores what has finished.
         prefixes: The rollouts' sequences, in their order.
         tree: Where to branch; added to.
         allocation: For each group and branch, how many continuations to add.
@@ -166,6 +170,7 @@ def measure_success(
         eos_token_ids: Tokens that end a response.
         generator: Random stream on the model's device.
         batch_size: The most continuations at a time.
+        memory: The most bytes that they may take; None for half of what is free.
         spent: Added to.
         progress: Called with the number of finished continuations.
     """
@@ -183,6 +188,26 @@ def measure_success(
                 continue
             starts += [Start(node.rollout, prompt + node.depth, branch.token, left)] * allocation[g][b]
             owners += [(g, b)] * allocation[g][b]
+    scoring = verifier.open()
+
+    def hand_in(place: int, owner: tuple[int, int], tail: Response) -> None:
+        g, b = owner
+        response = (*tree.prefix(tree.first[g]), tree.branches[g][b].token, *tail)
+        question = tree.rollouts[tree.nodes[tree.first[g]].rollout].question
+        scoring.add(place, question, response_text(tokenizer, response, eos_token_ids), response)
+
+    for place, owner in enumerate(finished):
+        hand_in(place, owner, ())
+    done = 0
+
+    def take(some: dict[int, Continuation]) -> None:
+        nonlocal done
+        for i, continuation in some.items():
+            hand_in(len(finished) + i, owners[i], continuation.tokens)
+        done += len(some)
+        if progress is not None:
+            progress(done)
+
     sampled = sample_continuations(
         model,
         prefixes,
@@ -191,38 +216,20 @@ def measure_success(
         eos_token_ids=eos_token_ids,
         generator=generator,
         batch_size=batch_size,
-        finished=None if progress is None else _count(progress),
+        memory=memory,
+        finished=take,
     )
-    responses = [
-        (*tree.prefix(tree.first[g]), tree.branches[g][b].token, *tail)
-        for (g, b), tail in [*((o, ()) for o in finished), *zip(owners, (c.tokens for c in sampled), strict=True)]
-    ]
-    everyone = finished + owners
-    rewards = score(
-        reward,
-        [tree.rollouts[tree.nodes[tree.first[g]].rollout].question for g, _ in everyone],
-        [response_text(tokenizer, response, eos_token_ids) for response in responses],
-        responses,
-    )
-    for (g, b), value in zip(finished, rewards[: len(finished)], strict=True):
+    start = time.perf_counter()
+    rewards = scoring.rewards()
+    spent.waited += time.perf_counter() - start
+    for place, (g, b) in enumerate(finished):
         # What passed here was a sample of the same reward; now it is known.
-        tree.outcomes[g][b] = Outcomes([value], [0], True)
-    for (g, b), response, value in zip(owners, responses[len(finished) :], rewards[len(finished) :], strict=True):
-        tree.add(g, b, response, value)
-    for (g, _), c in zip(owners, sampled, strict=True):
+        tree.outcomes[g][b] = Outcomes([rewards[place]], [0], True)
+    for i, ((g, b), continuation) in enumerate(zip(owners, sampled, strict=True)):
+        response = (*tree.prefix(tree.first[g]), tree.branches[g][b].token, *continuation.tokens)
+        tree.add(g, b, response, rewards[len(finished) + i])
         tokens, count = tree.length[g]
-        tree.length[g] = tokens + len(c.tokens), count + 1
+        tree.length[g] = tokens + len(continuation.tokens), count + 1
     spent.tokens += sum(len(c.tokens) for c in sampled)
     spent.continuations += len(sampled)
     spent.truncated += sum(c.truncated for c in sampled)
-
-
-def _count(progress: Callable[[int], None]) -> Callable[[dict[int, Any]], None]:
-    total = 0
-
-    def finished(done: dict[int, Any]) -> None:
-        nonlocal total
-        total += len(done)
-        progress(total)
-
-    return finished
