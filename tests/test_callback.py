@@ -1,5 +1,6 @@
 """The callback as a guest in a real training run, on a tiny student."""
 
+import gc
 import random
 import warnings
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -41,6 +42,7 @@ def make_callback(**changes: Any) -> GradientAlignmentCallback:
         "prompts": ROWS,
         "reward": starts_right,
         "every_n_steps": 2,
+        "max_overhead": None,
         "questions_per_probe": 3,
         "strict": True,
         "rollouts_per_question": 2,
@@ -414,3 +416,47 @@ def test_a_folder_that_cannot_be_written_is_said_and_training_goes_on(tmp_path: 
     with pytest.warns(UserWarning, match="records of a probe were not kept"):
         trainer.fit(make_module(), loader())
     assert trainer.global_step == 4
+
+
+def tensors() -> set[int]:
+    gc.collect()
+    return {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
+
+
+def test_no_tensor_of_a_probe_is_left(tmp_path):
+    """Counted before and after a probe in the middle of a training run; the records hold arrays only."""
+    counts: list[tuple[int, int]] = []
+    callback = make_callback(every_n_steps=100, budget=60, free_every_n_steps=1)
+    run = callback._run
+
+    class Probing(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            callback._prepare(trainer.lightning_module)
+            run(trainer, None)  # whatever is set up once is there now
+            before = tensors()
+            run(trainer, None)
+            counts.append((len(before), len(tensors() - before)))
+
+    make_trainer(max_steps=3, callbacks=[Probing(), callback]).fit(make_module(), loader())
+    assert len(counts) == 3
+    assert callback.last_report is not None
+    assert [new for _, new in counts] == [0, 0, 0]
+
+
+def test_probes_that_would_exceed_the_overhead_are_left_out(tmp_path, capsys):
+    """Here a probe takes many times what a step takes, so the first one uses up the share of the whole run."""
+    logger = CSVLogger(tmp_path)
+    callback = make_callback(every_n_steps=1, max_overhead=0.2)
+    trainer = make_trainer(callback, max_steps=6, max_epochs=100, logger=logger)
+    trainer.fit(make_module(), loader())
+    assert 1 <= callback._probes < 6
+    assert callback._overhead.skipped == 6 - callback._probes
+    everything = make_callback(every_n_steps=1)
+    make_trainer(everything, max_steps=6, max_epochs=100).fit(make_module(), loader())
+    assert everything._probes == 6
+
+
+@pytest.mark.parametrize("share", [0, 1, 1.5, -0.1])
+def test_an_overhead_that_is_no_share(share):
+    with pytest.raises(ValueError, match=r"`max_overhead` must lie in \(0, 1\) or be None"):
+        make_callback(max_overhead=share)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from odp_callbacks.engine.config import ProbeConfig
@@ -21,6 +20,8 @@ from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Row, rows_from_batch
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.teachers import as_teachers
+from odp_callbacks.overhead import Overhead
+from odp_callbacks.progress import ProbeProgress
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.storage import save
 from odp_callbacks.summaries import SPLITS, free_scalars, scalars
@@ -53,6 +54,9 @@ class GradientAlignmentCallback(Callback):
             values in [0, 1].
         every_n_steps: Optimizer steps between probes.
         questions_per_probe: How many questions a probe takes; the next ones in a shuffled order.
+        max_overhead: The most that probes may take of the training's wall-clock time, in (0, 1). A probe that would
+            exceed it gets fewer continuations, if the config gives it a ``budget`` or ``seconds``, or is left out; the
+            first one always runs, for only then it is known what it takes. None: every probe runs in full.
         student: Where the student is: a dotted path in the LightningModule, a function of it, or None to find the
             only peft model in it.
         tokenizer: The student's; None takes the LightningModule's ``tokenizer`` or ``processing_class``.
@@ -95,6 +99,7 @@ class GradientAlignmentCallback(Callback):
         *,
         every_n_steps: int = 100,
         questions_per_probe: int = 8,
+        max_overhead: float | None = 0.1,
         student: StudentLocator | None = None,
         tokenizer: Any = None,
         free_every_n_steps: int | None = None,
@@ -115,6 +120,8 @@ class GradientAlignmentCallback(Callback):
         for name, number in numbers.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but {number!r} was given.")
+        if max_overhead is not None and not 0 < max_overhead < 1:
+            raise ValueError(f"`max_overhead` must lie in (0, 1) or be None, but {max_overhead!r} was given.")
         if not 0 < confidence < 1:
             raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
         if not callable(reward):
@@ -148,9 +155,7 @@ class GradientAlignmentCallback(Callback):
         # -1: no step was seen yet, so that a probe at step 0 is not taken for one that has run.
         self._last_step = -1
         self._last_probe = -1
-        self._probe_seconds = 0.0
-        self._train_seconds = 0.0
-        self._clock: float | None = None
+        self._overhead = Overhead(max_overhead)
         self._said: set[str] = set()
 
     def should_probe(self, step: int, last_step: int) -> bool:
@@ -182,7 +187,7 @@ class GradientAlignmentCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock = time.perf_counter()
+        self._overhead.start()
         self._update_teachers(trainer.global_step)
         # A step before the last one seen: this callback watches a new run.
         if self._last_step < 0 or trainer.global_step < self._last_step:
@@ -218,20 +223,17 @@ class GradientAlignmentCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tick()
-        self._clock = None
+        self._overhead.stop()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._tick()
         return {
             "probes": self._probes,
             "last_step": self._last_step,
             "last_probe": self._last_probe,
             "order": list(self._order),
             "stream": self._stream.get_state(),
-            "probe_seconds": self._probe_seconds,
-            "train_seconds": self._train_seconds,
+            "overhead": self._overhead.state_dict(),
             "teachers": {name: teacher.state_dict() for name, teacher in self.teachers.items()},
         }
 
@@ -242,8 +244,7 @@ class GradientAlignmentCallback(Callback):
         self._last_probe = state_dict["last_probe"]
         self._order = list(state_dict["order"])
         self._stream.set_state(state_dict["stream"])
-        self._probe_seconds = state_dict["probe_seconds"]
-        self._train_seconds = state_dict["train_seconds"]
+        self._overhead.load_state_dict(state_dict["overhead"])
         for name, state in state_dict["teachers"].items():
             self.teachers[name].load_state_dict(state)
 
@@ -294,12 +295,14 @@ class GradientAlignmentCallback(Callback):
 
     def _run(self, trainer: Trainer, batch: Any) -> None:
         """One probe: take questions, measure, log. Whatever goes wrong in it stays in it, unless ``strict``."""
-        self._tick()
+        go, seconds = self._plan(trainer, "probe")
+        if not go:
+            return
         start = time.perf_counter()
         self._probes += 1
         self._last_probe = trainer.global_step
         try:
-            report = self._measure(trainer, batch)
+            report = self._measure(trainer, batch, seconds)
             metrics = scalars(report, self.confidence)
         except Exception as error:
             if self.strict:
@@ -307,10 +310,11 @@ class GradientAlignmentCallback(Callback):
             self._say(f"a probe failed, and training goes on without it: {type(error).__name__}: {error}")
             report = None
             metrics = {f"odp/alignment/{name}/{split}": float("nan") for name in self.teachers for split in SPLITS}
-        self._probe_seconds += time.perf_counter() - start
-        self._tick()
-        trained = self._train_seconds > 0
-        metrics["odp/probe/time_share"] = self._probe_seconds / self._train_seconds if trained else float("nan")
+        self._overhead.tick()
+        spent = {} if report is None else report.seconds
+        self._overhead.book("probe", time.perf_counter() - start, spent.get("continuations", 0.0), seconds is not None)
+        metrics["odp/probe/time_share"] = self._overhead.time_share
+        metrics["odp/probe/left_out"] = float(self._overhead.skipped)
         self._log(trainer, metrics, report)
         if report is not None and self.records is not None and trainer.is_global_zero:
             try:
@@ -321,12 +325,27 @@ class GradientAlignmentCallback(Callback):
                 self._say(f"records of a probe were not kept: {type(error).__name__}: {error}")
         self.last_report = report
 
-    def _measure(self, trainer: Trainer, batch: Any) -> ProbeReport:
+    def _plan(self, trainer: Trainer, kind: str) -> tuple[bool, float | None]:
+        """Whether ``max_overhead`` leaves time for a probe; all processes do what the first one finds."""
+        self._overhead.tick()
+        before = self._overhead.skipped
+        plan = self._overhead.plan(kind, flexible=self.config.adaptive and kind == "probe")
+        go, seconds = trainer.strategy.broadcast(plan)
+        if not go and before == 0:
+            took = self._overhead.costs[kind][0]
+            rank_zero_info(
+                f"odp-callbacks: the {kind} at step {trainer.global_step} is left out: the last one took {took:.1f} s, "
+                f"and together they would exceed `max_overhead` = {self._overhead.share} of the training time "
+                f"({self._overhead.time_share:.2f} so far). Others may follow; `odp/probe/left_out` counts them."
+            )
+        return go, seconds
+
+    def _measure(self, trainer: Trainer, batch: Any, seconds: float | None) -> ProbeReport:
         assert self._probe is not None
         ids, rows = self._next_rows(batch)
         seed = int(torch.randint(2**62, (), generator=self._stream))
-        with trainer.precision_plugin.forward_context(), _Progress(trainer) as progress:
-            report = self._probe.run(rows, seed=seed, ids=ids, progress=progress)
+        with trainer.precision_plugin.forward_context(), ProbeProgress(trainer) as progress:
+            report = self._probe.run(rows, seed=seed, ids=ids, seconds=seconds, progress=progress)
         scored = {r.reward for r in report.rollouts} | {
             float(t / c) for n in report.nodes for t, c in zip(n.total, n.count)
         }
@@ -340,7 +359,8 @@ class GradientAlignmentCallback(Callback):
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The free mode on the training's own rollouts."""
         assert self._free is not None
-        self._tick()
+        if not self._plan(trainer, "free look")[0]:
+            return
         start = time.perf_counter()
         try:
             module: Any = pl_module
@@ -361,9 +381,9 @@ class GradientAlignmentCallback(Callback):
                 raise
             self._say(f"the free mode failed, and training goes on without it: {type(error).__name__}: {error}")
             logged = {f"odp/free/predicted_gain/{name}": float("nan") for name in self.teachers}
-        self._probe_seconds += time.perf_counter() - start
-        self._tick()
+        self._overhead.tick()
         logged["odp/free/seconds"] = time.perf_counter() - start
+        self._overhead.book("free look", logged["odp/free/seconds"])
         self._log(trainer, logged, None)
 
     def _next_rows(self, batch: Any) -> tuple[list[str], list[Row]]:
@@ -397,42 +417,8 @@ class GradientAlignmentCallback(Callback):
         for teacher in self.teachers.values():
             teacher.update(self._probe.student, step)
 
-    def _tick(self) -> None:
-        """Add the time since the last look to the run's."""
-        if self._clock is not None:
-            now = time.perf_counter()
-            self._train_seconds += now - self._clock
-            self._clock = now
-
     def _say(self, message: str) -> None:
         """Warn once."""
         if message not in self._said:
             self._said.add(message)
             rank_zero_warn(f"odp-callbacks: {message}")
-
-
-class _Progress:
-    """A progress bar that goes when the probe is done; none where the trainer shows none."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        self.bar: tqdm[Any] | None = None
-        self.drawn = 0.0
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        return self.report
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def report(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not self.shown or now - self.drawn < 0.5:
-            return
-        self.drawn = now
-        if self.bar is None:
-            self.bar = tqdm(leave=False, dynamic_ncols=True, bar_format="{desc} {n}/{total} {bar} {elapsed}")
-        self.bar.set_description_str(f"probe: {stage}", refresh=False)
-        self.bar.total, self.bar.n = total, done
-        self.bar.refresh()

@@ -131,6 +131,7 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
         task.rows,
         task.reward,
         every_n_steps=config.steps // config.probes,
+        max_overhead=None,  # a run this short is for looking at its probes
         questions_per_probe=config.questions,
         at_start=True,
         seed=config.seed,

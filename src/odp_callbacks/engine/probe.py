@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +116,7 @@ class Probe:
         seed: int = 0,
         ids: Sequence[str] | None = None,
         responses: Sequence[Sequence[Sequence[int]]] | None = None,
+        seconds: float | None = None,
         progress: Progress | None = None,
     ) -> ProbeReport:
         """Measure on these rows.
@@ -127,8 +129,13 @@ class Probe:
             ids: Identifies each question in the records; its ``id`` column or its place by default.
             responses: For each row, the student's own responses as token ids, where they have been sampled already
                 (by the training, say); None samples them.
+            seconds: Stop sampling continuations after this time, where the configuration limits them anyhow.
             progress: Called with stage, done, total.
         """
+        if seconds is not None and self.config.adaptive:
+            shorter = copy(self)
+            shorter.config = replace(self.config, seconds=min(seconds, self.config.seconds or seconds))
+            return shorter.run(rows, seed=seed, ids=ids, responses=responses, progress=progress)
         with guest(self.student), closing(self._verifier):
             return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, Ledger(progress))
 

@@ -49,6 +49,7 @@ class Verifier:
         self.threaded: bool | None = None
         self._trial: tuple[_Job, list[float]] | None = None
         self._queue: SimpleQueue[_Job | None] | None = None
+        self._thread: threading.Thread | None = None
 
     def score(
         self, questions: Sequence[Question], completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
@@ -70,13 +71,17 @@ class Verifier:
     def close(self) -> None:
         """End the thread, once it has done its work."""
         self._settle()
+        thread = self._thread
         self._abandon()
+        if thread is not None:
+            # It must not draw from the training's random streams once the probe is over.
+            thread.join(self.seconds)
 
     def _abandon(self) -> None:
         """Let the thread end when it has done what it has; no later call waits for it."""
         if self._queue is not None:
             self._queue.put(None)
-            self._queue = None
+        self._queue = self._thread = None
 
     def _settle(self) -> None:
         """Look how the trial went."""
@@ -98,7 +103,8 @@ class Verifier:
         if self._queue is None:
             self._queue = SimpleQueue()
             # A daemon: a verifier that never returns must not keep the program from ending.
-            threading.Thread(target=self._work, args=(self._queue,), daemon=True, name="odp-verifier").start()
+            self._thread = threading.Thread(target=self._work, args=(self._queue,), daemon=True, name="odp-verifier")
+            self._thread.start()
         self._queue.put(job)
         return job
 
