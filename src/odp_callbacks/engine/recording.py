@@ -60,8 +60,9 @@ def node_record(
         total=nothing,
         total_square=nothing,
         exact=np.zeros(len(tokens), dtype=bool),
-        gram=gram.numpy(),
-        logit_gram=(rows @ rows.mT).cpu().numpy(),
+        # Copies: the records outlive the probe, and must hold no tensor of it.
+        gram=gram.numpy().copy(),
+        logit_gram=(rows @ rows.mT).cpu().numpy().copy(),
         teacher_probability=q,
         teacher_tail=(1 - inside).clip(0, 1),
         predictors=dict(predictors),

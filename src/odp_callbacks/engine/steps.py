@@ -47,7 +47,7 @@ class StepAccumulator:
             return StepSums((), (), np.zeros((0, 2 + self.teachers, 0, 2 + self.teachers)))
         rows = torch.cat([self._sums[key] for key in keys]).double()
         gram = (rows @ rows.mT).reshape(len(keys), 2 + self.teachers, len(keys), 2 + self.teachers)
-        return StepSums(tuple(q for q, _ in keys), tuple(c for _, c in keys), gram.numpy())
+        return StepSums(tuple(q for q, _ in keys), tuple(c for _, c in keys), gram.numpy().copy())
 
     def _group(self, question: str, correct: bool) -> Tensor:
         key = question, correct
