@@ -35,6 +35,7 @@ from odp_callbacks.engine import (
     diagnose,
     every_node,
     exponential_windows,
+    projection,
 )
 from odp_callbacks.engine.decoders import way_of
 from odp_callbacks.estimates import DEFINED, UNDEFINED, UNDETERMINED, estimate
@@ -45,6 +46,7 @@ from odp_callbacks.functional import (
     ideal_logit_gradient,
     node_predictors,
 )
+from odp_callbacks.storage import load, save
 from odp_callbacks.summaries import summarise
 
 EVERYTHING = {"branch_mass": 1.0, "max_branches": 5, "nodes": every_node, "max_new_tokens": 3}
@@ -783,3 +785,25 @@ def test_an_average_teaches_what_the_student_was():
     found, expected = measure(student, {"t": teacher}), measure(student, {"t": was})
     for a, b in zip(found.nodes, expected.nodes, strict=True):
         np.testing.assert_allclose(a.gram, b.gram, rtol=1e-5, atol=1e-7 * np.abs(b.gram).max())
+
+
+def test_every_token_of_a_long_response_is_projected(student, monkeypatch, tmp_path):
+    """Where that is cheaper, and said in the report; other choices of nodes, and a user who wants none, stay exact."""
+    exact = measure(student, nodes="every", teachers="base")
+    monkeypatch.setattr(projection, "FORWARD", 0.0)
+    for changes in ({"nodes": "exponential"}, {"nodes": "every", "projections": None}):
+        report = measure(student, "base", **changes)
+        assert report.modules == exact.modules
+        assert report.settings["projections"] is None
+    found = measure(student, nodes="every", teachers="base", projections=4000)
+    assert found.modules == (projection.EVERYTHING,)
+    assert found.settings["projections"] == 4000
+    for a, b in zip(found.nodes, exact.nodes, strict=True):
+        size = np.sqrt(np.outer(*[np.diag(b.gram.sum(0))] * 2))
+        assert a.gram.shape == (1, *b.gram.shape[1:])
+        assert (np.abs(a.gram[0] - b.gram.sum(0)) <= 6 * np.sqrt(2 / 4000) * size + 1e-12).all()
+    # What an optimizer's step would see is summed exactly all the same.
+    np.testing.assert_allclose(found.step.gram, exact.step.gram, rtol=1e-4)
+    save(found, tmp_path / "records")
+    assert load(tmp_path / "records").modules == found.modules
+    assert {s.split for s in summarise(found, by="module")} == {projection.EVERYTHING}

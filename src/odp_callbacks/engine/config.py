@@ -34,6 +34,9 @@ class ProbeConfig:
         branch_mass: Probability that the likely branches of a node hold together, in (0, 1].
         max_branches: The most likely branches of a node.
         tail_draws: Tokens drawn from the rest.
+        projections: With ``nodes="every"``, gradients are projected on that many random directions wherever this is
+            cheaper (long responses): a node's cosine then has a standard error of about one over its root, and modules
+            are not told apart. None: never.
         divergence: Name of the distillation loss, or a function ``f(student_logits, teacher_logits)`` from
             ``(N, V)`` to ``(N,)``.
         beta: For ``"jsd"``.
@@ -58,6 +61,7 @@ class ProbeConfig:
     branch_mass: float = 0.95
     max_branches: int = 4
     tail_draws: int = 2
+    projections: int | None = 256
     divergence: Divergence | UserLoss = "reverse_kl"
     beta: float | None = None
     top_k: int | None = None
@@ -76,6 +80,8 @@ class ProbeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but {value!r} was given.")
+        if self.projections is not None and (type(self.projections) is not int or self.projections < 2):
+            raise ValueError(f"`projections` must be an integer above 1 or None, but {self.projections!r} was given.")
         if self.budget is not None and (type(self.budget) is not int or self.budget < 0):
             raise ValueError(
                 f"`budget` must be a number of tokens, 0 for the free mode, or None, but {self.budget!r} was given."

@@ -13,6 +13,7 @@ from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.directions import Direction
 from odp_callbacks.engine.ledger import Ledger
 from odp_callbacks.engine.nodes import Node
+from odp_callbacks.engine.projection import project
 from odp_callbacks.engine.pullback import pull_back, pull_sums
 from odp_callbacks.engine.recording import node_record
 from odp_callbacks.engine.rollouts import Rollout
@@ -21,6 +22,9 @@ from odp_callbacks.engine.success import Outcomes
 from odp_callbacks.engine.teachers import Teacher, teacher_logits, teacher_prompt_ids
 from odp_callbacks.functional.divergences import node_predictors
 from odp_callbacks.records import NodeRecord
+
+Projector = tuple[int, torch.Generator]
+"""How many random directions gradients are projected on, and what draws them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Differentiator:
         student_logits: list[Tensor],
         steps: StepAccumulator,
         ledger: Ledger,
+        projector: Projector | None,
     ) -> list[NodeRecord]:
         """Teachers' logits, directions, and their Gram matrices, question by question."""
         records: list[NodeRecord] = []
@@ -77,6 +82,7 @@ class Differentiator:
                         torch.stack([student_logits[n] for n in here]),
                         [logits[place] for logits in teachers],
                         steps,
+                        projector,
                     )
                     done += len(here)
                     progress(done)
@@ -90,6 +96,7 @@ class Differentiator:
         student_logits: Tensor,
         teachers: list[Tensor],
         steps: StepAccumulator,
+        projector: Projector | None,
     ) -> list[NodeRecord]:
         """Records of one rollout's nodes; ``student_logits`` is ``(N, V)``, ``teachers`` ``K`` times ``(N, V')``."""
         tau = self.config.temperature
@@ -105,15 +112,19 @@ class Differentiator:
             directions.append(torch.cat([arms / tau, pulls[:, n]]))  # (C, V)
         first = len(rollout.question.prompt_ids) - 1
         correct = rollout.reward >= self.config.success_threshold
-        grams, sums = pull_back(
-            self.student,
-            rollout.sequence,
-            [first + node.depth for node in nodes],
-            directions,
-            weights=[1 / node.inclusion for node in nodes] if self.config.step_alignment else None,
-            last=len(teachers),
-            memory=self.config.memory,
-        )
+        positions = [first + node.depth for node in nodes]
+        weights = [1 / node.inclusion for node in nodes] if self.config.step_alignment else None
+        memory = self.config.memory
+        if projector is None:
+            grams, sums = pull_back(
+                self.student, rollout.sequence, positions, directions, weights, last=len(teachers), memory=memory
+            )
+        else:
+            grams = project(self.student, rollout.sequence, positions, directions, *projector, memory)
+            sums = None
+            if weights is not None:
+                weighted = pulls * torch.tensor(weights, device=pulls.device)[:, None]
+                sums = pull_sums(self.student, rollout.sequence, positions, weighted)
         if sums is not None:
             steps.add_teachers(rollout.question.id, correct, sums)
         return [

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odp_callbacks.engine.branches import choose_branches
+from odp_callbacks.engine.branches import Branch, choose_branches
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.continuing import look, remaining_length, spend, thin
 from odp_callbacks.engine.decoders import read_prefixes
@@ -22,7 +22,8 @@ from odp_callbacks.engine.free import from_rewards, taken_branches
 from odp_callbacks.engine.guest import guest
 from odp_callbacks.engine.ledger import Ledger
 from odp_callbacks.engine.logits import node_logits, response_logits
-from odp_callbacks.engine.nodes import Node, select_nodes
+from odp_callbacks.engine.nodes import Node, every_node, select_nodes
+from odp_callbacks.engine.projection import EVERYTHING, worthwhile
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
 from odp_callbacks.engine.pullback import lora_modules
 from odp_callbacks.engine.recording import with_outcomes
@@ -165,7 +166,8 @@ class Probe:
             else:
                 tree, nodes, student_logits = self._tree(rollouts, nodes, student_logits, chooser, ledger)
                 branches = [tree.branches[g] for g in tree.group]
-        records = self._gradients.at_nodes(rollouts, nodes, branches, student_logits, steps, ledger)
+        projector = (int(config.projections or 0), chooser) if self._projects(rollouts, nodes, branches) else None
+        records = self._gradients.at_nodes(rollouts, nodes, branches, student_logits, steps, ledger, projector)
         if config.free:
             records = from_rewards(rollouts, records)
         else:
@@ -174,7 +176,7 @@ class Probe:
                 self._gradients.add_ideal(rollouts, records, outcomes, student_logits, steps, ledger)
         return ProbeReport(
             teachers=tuple(self.teachers),
-            modules=self.modules,
+            modules=self.modules if projector is None else (EVERYTHING,),
             rollouts=tuple(self._rollout_record(r) for r in rollouts),
             nodes=tuple(records),
             generated_tokens={
@@ -184,10 +186,23 @@ class Probe:
             continuations=spent.continuations,
             truncated=spent.truncated + sum(r.truncated for r in rollouts),
             seconds=ledger.seconds,
-            settings={"seed": seed, **config.plain()},
+            settings={"seed": seed, **config.plain(), "projections": projector[0] if projector else None},
             step=steps.sums() if config.step_alignment and not config.free else None,
             free=config.free,
         )
+
+    def _projects(self, rollouts: list[Rollout], nodes: list[Node], branches: list[list[Branch]]) -> bool:
+        """Whether gradients are projected: where every token is a node, and that is cheaper."""
+        if self.config.selector is not every_node or not nodes:
+            return False
+        positions: dict[int, list[int]] = {}
+        counts: dict[int, list[int]] = {}
+        for node, row in zip(nodes, branches, strict=True):
+            first = len(rollouts[node.rollout].question.prompt_ids) - 1
+            positions.setdefault(node.rollout, []).append(first + node.depth)
+            counts.setdefault(node.rollout, []).append(len(row) - 1 + len(self.teachers))
+        lengths = [max(at) + 1 for at in positions.values()]
+        return worthwhile(self.config.projections, lengths, list(positions.values()), list(counts.values()))
 
     def _rollouts(
         self,

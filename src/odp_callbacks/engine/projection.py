@@ -1,0 +1,102 @@
+r"""Gram matrices of a rollout's nodes by random projection, in forward mode.
+
+Where every token of a long response is a node, there are more directions to pull back than one would care to. A
+tangent :math:`w` of random signs on the LoRA parameters goes forward once for all nodes; a node's direction :math:`v`
+then has :math:`\langle v, J_u w \rangle = \langle J_u^\top v, w \rangle`, one coordinate of a sketch of its gradient.
+With :math:`K` tangents the sketches' inner products are unbiased, and a cosine :math:`c` has a standard error of about
+:math:`(1 - c^2) / \sqrt{K}`. Modules are not told apart.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from odp_callbacks.engine.pullback import most_directions
+from odp_callbacks.functional.gradients import logits_at, lora_parameters
+
+FORWARD = 1.6
+"""What a tangent costs, in directions pulled back over as many tokens; measured by ``benchmarks/projection.py``."""
+EVERYTHING = "all LoRA parameters"
+"""The one module of a report whose gradients were projected."""
+
+
+def project(
+    model: nn.Module,
+    input_ids: Tensor,
+    positions: Sequence[int],
+    cotangents: Sequence[Tensor],
+    projections: int,
+    generator: torch.Generator,
+    memory: float | None = None,
+) -> list[Tensor]:
+    r"""Unbiased estimates of the Gram matrices of :math:`J_u^\top v_c`, for the directions of each node.
+
+    Args:
+        model: Student with LoRA, in evaluation mode.
+        input_ids: ``(T,)`` int64, without padding.
+        positions: ``N`` positions whose logits decide the next token.
+        cotangents: ``(C_n, V)`` floating for each node.
+        projections: How many tangents, ``K``.
+        generator: Draws them; on the CPU.
+        memory: The most bytes to take; None for half of what is free.
+
+    Returns:
+        ``(1, C_n, C_n)`` float64 on the CPU, one for each node.
+    """
+    device = next(model.parameters()).device
+    parameters = {name: p.detach() for name, p in lora_parameters(model).items()}
+    at = torch.tensor(list(positions), device=device)
+    ids = input_ids.to(device)[None, : max(positions) + 1]
+
+    def logits(values: dict[str, Tensor]) -> Tensor:
+        return logits_at(model, ids, at, parameters=values)[0]  # (N, V)
+
+    def tangent(direction: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.jvp(logits, (parameters,), (direction,))[1]
+        return found
+
+    sketches: list[list[Tensor]] = [[] for _ in cotangents]
+    most = most_directions(model, ids.shape[1], len(positions) * cotangents[0].shape[-1], memory)
+    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for first in range(0, projections, most):
+            count = min(most, projections - first)
+            signs = {
+                name: torch.randint(2, (count, *p.shape), generator=generator).to(p) * 2 - 1
+                for name, p in parameters.items()
+            }
+            pushed = torch.func.vmap(tangent)(signs)  # (k, N, V)
+            for n, v in enumerate(cotangents):
+                sketches[n].append(v.to(device).double() @ pushed[:, n].double().mT)  # (C, k)
+    grams = []
+    for rows in sketches:
+        sketch = torch.cat(rows, dim=1)
+        grams.append((sketch @ sketch.mT)[None].cpu() / projections)
+    return grams
+
+
+def worthwhile(
+    projections: int | None,
+    lengths: Sequence[int],
+    positions: Sequence[Sequence[int]],
+    directions: Sequence[Sequence[int]],
+) -> bool:
+    """Whether projecting is cheaper than pulling back, over the sequences of a probe.
+
+    Args:
+        projections: How many tangents; None for never.
+        lengths: Of each sequence, up to its last node.
+        positions: Of each sequence's nodes.
+        directions: How many each node has.
+
+    Example:
+        >>> worthwhile(256, [550], [range(50, 550)], [[7] * 500])
+        True
+        >>> worthwhile(256, [550], [[60, 100, 300, 549]], [[7] * 4])
+        False
+    """
+    if projections is None:
+        return False
+    exact = sum(p * c for at, count in zip(positions, directions, strict=True) for p, c in zip(at, count, strict=True))
+    return FORWARD * projections * sum(lengths) < exact
