@@ -48,9 +48,11 @@ def student(vocabulary):
         num_key_value_heads=3, max_position_embeddings=2048, eos_token_id=1, bos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, task_type="CAUSAL_LM")).eval()
-    with torch.no_grad():  # a token that ends responses, and is never drawn
-        model.get_base_model().lm_head.weight[1] = 0
-        model.get_base_model().lm_head.weight[1, 0] = -1000
+    with torch.no_grad():  # a feature that is always there, by which the token that ends responses is never drawn
+        base = model.get_base_model()
+        base.model.embed_tokens.weight[:, 0] = 5
+        base.lm_head.weight[:, 0] = 0
+        base.lm_head.weight[1, 0] = -100
     words = {str(i): i for i in range(vocabulary)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token="1")
     tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()

@@ -5,6 +5,7 @@ draw. The library's time is that of `Probe.run` on given responses; the referenc
 nodes and branches that the library chose.
 
 Run: python benchmarks/probe.py [--lengths 16 32 64] [--rollouts 2] [--continuations 4] [--branches 4] [--repeats 1]
+     [--nodes 0 (exponential windows) or a number, evenly spread]
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 
 import reference
 import torch
+from growth import evenly
 from student import lora_student
 
 from odp_callbacks import BaseTeacher, ProbeConfig, Teacher
@@ -38,7 +40,7 @@ def never_ending(model, tokenizer):
     return rare
 
 
-def compare(model, tokenizer, length, rollouts, continuations, branches):
+def compare(model, tokenizer, length, rollouts, continuations, branches, nodes):
     prompt = torch.tensor(tokenizer(ROW["prompt"])["input_ids"])
     eos = never_ending(model, tokenizer)
     with torch.no_grad():
@@ -52,7 +54,7 @@ def compare(model, tokenizer, length, rollouts, continuations, branches):
         ]
     config = ProbeConfig(
         rollouts_per_question=rollouts, max_new_tokens=length, continuations=continuations, max_branches=branches,
-        tail_draws=1, step_alignment=False,
+        tail_draws=1, step_alignment=False, nodes=evenly(nodes) if nodes else "exponential",
     )  # fmt: skip
     probe = Probe(model, tokenizer, reward, TEACHERS, config)
     directions = []
@@ -110,11 +112,11 @@ def compare(model, tokenizer, length, rollouts, continuations, branches):
     }  # fmt: skip
 
 
-def main(lengths, rollouts, continuations, branches, repeats):
+def main(lengths, rollouts, continuations, branches, repeats, nodes=0):
     _, tokenizer = load_student(None, lambda *_: None)
     model = lora_student()
     return [
-        compare(model, tokenizer, length, rollouts, continuations, branches)
+        compare(model, tokenizer, length, rollouts, continuations, branches, nodes)
         for _ in range(repeats)
         for length in lengths
     ]
@@ -123,6 +125,6 @@ def main(lengths, rollouts, continuations, branches, repeats):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64])
-    for name, default in (("rollouts", 2), ("continuations", 4), ("branches", 4), ("repeats", 1)):
+    for name, default in (("rollouts", 2), ("continuations", 4), ("branches", 4), ("repeats", 1), ("nodes", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     main(**vars(parser.parse_args()))

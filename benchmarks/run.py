@@ -34,7 +34,7 @@ def measure(part: str, quick: bool) -> object:
         return pullback.main(3, 96, 12, 3)
     if part == "probe":
         found = probe.main([16, 32, 64], 2, 4, 4, 1)
-        return found if quick else [*found, *probe.main([512], 1, 2, 3, 1)]
+        return found if quick else [*found, *probe.main([512], 1, 4, 3, 1, nodes=4)]
     if part == "growth":
         return growth.main()
     if part == "projection":

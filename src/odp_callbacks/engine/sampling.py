@@ -20,7 +20,7 @@ class Continuation:
 
 
 def sample_tokens(
-    logits: Tensor, temperature: float, generator: torch.Generator | None = None, most_elements: int = 2**21
+    logits: Tensor, temperature: float, generator: torch.Generator | None = None, most_elements: int = 2**18
 ) -> tuple[Tensor, Tensor]:
     r"""Draw one token for each row from :math:`\mathrm{softmax}(z / \tau)`, without any restriction.
 
