@@ -26,7 +26,7 @@ class Overhead:
         >>> overhead = Overhead(0.1, run=90.0, probes=0.0)
         >>> round(overhead.allowance, 6)
         10.0
-        >>> overhead.book("probe", 5.0, 4.0)
+        >>> overhead.book("probe", 4.0, 3.0)
         >>> overhead.plan("probe", flexible=False)
         (True, None)
     """
