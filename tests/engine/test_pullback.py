@@ -144,3 +144,10 @@ def test_the_backward_of_a_node_passes_nothing_behind_it(student):
     for hook in hooks:
         hook.remove()
     assert seen == [3, 6], "the last node passes both segments, the first its own (the top layer of the other is cut)"
+
+
+def test_a_sum_of_nothing_is_nothing_in_single_precision(student):
+    cotangents = torch.stack([torch.zeros(2, 12), torch.randn(2, 12, generator=torch.Generator().manual_seed(0))])
+    found = pull_sums(student, IDS, [4, 8], cotangents)
+    assert (found[0] == 0).all()
+    assert (found[1] != 0).any()

@@ -42,4 +42,10 @@ def test_what_is_no_distribution_is_told(bad):
     logits[1, 4] = bad
     tokens, sound = sample_tokens(logits, 1.0)
     assert sound.tolist() == [True, False, True]
-    assert ((tokens >= 0) & (tokens < BLOCK)).all()
+    assert ((tokens >= 0) & (tokens < 10)).all()
+
+
+def test_a_temperature_may_be_a_whole_number():
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    found = [sample_tokens(logits, t, torch.Generator().manual_seed(1))[0] for t in (1, 1.0)]
+    assert torch.equal(*found)

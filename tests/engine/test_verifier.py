@@ -51,7 +51,7 @@ def test_rewards_are_those_of_one_call(count, thread):
     assert bool(verifier.threaded) == thread
     calls = reward.calls[2:] if thread else reward.calls
     assert sum(n for _, n in calls) == count
-    assert all(main != thread and n <= (BATCH if thread else count) for main, n in calls)
+    assert all(main != thread and n <= BATCH for main, n in calls)
     verifier.close()
 
 
@@ -148,3 +148,17 @@ def test_no_thread_is_left():
         if thread.name == "odp-verifier":
             thread.join(5)
             assert not thread.is_alive()
+
+
+def test_a_limit_is_not_taken_for_a_wrong_answer():
+    """A verifier that catches every exception and calls it wrong must not catch the end of its time."""
+
+    def careful(prompts, completions, answer):
+        try:
+            time.sleep(1)
+        except Exception:
+            return [0.0] * len(completions)
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardTimeoutError):
+        run(Verifier(careful, seconds=0.1), ["1"])

@@ -277,6 +277,8 @@ def way_of(model: nn.Module) -> str:
         for way, trial in (("shared prefix", _try_shared), ("repeated cache", _try_repeated)):
             try:
                 trial(model)
+            except torch.OutOfMemoryError:
+                raise  # says nothing about the model
             except Exception as error:
                 reasons.append(f"{way}: {error or type(error).__name__}")
             else:

@@ -113,7 +113,8 @@ class _Batch:
     def step(self, temperature: float, generator: torch.Generator | None) -> None:
         """One token for every seat."""
         view = self.view
-        positions = (view.starts + view.ages)[:, None]
+        # Who has ended writes on unread until somebody looks, but not beyond the model's positions.
+        positions = (view.starts + torch.minimum(view.ages, self.limit - 1))[:, None]
         logits = forward(
             self.model, self.token[:, None], self.suffixes, positions=positions, view=view, takes=self.takes
         )[:, -1]  # (B, V)
@@ -141,10 +142,10 @@ class _Batch:
         """Take up what has finished, and seat those who wait."""
         over = (self.ended | (self.length >= self.limit)).tolist()
         seats = [seat for seat, taken in enumerate(self.taken) if taken and over[seat]]
-        if not seats:
-            return {}
         if not self.sound:
             raise FloatingPointError("the student's logits are not finite, so no continuation can be sampled.")
+        if not seats:
+            return {}
         rows = zip(
             seats, self.written[seats].tolist(), self.length[seats].tolist(), self.ended[seats].tolist(), strict=True
         )

@@ -281,7 +281,8 @@ class Probe:
                 places = {(node.rollout, node.depth): n for n, node in enumerate(nodes)}
                 index = [places[node.rollout, node.depth] for node in kept]
                 by_group = {tree.group[n]: branches[tree.group[n]] for n in index}
-                nodes, student_logits = kept, [student_logits[n] for n in index]
+                # Taken anew, in the very batches in which the teachers' will be: equal policies must give equal bits.
+                nodes, student_logits = kept, self._student_logits(rollouts, kept)
                 tree, branches = Tree(rollouts, nodes), list(by_group.values())
         tree.grow(branches)
         return tree, nodes, student_logits

@@ -138,7 +138,7 @@ def pull_back(
     # A direction of exact zeros (a teacher that says nothing) needs no backward. NaN is not zero.
     heard = [(scale != 0).nonzero().squeeze(1) for scale in scales]
     if ends is None:
-        overhead = OVERHEAD.get(input_ids.device.type, ELSEWHERE)
+        overhead = OVERHEAD.get(next(model.parameters()).device.type, ELSEWHERE)
         counts = [len(h) for h in heard]
         ends = segment_ends(positions, counts, overhead) if way_of(model) != "generate" else [max(positions) + 1]
     grams: list[Tensor] = [torch.empty(0)] * len(cotangents)
@@ -211,6 +211,7 @@ def pull_sums(model: nn.Module, input_ids: Tensor, positions: Sequence[int], cot
     """
     with _graph(model, input_ids, positions, [max(positions) + 1]) as graph:
         ((_, logits),) = graph.segments
+        cotangents = cotangents.double()
         scale = cotangents.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
         unit = (cotangents / scale[:, None, None]).to(logits)
         leaves = list(graph.parameters.values())

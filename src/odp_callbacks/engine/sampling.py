@@ -44,7 +44,7 @@ def sample_tokens(
         >>> tokens.tolist(), sound.tolist()
         ([1, 0], [True, True])
     """
-    warp = TemperatureLogitsWarper(temperature)
+    warp = TemperatureLogitsWarper(float(temperature))
     size = -(-logits.shape[-1] // BLOCK) * BLOCK
     tokens, sound = [], []
     for part in logits.split(max(1, most_elements // size)):
@@ -56,7 +56,8 @@ def sample_tokens(
         inside, _ = _invert(blocks[torch.arange(len(part), device=logits.device), which].double(), u[1])
         tokens.append(which * BLOCK + inside)
         sound.append(total.isfinite())
-    return torch.cat(tokens), torch.cat(sound)
+    # A row without a distribution must still give a token that an embedding has.
+    return torch.cat(tokens).clamp_(max=logits.shape[-1] - 1), torch.cat(sound)
 
 
 def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

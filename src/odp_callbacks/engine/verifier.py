@@ -27,6 +27,10 @@ class RewardTimeoutError(RewardError):
     """The reward function took longer than it may."""
 
 
+class _Interrupt(BaseException):
+    """Not an Exception: a verifier that takes any of those for a wrong answer must not take this one."""
+
+
 @dataclass
 class _Job:
     arguments: tuple[Any, ...]
@@ -159,7 +163,10 @@ class Scoring:
             self._send()
         elif self._waiting:
             keys, arguments = self._take()
-            found.update(zip(keys, self.verifier.score(*arguments), strict=True))
+            for first in range(0, len(keys), BATCH):
+                part = slice(first, first + BATCH)
+                rewards = self.verifier.score(*(column[part] for column in arguments))
+                found.update(zip(keys[part], rewards, strict=True))
         for keys, job in self._jobs:
             # Calls follow each other, so each one has its time from the end of the one before.
             if not job.done.wait(self.verifier.seconds):
@@ -183,16 +190,24 @@ def _limited(seconds: float | None, count: int) -> Iterator[None]:
         yield
         return
 
+    fired = False
+
     def interrupt(*_: object) -> None:
-        raise _too_long(seconds, count)
+        nonlocal fired
+        fired = True
+        raise _Interrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except _Interrupt:
+        pass
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    if fired:  # also where a bare `except` swallowed it
+        raise _too_long(seconds, count)
 
 
 def _too_long(seconds: float | None, count: int) -> RewardTimeoutError:
