@@ -24,8 +24,6 @@ from transformers import GenerationConfig
 from odp_callbacks.engine.decoders import read_prefixes, sample_continuations
 from odp_callbacks.engine.prefixes import Start
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def ours(model, prefix, branches, tokens, way):
     prefixes = read_prefixes(model, [prefix[:-1]], way=way)

@@ -2,7 +2,7 @@
 
 About two hours on two cores. `--quick` leaves out the long responses (40 minutes).
 
-Run: python benchmarks/run.py [--quick] [--only continuations pullback probe growth projection hooks]
+Run: python benchmarks/run.py [--quick] [--only continuations pullback probe growth projection sampling hooks]
 """
 
 import argparse
@@ -18,13 +18,14 @@ import matplotlib
 import probe
 import projection
 import pullback
+import sampling
 import torch
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("continuations", "pullback", "probe", "growth", "projection", "hooks")
+PARTS = ("continuations", "pullback", "probe", "growth", "projection", "sampling", "hooks")
 
 
 def measure(part: str, quick: bool) -> object:
@@ -39,6 +40,8 @@ def measure(part: str, quick: bool) -> object:
         return growth.main()
     if part == "projection":
         return projection.main(256, 7, 64)
+    if part == "sampling":
+        return sampling.main(256, 49152, 10)
     return hooks.main()
 
 
@@ -55,7 +58,8 @@ def table(found: dict[str, object]) -> str:
         rows.append(("their peak memory", f"{speeds['memory']['peak_mb']:.0f} MB",
                      "one prefix cache and 256 suffix caches", f"{speeds['memory']['ratio']:.2f}"))  # fmt: skip
     for name, ratios in (found.get("pullback") or {}).items():
-        rows.append((f"12 nodes x 3 pull-backs, {name}", "", "reference", f"{statistics.median(ratios):.2f}"))
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        rows.append((f"12 nodes x 3 pull-backs, {name}", "", "reference", spread))
     for row in found.get("probe") or []:
         what = f"whole probe, {row['length']} tokens, {row['continuations']} continuations a branch"
         rows.append((what, f"{row['library_s']:.0f} s", "reference", f"{row['ratio']:.2f}"))
@@ -65,6 +69,9 @@ def table(found: dict[str, object]) -> str:
                      f"exponent {curve['exponent']:.2f}, last step {curve['last']:.2f}"))  # fmt: skip
     if fast := found.get("projection"):
         rows.append(("every token of 256 as a node, 64 projections", "", "exact pull-backs", f"{fast['ratio']:.2f}"))
+    if ratios := found.get("sampling"):
+        spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+        rows.append(("one token for each of 256 rows", "", "torch.multinomial", spread))
     if "hooks" in found:
         rows.append(("a step without a probe", f"{found['hooks'] * 1e6:.1f} us", "", ""))
     return "\n".join(
@@ -83,14 +90,11 @@ def plot(found: dict[str, object]) -> None:
         )
         axes[0].legend()
     if rows := found.get("probe"):
-        axes[1].plot([r["length"] for r in rows], [r["ratio"] for r in rows], "o-")
-        axes[1].set(
-            xlabel="response (tokens)",
-            ylabel="times as fast",
-            title="Whole probe against the reference",
-            xscale="log",
-            ylim=(0, None),
-        )
+        # Bars, not a line: the long response has fewer rollouts and nodes than the others.
+        bars = axes[1].bar([str(r["length"]) for r in rows], [r["ratio"] for r in rows])
+        axes[1].bar_label(bars, [f"{r['ratio']:.1f}\n{r['nodes']} nodes" for r in rows])
+        axes[1].set(xlabel="response (tokens)", ylabel="times as fast", title="Whole probe against the reference")
+        axes[1].margins(y=0.2)
     for name, curve in (found.get("growth") or {}).items():
         relative = [v / curve["values"][0] for v in curve["values"]]
         axes[2].plot(

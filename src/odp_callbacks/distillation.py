@@ -129,11 +129,10 @@ class OnPolicyDistillation(LightningModule):
         """
         responses = [r.response_ids for r in rollouts]
         depths = [range(len(r)) for r in responses]
-        prompts = [r.question.prompt_ids for r in rollouts]
         with evaluating(self.student):
             shown = [teacher_prompt_ids(self.teacher, self.tokenizer, r.question) for r in rollouts]
             taught = teacher_logits(self.teacher, self.student, shown, responses, depths)
-        positions = [[len(p) - 1 + t for t in d] for p, d in zip(prompts, depths, strict=True)]
+        positions = [r.positions(d) for r, d in zip(rollouts, depths, strict=True)]
         own = node_logits(self.student, [r.sequence for r in rollouts], positions)
         losses = [
             self._loss(z[:, : q.shape[-1]], q, torch.tensor(response, device=z.device))

@@ -207,7 +207,6 @@ def test_logits_that_are_no_distribution_are_an_error(way):
 
 def test_looking_seldom_who_has_ended_changes_nothing(world, monkeypatch):
     """On an accelerator the batch is looked at every few steps; what a row writes past its end is dropped."""
-    monkeypatch.setattr(decoding, "PATIENCE", 3)
     before = decoding._Batch.__init__
 
     def patient(batch, *arguments):

@@ -277,21 +277,29 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], sink: Tensor | None = None) ->
     return out
 
 
+def configs(model: nn.Module) -> list[Any]:
+    """Every configuration that a module of ``model`` reads, and of one with several parts that of its text."""
+    found: dict[int, Any] = {}
+    for config in (module.config for module in model.modules() if hasattr(module, "config")):
+        for part in (config, getattr(config, "get_text_config", lambda c=config: c)()):
+            found[id(part)] = part
+    return list(found.values())
+
+
 @contextmanager
 def sharing(model: nn.Module) -> Iterator[None]:
     """Let ``model`` attend through :func:`shared_prefix_attention`, and afterwards as it did."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    held: dict[int, Any] = {}
-    for config in configs.values():
-        for part in (config, getattr(config, "get_text_config", lambda c=config: c)()):
-            if hasattr(part, "_attn_implementation_internal"):
-                held[id(part)] = (part, part._attn_implementation_internal)
+    held = [
+        (config, config._attn_implementation_internal)
+        for config in configs(model)
+        if hasattr(config, "_attn_implementation_internal")
+    ]
     try:
-        for config, _ in held.values():
+        for config, _ in held:
             config._attn_implementation_internal = NAME
         yield
     finally:
-        for config, before in held.values():
+        for config, before in held:
             config._attn_implementation_internal = before
 
 

@@ -44,7 +44,8 @@ class ProbeConfig:
         eos_token_ids: More tokens that end a response.
         success_threshold: Reward from which a rollout counts as correct.
         batch_size: The most sequences sampled at a time; fewer where memory is short.
-        memory: The most bytes that sampling or gradients may take at a time; None: half of what is free.
+        memory: The most bytes that continuations or pull-backs may take at a time, by an estimate; None: half of what
+            is free.
         reward_seconds: The most that one call of the reward function may take; None for no limit.
     """
 

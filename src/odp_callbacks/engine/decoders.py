@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from odp_callbacks.engine.attention import sharing
+from odp_callbacks.engine.attention import configs, sharing
 from odp_callbacks.engine.decoding import Finished, sample_shared
 from odp_callbacks.engine.memory import free_bytes
 from odp_callbacks.engine.prefixes import (
@@ -29,7 +29,7 @@ from odp_callbacks.engine.prefixes import (
     suffix_cache,
     vocabulary_size,
 )
-from odp_callbacks.engine.sampling import Continuation, sample_tokens
+from odp_callbacks.engine.sampling import Continuation, check_sound, sample_tokens
 from odp_callbacks.functional.gradients import forward_arguments
 
 WAYS = ("shared prefix", "repeated cache", "generate")
@@ -189,8 +189,7 @@ def _repeat(
         positions = (seen[alive] + step)[:, None]
         logits = forward(model, tokens[:, None], cache, mask=mask, positions=positions, takes=takes)[:, -1]  # (B, V)
         tokens, sound = sample_tokens(logits, temperature, generator)
-        if not sound.all():
-            raise FloatingPointError("the student's logits are not finite, so no continuation can be sampled.")
+        check_sound(sound)
         written[alive, step] = tokens
         lengths[alive] += 1
         ended[alive] = torch.isin(tokens, ends)
@@ -239,7 +238,6 @@ def _generate(
     ids = ids.to(device)
     # `generate` draws from the global streams: they are set from ours, and put back.
     seed = int(torch.randint(2**62, (), generator=generator, device=device))
-    pad = eos[0] if eos else 0
     plain = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -247,7 +245,7 @@ def _generate(
         top_p=1.0,
         max_new_tokens=max(s.limit for s in starts),
         eos_token_id=eos or None,
-        pad_token_id=pad,
+        pad_token_id=eos[0] if eos else 0,
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -304,7 +302,7 @@ def _told_way(model: nn.Module) -> str:
 
 def _try_shared(model: nn.Module) -> None:
     """Prompts of unequal length, responses, and rows that leave them at unequal places, against the full forward."""
-    kinds = {kind for config in _configs(model) for kind in getattr(config, "layer_types", None) or ()}
+    kinds = {kind for config in configs(model) for kind in getattr(config, "layer_types", None) or ()}
     if other := kinds - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"layers of kind {sorted(other)}")
     device = next(model.parameters()).device
@@ -326,7 +324,7 @@ def _try_shared(model: nn.Module) -> None:
                 view.ages += 1
                 view.step(step + 1, True)
         # Windows are longer than this trial: a layer must have asked for its own.
-        windows = {getattr(c, "sliding_window", None) for c in _configs(model)} - {None, 0}
+        windows = {getattr(c, "sliding_window", None) for c in configs(model)} - {None, 0}
         slides = not kinds or "sliding_attention" in kinds
         if slides and not windows <= view.windows:
             raise NotImplementedError("a sliding window that the attention function is not told of")
@@ -365,8 +363,3 @@ def _tokens(model: nn.Module, lengths: Sequence[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     size = vocabulary_size(model)
     return [torch.randint(size, (length,), generator=generator) for length in lengths]
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    return [getattr(c, "get_text_config", lambda c=c: c)() for c in found.values()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.attention import sharing
 from odp_callbacks.engine.prefixes import PrefixCache, Start, forward, share, suffix_cache
-from odp_callbacks.engine.sampling import Continuation, sample_tokens
+from odp_callbacks.engine.sampling import Continuation, check_sound, sample_tokens
 from odp_callbacks.functional.gradients import forward_arguments
 
 Progress = Callable[[str, int, int], None]
@@ -142,8 +142,7 @@ class _Batch:
         """Take up what has finished, and seat those who wait."""
         over = (self.ended | (self.length >= self.limit)).tolist()
         seats = [seat for seat, taken in enumerate(self.taken) if taken and over[seat]]
-        if not self.sound:
-            raise FloatingPointError("the student's logits are not finite, so no continuation can be sampled.")
+        check_sound(self.sound)
         if not seats:
             return {}
         rows = zip(

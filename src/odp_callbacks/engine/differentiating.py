@@ -110,9 +110,8 @@ class Differentiator:
             arms = -p[n].expand(len(row) - 1, -1).clone()  # (A - 1, V)
             arms[torch.arange(len(row) - 1), [b.token for b in row[1:]]] += 1
             directions.append(torch.cat([arms / tau, pulls[:, n]]))  # (C, V)
-        first = len(rollout.question.prompt_ids) - 1
         correct = rollout.reward >= self.config.success_threshold
-        positions = [first + node.depth for node in nodes]
+        positions = rollout.positions([node.depth for node in nodes])
         weights = [1 / node.inclusion for node in nodes] if self.config.step_alignment else None
         memory = self.config.memory
         if projector is None:
@@ -165,8 +164,7 @@ class Differentiator:
                     direction = -coefficients.sum(dim=1, keepdim=True) * torch.softmax(z / tau, dim=-1)
                     direction.index_add_(1, torch.from_numpy(record.tokens[1:]), coefficients)
                     cotangents.append(direction)
-                first = len(rollout.question.prompt_ids) - 1
-                positions = [first + records[n].depth for n in here]
+                positions = rollout.positions([records[n].depth for n in here])
                 halves = pull_sums(self.student, rollout.sequence, positions, torch.stack(cotangents, dim=1))
                 steps.add_ideal(rollout.question.id, records[here[0]].correct, halves)
 

@@ -58,11 +58,6 @@ class PrefixCache:
     limb_lengths: tuple[int, ...]
     owners: tuple[int, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all keys and values."""
-        return sum(k.nbytes + v.nbytes for k, v in [*self.trunks, *self.limbs])
-
 
 def prefill(model: nn.Module, sequences: Sequence[Tensor], parameters: dict[str, Tensor] | None = None) -> PrefixCache:
     """Run ``model`` once over sequences and keep their keys and values.

@@ -198,8 +198,7 @@ class Probe:
         positions: dict[int, list[int]] = {}
         counts: dict[int, list[int]] = {}
         for node, row in zip(nodes, branches, strict=True):
-            first = len(rollouts[node.rollout].question.prompt_ids) - 1
-            positions.setdefault(node.rollout, []).append(first + node.depth)
+            positions.setdefault(node.rollout, []).extend(rollouts[node.rollout].positions([node.depth]))
             counts.setdefault(node.rollout, []).append(len(row) - 1 + len(self.teachers))
         lengths = [max(at) + 1 for at in positions.values()]
         return worthwhile(self.config.projections, lengths, list(positions.values()), list(counts.values()))
@@ -243,8 +242,7 @@ class Probe:
 
     def _entropy(self, rollout: Rollout) -> Tensor:
         """Of the student's policy at each position, ``(T,)`` in nats."""
-        first = len(rollout.question.prompt_ids) - 1
-        positions = [[first + t for t in range(len(rollout.response_ids))]]
+        positions = [rollout.positions(range(len(rollout.response_ids)))]
         (logits,) = node_logits(self.student, [rollout.sequence], positions)
         logs = torch.log_softmax(logits.float() / self.config.temperature, dim=-1)
         return -(logs.exp() * logs).sum(dim=-1).cpu()

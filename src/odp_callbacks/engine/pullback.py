@@ -148,26 +148,9 @@ def pull_back(
         modules = lora_modules(list(parameters))
         size = sum(p.numel() for p in parameters.values())
         for (here, logits), end in zip(graph.segments, graph.ends, strict=True):
-            rows = [[parameter.new_zeros(0) for parameter in parameters.values()] for _ in here]
-            units = [(place, int(c)) for place, n in enumerate(here) for c in heard[n]]
-            most = most_directions(model, end, len(here) * logits.shape[-1], memory)
-            for first in range(0, len(units), most):
-                chunk = units[first : first + most]
-                v = logits.new_zeros(len(chunk), *logits.shape)
-                for row, (place, c) in enumerate(chunk):
-                    n = here[place]
-                    v[row, place] = (cotangents[n][c].double().cpu() / scales[n][c]).to(logits)
-                pulled = torch.autograd.grad(
-                    logits, list(parameters.values()), v, retain_graph=True, allow_unused=True, is_grads_batched=True
-                )
-                for place in {place for place, _ in chunk}:
-                    own = [row for row, (p, _) in enumerate(chunk) if p == place]
-                    for i, (gradient, parameter) in enumerate(zip(pulled, parameters.values(), strict=True)):
-                        found = parameter.new_zeros(len(own), parameter.numel())
-                        if gradient is not None:
-                            found = gradient[own].flatten(1)
-                        kept = rows[place][i]
-                        rows[place][i] = found if not kept.numel() else torch.cat([kept, found])
+            units = [(place, cotangents[n][c], scales[n][c]) for place, n in enumerate(here) for c in heard[n]]
+            most = most_directions(model, end, logits.numel(), memory)
+            rows = _segment_rows(logits, list(parameters.values()), units, most)
             for place, n in enumerate(here):
                 count, where = len(cotangents[n]), heard[n]
                 gram = torch.zeros(len(modules), count, count, dtype=torch.float64)
@@ -184,12 +167,40 @@ def pull_back(
     return grams, sums
 
 
+def _segment_rows(
+    logits: Tensor, parameters: list[Tensor], units: Sequence[tuple[int, Tensor, Tensor]], most: int
+) -> list[list[Tensor]]:
+    """Pull the directions of a segment's nodes back, at most ``most`` together, whichever node they are of.
+
+    Args:
+        logits: ``(N, V)``, with their graph.
+        parameters: What they are differentiated by.
+        units: Each direction's node, the direction ``(V,)``, and what to divide it by; node by node.
+        most: Directions at a time.
+
+    Returns:
+        For each node and parameter, ``(C_n, size)``; where the parameter was not used, zeros.
+    """
+    parts: list[list[Tensor]] = [[parameter.new_zeros(0, parameter.numel())] for parameter in parameters]
+    for first in range(0, len(units), most):
+        chunk = units[first : first + most]
+        v = logits.new_zeros(len(chunk), *logits.shape)
+        for row, (node, direction, scale) in enumerate(chunk):
+            v[row, node] = (direction.double().cpu() / scale).to(logits)
+        pulled = torch.autograd.grad(logits, parameters, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        for part, gradient, parameter in zip(parts, pulled, parameters, strict=True):
+            unused = gradient is None
+            part.append(parameter.new_zeros(len(chunk), parameter.numel()) if unused else gradient.flatten(1))
+    counts = [sum(node == n for node, _, _ in units) for n in range(len(logits))]
+    return [list(of_node) for of_node in zip(*(torch.cat(part).split(counts) for part in parts), strict=True)]
+
+
 def most_directions(model: nn.Module, tokens: int, logits: int, memory: float | None = None) -> int:
     """How many directions may go back together over ``tokens`` tokens and ``logits`` logits."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config()
+    holder: Any = model
+    config = holder.config.get_text_config()
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    heads = config.num_attention_heads if hasattr(config, "num_attention_heads") else 1
+    heads = getattr(config, "num_attention_heads", 1)
     parameter = next(model.parameters())
     # A layer's widest activations and its attention, and as much again for what follows them.
     numbers = 2 * tokens * (4 * width + 6 * config.hidden_size + 3 * heads * tokens) + 2 * logits

@@ -38,6 +38,10 @@ class Rollout:
         """Prompt and response, ``(P + T,)`` int64."""
         return torch.cat([self.question.prompt_ids, torch.tensor(self.response_ids, dtype=torch.long)])
 
+    def positions(self, depths: Sequence[int]) -> list[int]:
+        """Where in :attr:`sequence` the logits are that choose the token at each depth."""
+        return [len(self.question.prompt_ids) - 1 + depth for depth in depths]
+
 
 def response_text(tokenizer: Any, tokens: Sequence[int], eos_token_ids: Sequence[int]) -> str:
     """Decode a response; the token that ended it is not part of what was said."""

@@ -190,9 +190,11 @@ def measure_success(
             owners += [(g, b)] * allocation[g][b]
     scoring = verifier.open()
 
+    responses: dict[int, Response] = {}
+
     def hand_in(place: int, owner: tuple[int, int], tail: Response) -> None:
         g, b = owner
-        response = (*tree.prefix(tree.first[g]), tree.branches[g][b].token, *tail)
+        responses[place] = response = (*tree.prefix(tree.first[g]), tree.branches[g][b].token, *tail)
         question = tree.rollouts[tree.nodes[tree.first[g]].rollout].question
         scoring.add(place, question, response_text(tokenizer, response, eos_token_ids), response)
 
@@ -225,9 +227,8 @@ def measure_success(
     for place, (g, b) in enumerate(finished):
         # What passed here was a sample of the same reward; now it is known.
         tree.outcomes[g][b] = Outcomes([rewards[place]], [0], True)
-    for i, ((g, b), continuation) in enumerate(zip(owners, sampled, strict=True)):
-        response = (*tree.prefix(tree.first[g]), tree.branches[g][b].token, *continuation.tokens)
-        tree.add(g, b, response, rewards[len(finished) + i])
+    for place, ((g, b), continuation) in enumerate(zip(owners, sampled, strict=True), len(finished)):
+        tree.add(g, b, responses[place], rewards[place])
         tokens, count = tree.length[g]
         tree.length[g] = tokens + len(continuation.tokens), count + 1
     spent.tokens += sum(len(c.tokens) for c in sampled)
