@@ -84,8 +84,8 @@ class Manual(OnPolicyDistillation):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        losses, mask = self.token_losses(self.sample(batch))
-        self.manual_backward((losses * mask).sum() / mask.sum())
+        taken = self.token_losses(self.sample(batch))
+        self.manual_backward(taken.losses.sum() / taken.mask.sum())
         for optimizer in self.optimizers():
             optimizer.step()
             optimizer.zero_grad()

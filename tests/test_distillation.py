@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader
 
 from conftest import tiny, word_tokenizer
 from odp_callbacks import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, OnPolicyDistillation, Teacher
+from odp_callbacks.distillation import TokenLosses
 from odp_callbacks.functional import distillation_loss
+from odp_callbacks.gates import IncorrectRolloutGate, Tokens
 
 ROWS = [{"prompt": p, "answer": a} for p, a in zip(("a b", "c a f", "b", "d c"), "abcd", strict=True)]
 
@@ -35,7 +37,8 @@ def test_losses_in_a_padded_batch_are_those_of_single_sequences(divergence: Any,
     module = make("{answer} {prompt}", divergence=divergence, temperature=0.7, **options).eval()
     torch.manual_seed(3)
     rollouts = module.sample(ROWS)
-    losses, mask = module.token_losses(rollouts)
+    taken = module.token_losses(rollouts)
+    losses, mask = taken.losses, taken.mask
     assert len({len(r.response_ids) for r in rollouts}) > 1
     for row, rollout in enumerate(rollouts):
         length = len(rollout.response_ids)
@@ -57,8 +60,8 @@ def test_the_student_learns_to_follow_its_teacher() -> None:
     def distance() -> float:
         torch.manual_seed(7)
         with torch.no_grad():
-            losses, mask = module.token_losses(module.sample(ROWS * 8))
-        return float(losses.sum() / mask.sum())
+            taken = module.token_losses(module.sample(ROWS * 8))
+        return float(taken.losses.sum() / taken.mask.sum())
 
     before = distance()
     trainer = Trainer(
@@ -69,30 +72,101 @@ def test_the_student_learns_to_follow_its_teacher() -> None:
     assert distance() < 0.7 * before
 
 
-def test_weights_per_rollout_and_per_token_scale_the_loss() -> None:
-    def loss(weights: Any) -> Tensor:
-        torch.manual_seed(2)
-        module = make(weights=weights).eval()
-        module.log = lambda *args, **keywords: None  # type: ignore[method-assign]
-        return module.training_step(ROWS, 0)
-
-    plain = loss(None)
-    torch.testing.assert_close(loss(lambda rollouts: [2.0] * len(rollouts)), 2 * plain)
-    assert loss(lambda rollouts: torch.zeros(len(rollouts), max(len(r.response_ids) for r in rollouts))) == 0
-    with pytest.raises(ValueError, match="`weights` must give 4 weights"):
-        loss(lambda rollouts: [1.0])
+def loss_of(module: OnPolicyDistillation) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one training step on sampled rollouts, and what it logs."""
+    torch.manual_seed(2)
+    logged: dict[str, Any] = {}
+    module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    module.log_dict = lambda found, **_: logged.update(found)  # type: ignore[method-assign]
+    return module.training_step(ROWS, 0), logged
 
 
-def test_weights_see_the_rewards() -> None:
-    seen = []
-    module = make(
-        reward=lambda prompts, completions, answer: [float(a in c) for c, a in zip(completions, answer, strict=True)],
-        weights=lambda rollouts: seen.extend(r.reward for r in rollouts) or [1.0] * len(rollouts),
-    )
-    module.log = lambda *args, **keywords: None  # type: ignore[method-assign]
-    module.training_step(ROWS, 0)
-    assert set(seen) <= {0.0, 1.0}
-    assert len(seen) == 4
+def contains(prompts: Any, completions: list[str], answer: list[str]) -> list[float]:
+    return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+
+def test_a_gate_weighs_tokens_and_the_loss_keeps_its_scale() -> None:
+    plain, _ = loss_of(make().eval())
+    doubled, logged = loss_of(make(gate=lambda tokens: 2 * torch.ones(len(tokens))).eval())
+    torch.testing.assert_close(doubled, plain)
+    assert logged["train/gate/token_share"] == 1
+    assert logged["train/gate/loss_before"] == pytest.approx(logged["train/gate/loss_after"])
+    first, _ = loss_of(make(gate=lambda tokens: (tokens.depth == 0).float()).eval())
+    torch.manual_seed(2)
+    module = make().eval()
+    taken = module.token_losses(module.sample(ROWS))
+    torch.testing.assert_close(first, taken.losses[:, 0].mean())
+    nothing, logged = loss_of(make(gate=lambda tokens: torch.zeros(len(tokens))).eval())
+    assert nothing == 0
+    nothing.backward()
+    assert logged["train/gate/token_share"] == 0
+
+
+def test_the_gate_sees_what_the_policies_say() -> None:
+    seen: list[Tokens] = []
+
+    def gate(tokens: Tokens) -> Tensor:
+        seen.append(tokens)
+        return torch.ones(len(tokens))
+
+    module = make("{answer} {prompt}", gate=gate, reward=contains, temperature=0.7, rollouts_per_prompt=2).eval()
+    loss_of(module)
+    torch.manual_seed(2)
+    rollouts = module.sample(ROWS)
+    tokens, place = seen[-1], 0
+    for index, rollout in enumerate(rollouts):
+        ids = torch.tensor(rollout.response_ids)
+        here = slice(place, place := place + len(ids))
+        own = module.student(input_ids=rollout.sequence[None]).logits[0, -len(ids) - 1 : -1] / 0.7
+        policy = torch.distributions.Categorical(logits=own)
+        torch.testing.assert_close(tokens.student_entropy[here], policy.entropy(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tokens.student_log_prob[here], policy.log_prob(ids), rtol=1e-4, atol=1e-5)
+        assert tokens.rollout[here].tolist() == [index] * len(ids)
+        assert tokens.correct[here].tolist() == [rollout.reward >= 1] * len(ids)
+        siblings = [r.reward for r in rollouts if r.question is rollout.question]
+        assert tokens.pass_rate[here].tolist() == pytest.approx([sum(siblings) / 2] * len(ids))
+    # The loss is the reverse KL, and the teacher's side of it is seen as well.
+    losses = module.token_losses(rollouts)
+    torch.testing.assert_close(tokens.reverse_kl, losses.losses[losses.mask.bool()].detach(), rtol=1e-4, atol=1e-5)
+
+
+class Halves:
+    """Routes even depths to the first teacher and odd ones to the second."""
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        return torch.ones(len(tokens))
+
+    def route(self, tokens: Tokens) -> Tensor:
+        return tokens.depth % 2
+
+
+def test_each_token_is_taught_by_the_teacher_that_the_gate_chose() -> None:
+    teachers = {"base": BaseTeacher(), "told": Teacher("{answer} {prompt}")}
+
+    def losses(teacher: Any, gate: Any = None) -> TokenLosses:
+        module = make(teacher, gate=gate).eval()
+        torch.manual_seed(3)
+        return module.token_losses(module.sample(ROWS))
+
+    both, base, told = losses(teachers, Halves()), losses(BaseTeacher()), losses(teachers["told"])
+    torch.testing.assert_close(both.losses[:, ::2], base.losses[:, ::2])
+    torch.testing.assert_close(both.losses[:, 1::2], told.losses[:, 1::2])
+    assert not torch.allclose(base.losses, told.losses)
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("`gate` needs 'correct' of every token", {"gate": IncorrectRolloutGate()}),
+        ("`gate` chooses none of them", {"teacher": {"a": BaseTeacher(), "b": Teacher("{answer} {prompt}")}}),
+        ("one weight for each of the 5 tokens", {"gate": lambda tokens: torch.ones(3)}),
+        ("finite and not negative", {"gate": lambda tokens: -torch.ones(len(tokens))}),
+        ("`gate` must be a function", {"gate": 3}),
+    ],
+)
+def test_a_gate_of_no_use_is_refused_at_once(match: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=match):
+        make(**options)
 
 
 @pytest.mark.parametrize("teacher", [Teacher("{answer} {prompt}"), BaseTeacher(), EMATeacher(0.9), AdapterTeacher("t")])

@@ -1,0 +1,24 @@
+"""From what was seen to what is done: gates weigh each token of the distillation loss."""
+
+from odp_callbacks.gates.alignment import AlignmentGate
+from odp_callbacks.gates.correctness import IncorrectRolloutGate
+from odp_callbacks.gates.loss import GatedLoss, check_gate, gate_loss
+from odp_callbacks.gates.router import TeacherRouter
+from odp_callbacks.gates.scoring import RuleScore, score_rules, tokens_of_report
+from odp_callbacks.gates.tokens import Gate, Tokens, policy_features, tokens_of
+
+__all__ = [
+    "AlignmentGate",
+    "Gate",
+    "GatedLoss",
+    "IncorrectRolloutGate",
+    "RuleScore",
+    "TeacherRouter",
+    "Tokens",
+    "check_gate",
+    "gate_loss",
+    "policy_features",
+    "score_rules",
+    "tokens_of",
+    "tokens_of_report",
+]

@@ -1,0 +1,40 @@
+"""The gate of the paper's first finding: distil where the student failed."""
+
+from torch import Tensor
+
+from odp_callbacks.gates.tokens import Tokens
+
+
+class IncorrectRolloutGate:
+    """Distillation acts on incorrect rollouts; correct ones are left as they are.
+
+    On correct rollouts the teacher's signal was found to be noise (arXiv:2605.10889); a probe says whether it is on
+    yours (``odp/predicted_gain/<teacher>/correct``). In a batch without an incorrect rollout the loss is exactly 0,
+    and so are its gradients; the optimizer's own momentum and weight decay act as ever.
+
+    Args:
+        correct_weight: Weight of the tokens of correct rollouts; those of incorrect ones weigh 1.
+
+    Raises:
+        ValueError: If the weight is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from odp_callbacks.gates import tokens_of
+        >>> gate = IncorrectRolloutGate(correct_weight=0.25)
+        >>> gate(tokens_of(torch.tensor([[1, 0], [1, 1]]), rewards=[1.0, 0.0])).tolist()
+        [0.25, 1.0, 1.0]
+    """
+
+    def __init__(self, correct_weight: float = 0.0) -> None:
+        if not 0 <= correct_weight < float("inf"):
+            raise ValueError(f"`correct_weight` must be finite and not negative, but {correct_weight!r} was given.")
+        self.correct_weight = correct_weight
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """Weights ``(N,)``."""
+        correct = tokens.need("correct").float()
+        return 1 + correct * (self.correct_weight - 1)
+
+    def __repr__(self) -> str:
+        return f"IncorrectRolloutGate(correct_weight={self.correct_weight!r})"
