@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from odp_callbacks.functional import lora_gradients, lora_parameters
-from odp_callbacks.records import Floats, NodeRecord
+from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord
 from odp_callbacks.summaries import PREDICTORS
 
 torch.set_num_threads(1)
@@ -358,3 +358,59 @@ def count_tokens(model: nn.Module, seen: list[tuple[int, int]]) -> Callable[[], 
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     return hook.remove
+
+
+MakeReport = Callable[..., ProbeReport]
+
+
+def node_with_gain(gains: tuple[float, ...], success: tuple[float, float] = (0.25, 0.75), **fields: Any) -> NodeRecord:
+    """Two branches whose difference in success, 0.5 by default, points along one direction; teachers lie in a plane.
+
+    The ideal gradient is ``weight (Q_1 - Q_0) u`` with ``|u| = 1``, so a teacher at the cosine ``c`` to ``u`` has the
+    predicted gain ``weight (Q_1 - Q_0) c``; ``gains`` are those cosines.
+    """
+    record = synthetic(success, count=4, weight=(0.5, 0.5), teachers=len(gains), **fields).record
+    vectors = np.array([(1.0, 0.0), *((c, (1 - c * c) ** 0.5) for c in gains)])
+    gram = vectors @ vectors.T
+    return NodeRecord(**{**record.__dict__, "gram": gram[None], "logit_gram": gram})
+
+
+@pytest.fixture
+def make_report() -> MakeReport:
+    def make(
+        gains: Callable[[bool, int], tuple[float, ...]],
+        *,
+        questions: int = 6,
+        depths: tuple[int, ...] = (0, 2, 5),
+        noise: float = 0.05,
+        seed: int = 0,
+        teachers: tuple[str, ...] = ("near", "far"),
+        first: int = 0,
+        **fields: Any,
+    ) -> ProbeReport:
+        """A correct and an incorrect rollout of each question; ``gains(correct, depth)`` are cosines by teacher.
+
+        No depths in a row: neighbours would tell each other what they know of success.
+        """
+        rng = np.random.default_rng(seed)
+        rollouts, nodes = [], []
+        for q in range(first, first + questions):
+            for correct in (True, False):
+                rollouts.append(RolloutRecord(str(q), "p", ("t",) * 8, "t", float(correct), correct, False))
+                for depth in depths:
+                    cosines = tuple(np.clip(np.array(gains(correct, depth)) + noise * rng.normal(), -1, 1))
+                    nodes.append(
+                        node_with_gain(
+                            cosines,
+                            rollout=len(rollouts) - 1,
+                            question=str(q),
+                            correct=correct,
+                            depth=depth,
+                            inclusion=1 / max(depth, 1),
+                            **fields,
+                        )
+                    )
+        spent = {"rollouts": 10, "continuations": 10}
+        return ProbeReport(teachers, ("m",), tuple(rollouts), tuple(nodes), spent, 4, 0, {"rollouts": 1.0})
+
+    return make

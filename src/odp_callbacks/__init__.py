@@ -11,17 +11,33 @@ from odp_callbacks.engine import (
     Teacher,
     diagnose,
 )
+from odp_callbacks.gates import (
+    AlignmentGate,
+    IncorrectRolloutGate,
+    TeacherRouter,
+    Tokens,
+    gate_loss,
+    score_rules,
+    tokens_of,
+)
 from odp_callbacks.metrics import GradientAlignment
 
 __all__ = [
     "AdapterTeacher",
+    "AlignmentGate",
     "BaseTeacher",
     "EMATeacher",
     "GradientAlignment",
     "GradientAlignmentCallback",
+    "IncorrectRolloutGate",
     "ModelTeacher",
     "OnPolicyDistillation",
     "ProbeConfig",
     "Teacher",
+    "TeacherRouter",
+    "Tokens",
     "diagnose",
+    "gate_loss",
+    "score_rules",
+    "tokens_of",
 ]
