@@ -37,6 +37,17 @@ def test_every_rule_gives_weights_between_0_and_1_and_lets_something_through(nam
     assert float(weights.sum()) > 0
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_weights_are_as_exact_where_training_makes_bfloat16_the_default(name: str) -> None:
+    expected = weigh(RULES[name], some())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = weigh(RULES[name], some())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.double(), expected.double())
+
+
 def test_correct_and_incorrect_share_the_tokens_between_them() -> None:
     tokens = some()
     assert incorrect_rollouts(tokens).tolist() == [0] * 6 + [1] * 4

@@ -85,7 +85,7 @@ def position(tokens: Tokens, power: float = 1.0) -> Tensor:
         >>> position(tokens_of(torch.ones(1, 4))).tolist()
         [0.25, 0.5, 0.75, 1.0]
     """
-    return ((tokens.depth + 1) / tokens.length) ** power
+    return ((tokens.depth + 1).float() / tokens.length.float()) ** power
 
 
 def prefix(tokens: Tokens, full: float = 0.3, end: float = 0.6) -> Tensor:
@@ -98,7 +98,7 @@ def prefix(tokens: Tokens, full: float = 0.3, end: float = 0.6) -> Tensor:
     """
     if not 0 <= full <= end <= 1 or end == 0:
         raise ValueError(f"`full` and `end` must be shares with full <= end, but {full!r} and {end!r} were given.")
-    place = tokens.depth / tokens.length
+    place = tokens.depth.float() / tokens.length.float()
     if full == end:
         return (place < end).float()
     return ((end - place) / (end - full)).clamp(0, 1)

@@ -69,7 +69,7 @@ class Tokens:
     @property
     def counts(self) -> Tensor:
         """:attr:`weight`, or ones."""
-        return torch.ones(len(self), device=self.rollout.device) if self.weight is None else self.weight
+        return torch.ones(len(self), dtype=torch.float32, device=self.rollout.device) if self.weight is None else self.weight
 
     def with_policies(
         self, student_logits: Tensor, teacher_logits: Tensor, taken: Tensor, temperature: float = 1.0
@@ -162,7 +162,8 @@ def tokens_of(
     correct = value >= success_threshold
     place = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     group = torch.tensor([place[label] for label in labels], device=mask.device)
-    passed = torch.zeros(len(place), device=mask.device).index_add_(0, group, correct.float())
+    # Lightning's "bf16-true" makes bfloat16 the default: said each time, or shares would have two digits.
+    passed = torch.zeros(len(place), dtype=torch.float32, device=mask.device).index_add_(0, group, correct.float())
     rate = passed / torch.bincount(group, minlength=len(place))
     return replace(tokens, reward=value[rollout], correct=correct[rollout], pass_rate=rate[group][rollout])
 
