@@ -10,13 +10,14 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-from conftest import tiny, word_tokenizer
+from conftest import MakeReport, tiny, word_tokenizer
 from odp_callbacks import Teacher, diagnose
 from odp_callbacks.cli import main
 from odp_callbacks.demo.task import make_task
+from odp_callbacks.gates import score_rules
 from odp_callbacks.pictures import rollout_figure, telling_rollout
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.table import summary_table
+from odp_callbacks.table import rules_table, summary_table
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,17 @@ def test_the_table_shows_every_class_with_intervals_in_eighty_columns(report: Pr
     ):
         assert word in text
     assert "…" not in text
+
+
+def test_rules_are_ranked_by_predicted_gain_in_eighty_columns(make_report: MakeReport) -> None:
+    out = StringIO()
+    report = make_report(lambda correct, depth: (-0.4, 0.6) if correct else (0.8, -0.2), noise=0.3)
+    Console(file=out, width=80).print(rules_table(score_rules(report)))
+    text = out.getvalue()
+    assert "…" not in text
+    near, far = (text[text.index(name) :] for name in ("near", "far "))
+    assert near.index("incorrect rollouts") < near.index("everything") < near.index("correct rollouts", 300)
+    assert far.index("correct rollouts") < far.index("everything") < far.index("incorrect rollouts")
 
 
 def test_no_note_is_cut_off(report: ProbeReport) -> None:

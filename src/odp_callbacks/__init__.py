@@ -11,6 +11,7 @@ from odp_callbacks.engine import (
     Teacher,
     diagnose,
 )
+from odp_callbacks.gate_callback import GateCallback
 from odp_callbacks.gates import (
     AlignmentGate,
     IncorrectRolloutGate,
@@ -27,6 +28,7 @@ __all__ = [
     "AlignmentGate",
     "BaseTeacher",
     "EMATeacher",
+    "GateCallback",
     "GradientAlignment",
     "GradientAlignmentCallback",
     "IncorrectRolloutGate",

@@ -1,12 +1,15 @@
 """A report as a table for the terminal."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from rich.box import SIMPLE_HEAVY
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from odp_callbacks.gates.scoring import RuleScore
 from odp_callbacks.inference import Figure
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.summaries import GAP, Analysis, ClassSummary, success_rate
@@ -59,6 +62,43 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
     return Group(table, "", versus)
 
 
+def rules_table(scores: Sequence[RuleScore]) -> Table:
+    """Rules for where to distil, teacher by teacher, the best by predicted gain first.
+
+    Args:
+        scores: Of :func:`~odp_callbacks.gates.scoring.score_rules`.
+    """
+    table = Table(box=SIMPLE_HEAVY, show_edge=False, pad_edge=False, title="Where to distil?")
+    table.caption = "\n".join(
+        (
+            "Predicted gain: per weight spent; against no rule on the same nodes, with",
+            "intervals clustered by question. Help kept, harm removed: of what the",
+            "teacher does good and harm. Ideal: share of the gain there is that lies at",
+            "the tokens let through, and tokens: their share.",
+        )
+    )
+    for column in ("teacher\nrule", "predicted\ngain", "against\nno rule"):
+        table.add_column(column, justify="left" if column.startswith("teacher") else "right", no_wrap=True)
+    for column in ("help\nkept", "harm\nremoved", "ideal\ntokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    by_teacher: dict[str, list[RuleScore]] = {}
+    for score in scores:
+        by_teacher.setdefault(score.teacher, []).append(score)
+    for teacher, of_teacher in by_teacher.items():
+        ranked = sorted(of_teacher, key=lambda s: np.nan_to_num(s.predicted_gain.value, nan=-np.inf), reverse=True)
+        for place, score in enumerate(ranked):
+            table.add_row(
+                f"[bold]{escape(teacher)}[/bold]\n{escape(score.rule)}",
+                show(score.predicted_gain),
+                "" if score.gained.low == score.gained.high == 0 else show(score.gained),
+                _percent(score.help_kept.value),
+                _percent(score.harm_removed.value),
+                f"{_percent(score.ideal_gain_kept.value)}\n{_percent(score.token_share)}",
+                end_section=place == len(ranked) - 1,
+            )
+    return table
+
+
 def verdict(contrast: ClassSummary) -> str:
     """What a difference in predicted gain says, in words."""
     figure = contrast.figures["predicted_gain"]
@@ -90,3 +130,7 @@ def _cells(name: str, summary: ClassSummary) -> tuple[str, ...]:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "-"
+
+
+def _percent(share: float) -> str:
+    return "unclear" if math.isnan(share) else f"{share:.0%}"

@@ -2,7 +2,7 @@
 
 from odp_callbacks.gates.alignment import AlignmentGate
 from odp_callbacks.gates.correctness import IncorrectRolloutGate
-from odp_callbacks.gates.loss import GatedLoss, check_gate, gate_loss
+from odp_callbacks.gates.loss import GatedLoss, check_gate, gate_loss, gate_weights
 from odp_callbacks.gates.router import TeacherRouter
 from odp_callbacks.gates.scoring import RuleScore, score_rules, tokens_of_report
 from odp_callbacks.gates.tokens import Gate, Tokens, policy_features, tokens_of
@@ -17,6 +17,7 @@ __all__ = [
     "Tokens",
     "check_gate",
     "gate_loss",
+    "gate_weights",
     "policy_features",
     "score_rules",
     "tokens_of",

@@ -60,26 +60,47 @@ def gate_loss(
             f"`losses` and `mask` must have one shape (B, T), but {tuple(losses.shape)} and {tuple(mask.shape)} "
             "were given."
         )
+    weights, logs = gate_weights(gate, mask, tokens, renormalise=renormalise)
+    weights, there = weights.to(losses), mask.bool()
+    # Chosen, not multiplied: an infinite loss behind a weight of 0 must not become NaN.
+    loss = (weights * torch.where(weights > 0, losses, 0)).sum() / there.sum().clamp(min=1)
+    logs |= {"gate/loss_before": float(losses.detach()[there].mean()), "gate/loss_after": float(loss.detach())}
+    return GatedLoss(loss, weights, logs)
+
+
+def gate_weights(
+    gate: Gate, mask: Tensor, tokens: Tokens | None = None, *, renormalise: bool = True
+) -> tuple[Tensor, dict[str, float]]:
+    """What each token of a padded batch weighs, for a loss that is a mean over tokens.
+
+    Args:
+        gate: From tokens to weights.
+        mask: ``(B, T)``, 1 where there is a token.
+        tokens: As in :func:`gate_loss`.
+        renormalise: To a mean of 1 over the tokens; weights that are all 0 stay so.
+
+    Returns:
+        ``(B, T)``, float32 at least, 0 on padding; and what to log, see :class:`GatedLoss`.
+
+    Raises:
+        ValueError: If shapes do not fit, or a weight is negative or not finite.
+    """
     there = mask.bool()
     tokens = tokens_of(there) if tokens is None else tokens
     count = int(there.sum())
     if len(tokens) != count:
         raise ValueError(f"`tokens` must hold the {count} tokens of `mask`, but holds {len(tokens)}.")
-    raw = weigh(gate, tokens).to(losses)
+    raw = weigh(gate, tokens).to(mask.device)
     total = raw.sum()
     some = bool(total > 0)
-    weights = torch.zeros_like(losses).masked_scatter(there, raw * (count / total) if renormalise and some else raw)
-    # Chosen, not multiplied: an infinite loss behind a weight of 0 must not become NaN.
-    loss = (weights * torch.where(weights > 0, losses, 0)).sum() / max(count, 1)
-    rollouts, open_ = tokens.rollout.unique(), raw > 0
-    logs = {
+    weights = raw.new_zeros(mask.shape).masked_scatter(there, raw * (count / total) if renormalise and some else raw)
+    open_ = raw > 0
+    rollouts = int(there.any(dim=1).sum())
+    return weights, {
         "gate/token_share": float(open_.float().mean()),
-        "gate/rollout_share": len(tokens.rollout[open_].unique()) / len(rollouts) if count else float("nan"),
+        "gate/rollout_share": len(tokens.rollout[open_].unique()) / rollouts if rollouts else float("nan"),
         "gate/effective_share": float(total**2 / (raw.square().sum() * count)) if some else 0.0,
-        "gate/loss_before": float(losses.detach()[there].mean()),
-        "gate/loss_after": float(loss.detach()),
     }
-    return GatedLoss(loss, weights, logs)
 
 
 def weigh(gate: Gate, tokens: Tokens) -> Tensor:
@@ -89,6 +110,7 @@ def weigh(gate: Gate, tokens: Tokens) -> Tensor:
         ValueError: If their shape is wrong, or one is negative or not finite.
     """
     weights = torch.as_tensor(gate(tokens)).detach()
+    weights = weights if weights.dtype == torch.float64 else weights.float()
     if weights.shape != (len(tokens),):
         raise ValueError(
             f"`gate` must give one weight for each of the {len(tokens)} tokens, but its shape is "

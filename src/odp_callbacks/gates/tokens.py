@@ -69,7 +69,11 @@ class Tokens:
     @property
     def counts(self) -> Tensor:
         """:attr:`weight`, or ones."""
-        return torch.ones(len(self), dtype=torch.float32, device=self.rollout.device) if self.weight is None else self.weight
+        return (
+            torch.ones(len(self), dtype=torch.float32, device=self.rollout.device)
+            if self.weight is None
+            else self.weight
+        )
 
     def with_policies(
         self, student_logits: Tensor, teacher_logits: Tensor, taken: Tensor, temperature: float = 1.0

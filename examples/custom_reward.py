@@ -1,0 +1,40 @@
+"""A reward of your own: TRL's convention, with partial credit, used by the diagnosis without any training.
+
+Run: python examples/custom_reward.py
+"""
+
+import re
+
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+
+from odp_callbacks import Teacher, diagnose
+from odp_callbacks.demo.student import load_student
+from odp_callbacks.table import summary_table
+
+ROWS = [{"prompt": f"7 - 4 = 3.\n5 + 2 = 7.\n{a} + {b} =", "answer": str(a + b)} for a, b in ((2, 3), (4, 4), (6, 1))]
+
+
+def reward(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+    """One for the answer, a half for a number that is one off; columns of the rows come as keyword arguments."""
+    found = []
+    for completion, right in zip(completions, answer, strict=True):
+        number = re.match(r"\s*(\d+)", completion)
+        distance = abs(int(number[1]) - int(right)) if number else None
+        found.append({0: 1.0, 1: 0.5}.get(distance, 0.0))
+    return found
+
+
+model, tokenizer = load_student(None, print)
+report = diagnose(
+    get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM")),
+    tokenizer,
+    ROWS,
+    reward,
+    {"answer": Teacher("The answer is {answer}.\n{prompt}")},
+    rollouts_per_question=2,
+    continuations=2,
+    max_new_tokens=6,
+    eos_token_ids=tuple(tokenizer("\n")["input_ids"]),
+)
+Console().print(summary_table(report))
