@@ -18,8 +18,8 @@ def main() -> float:
     callback = GradientAlignmentCallback(
         teachers, [{"prompt": "1 + 1 =", "answer": "2"}], lambda **_: [0.0], every_n_steps=10**9
     )
-    callback._probe = Probe.__new__(Probe)  # what is prepared once, before training
-    callback._probe.student, callback._probe.teachers = model, callback.teachers
+    callback.monitor.probe = Probe.__new__(Probe)  # what is prepared once, before training
+    callback.monitor.probe.student, callback.monitor.probe.teachers = model, callback.teachers
     trainer = SimpleNamespace(global_step=0)
 
     def step() -> None:

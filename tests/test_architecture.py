@@ -45,5 +45,12 @@ def test_imports(part, path):
             assert first not in {"torch", "transformers", "peft"}, "records and figures need no model"
 
 
+def test_the_monitor_knows_no_trainer():
+    names = list(imports(ROOT / "monitor.py"))
+    assert not {name.split(".")[0] for name in names} & (TRAINERS | {"lightning_utilities", "transformers"})
+    parts = {name.split(".")[1] for name in names if name.startswith("odp_callbacks.")}
+    assert parts == {"engine", "overhead", "records", "storage", "summaries"}
+
+
 def test_every_part_was_found():
     assert len(SOURCES) > len(ALLOWED) + 10

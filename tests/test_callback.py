@@ -150,7 +150,7 @@ def test_thirty_steps_end_in_the_same_bits_with_and_without_the_callback(optimiz
         free_every_n_steps=1,
     )
     with_callback, without = train(callback), train(None)
-    assert callback._probes == 5
+    assert callback.monitor.probes == 5
     assert callback.last_report is not None
     assert callback.last_report.nodes
     for ours, theirs in zip(with_callback, without, strict=True):
@@ -196,8 +196,8 @@ def test_manual_optimization_with_two_optimizers_probes_by_optimizer_steps() -> 
     trainer = make_trainer(callback, max_steps=8, max_epochs=100)
     trainer.fit(module, loader())
     # Two steps a batch: 2, 4, 6, 8; the multiples 3 and 6 of three are passed at 4 and 6.
-    assert callback._probes == 2
-    assert callback._last_probe == 6
+    assert callback.monitor.probes == 2
+    assert callback.monitor.last_probe == 6
 
 
 def test_gradient_checkpointing_stays_on() -> None:
@@ -208,7 +208,7 @@ def test_gradient_checkpointing_stays_on() -> None:
     module.student.enable_input_require_grads()
     callback = make_callback()
     make_trainer(callback, max_steps=2).fit(module, loader())
-    assert callback._probes == 1
+    assert callback.monitor.probes == 1
     assert base.model.layers[0].gradient_checkpointing
 
 
@@ -221,7 +221,7 @@ def test_probes_at_validation(tmp_path: Path) -> None:
     module = Validated(tiny("llama").float().train(), word_tokenizer(), "base", max_new_tokens=5)
     logger = TensorBoardLogger(str(tmp_path))
     make_trainer(callback, logger=logger).validate(module, DataLoader(ROWS, collate_fn=list), verbose=False)
-    assert callback._probes == 1
+    assert callback.monitor.probes == 1
     logger.finalize("success")
     assert "odp/alignment/answer/all" in scalars(logger.log_dir)
 
@@ -235,7 +235,7 @@ def test_questions_from_the_current_batch() -> None:
 
 def test_every_question_comes_once_before_any_comes_twice() -> None:
     callback = make_callback(questions_per_probe=1)
-    seen = [callback._next_rows(None)[0][0] for _ in range(8)]
+    seen = [callback.monitor.next_rows(None)[0][0] for _ in range(8)]
     assert sorted(seen[:4]) == sorted(seen[4:]) == ["0", "1", "2", "3"]
 
 
@@ -253,9 +253,9 @@ def test_resumed_it_goes_on_where_it_was(tmp_path: Path) -> None:
     fit(first, 5).save_checkpoint(tmp_path / "half.ckpt")
     second = make_callback(every_n_steps=3, teachers={"ema": EMATeacher(0.5)})
     fit(second, 9, tmp_path / "half.ckpt")
-    assert second._probes == whole._probes == 3
-    assert second._order == whole._order
-    assert torch.equal(second._stream.get_state(), whole._stream.get_state())
+    assert second.monitor.probes == whole.monitor.probes == 3
+    assert second.monitor.order == whole.monitor.order
+    assert torch.equal(second.monitor.stream.get_state(), whole.monitor.stream.get_state())
     assert second.teachers["ema"].average.keys() == whole.teachers["ema"].average.keys()
     assert second.teachers["ema"].step == 9
 
@@ -264,7 +264,7 @@ def test_a_second_run_with_the_same_callback_is_probed_like_the_first() -> None:
     callback = make_callback(every_n_steps=3)
     for probes in (1, 2):
         make_trainer(callback, max_steps=4).fit(make_module(), loader())
-        assert callback._probes == probes
+        assert callback.monitor.probes == probes
 
 
 class Nested(LightningModule):
@@ -286,7 +286,7 @@ class Nested(LightningModule):
 def test_it_finds_the_student_in_any_module(student: Any) -> None:
     callback = make_callback(student=student, tokenizer=word_tokenizer())
     make_trainer(callback, max_steps=2).fit(Nested(), loader())
-    assert callback._probes == 1
+    assert callback.monitor.probes == 1
 
 
 def refuse(match: str, module: LightningModule | None = None, **changes: Any) -> None:
@@ -428,14 +428,14 @@ def test_no_tensor_of_a_probe_is_left(tmp_path):
     """Counted before and after a probe in the middle of a training run; the records hold arrays only."""
     counts: list[tuple[int, int]] = []
     callback = make_callback(every_n_steps=100, budget=60, free_every_n_steps=1)
-    run = callback._run
+    run = callback.monitor.run
 
     class Probing(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             callback._prepare(trainer.lightning_module)
-            run(trainer, None)  # whatever is set up once is there now
+            run(callback.host(trainer), None)  # whatever is set up once is there now
             before = tensors()
-            run(trainer, None)
+            run(callback.host(trainer), None)
             counts.append((len(before), len(tensors())))
 
     make_trainer(max_steps=3, callbacks=[Probing(), callback]).fit(make_module(), loader())
@@ -450,11 +450,11 @@ def test_probes_that_would_exceed_the_overhead_are_left_out(tmp_path, capsys):
     callback = make_callback(every_n_steps=1, max_overhead=0.2)
     trainer = make_trainer(callback, max_steps=6, max_epochs=100, logger=logger)
     trainer.fit(make_module(), loader())
-    assert 1 <= callback._probes < 6
-    assert callback._overhead.skipped == 6 - callback._probes
+    assert 1 <= callback.monitor.probes < 6
+    assert callback.monitor.overhead.skipped == 6 - callback.monitor.probes
     everything = make_callback(every_n_steps=1)
     make_trainer(everything, max_steps=6, max_epochs=100).fit(make_module(), loader())
-    assert everything._probes == 6
+    assert everything.monitor.probes == 6
 
 
 @pytest.mark.parametrize("share", [0, 1, 1.5, -0.1])

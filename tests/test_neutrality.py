@@ -76,7 +76,7 @@ def check(probes: int, **options: Any) -> None:
     assert callback.last_report is not None
     assert callback.last_report.nodes
     assert [same(ours, theirs) for ours, theirs in zip(with_callback, without, strict=True)] == [True] * len(without)
-    assert callback._probes == probes
+    assert callback.monitor.probes == probes
 
 
 @pytest.mark.parametrize(

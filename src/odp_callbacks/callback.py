@@ -1,10 +1,7 @@
 """The Lightning callback: probes a running on-policy distillation and logs what each teacher is worth."""
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +13,11 @@ from torch import nn
 from typing_extensions import override
 
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.probe import Probe
-from odp_callbacks.engine.prompts import Row, rows_from_batch
+from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
-from odp_callbacks.engine.teachers import as_teachers
-from odp_callbacks.overhead import Overhead
+from odp_callbacks.monitor import Host, Monitor
 from odp_callbacks.progress import ProbeProgress
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.storage import save
-from odp_callbacks.summaries import SPLITS, free_scalars, scalars
 from odp_callbacks.tensorboard import write_tensorboard
 
 StudentLocator = str | Callable[[LightningModule], nn.Module]
@@ -70,6 +63,9 @@ class GradientAlignmentCallback(Callback):
         confidence: Level of the intervals.
         seed: Of the callback's own random stream.
         strict: Let a failing probe fail the run.
+        gate: Something that learns from each probe: its ``observe(report)`` is called after every one that succeeds,
+            and its state, if it has ``state_dict`` and ``load_state_dict``, is kept in checkpoints. None: the
+            LightningModule's ``gate``, if it has one with ``observe``.
         config: How a probe measures.
         **options: Fields of :class:`~odp_callbacks.ProbeConfig`, in place of ``config`` or on top of it.
 
@@ -109,66 +105,59 @@ class GradientAlignmentCallback(Callback):
         confidence: float = 0.95,
         seed: int = 0,
         strict: bool = False,
+        gate: object | None = None,
         config: ProbeConfig | None = None,
         **options: Any,
     ) -> None:
-        numbers = {
-            "every_n_steps": every_n_steps,
-            "questions_per_probe": questions_per_probe,
-            "free_every_n_steps": 1 if free_every_n_steps is None else free_every_n_steps,
-        }
-        for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"`{name}` must be a positive integer, but {number!r} was given.")
-        if max_overhead is not None and not 0 < max_overhead < 1:
-            raise ValueError(f"`max_overhead` must lie in (0, 1) or be None, but {max_overhead!r} was given.")
-        if not 0 < confidence < 1:
-            raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
-        if not callable(reward):
-            raise TypeError(f"`reward` must be a function of prompts, completions and columns, but got {reward!r}.")
-        if prompts is not None and not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
-            raise TypeError(f"`prompts` must be rows with `len` and indexing, or None, but got {prompts!r}.")
-        known = {field.name for field in fields(ProbeConfig)}
-        if unknown := sorted(set(options) - known):
-            raise TypeError(f"unknown argument {unknown[0]!r}; a probe's options are {sorted(known)}.")
-        self.teachers = as_teachers(teachers)
-        self.prompts = prompts
-        self.reward = reward
-        self.every_n_steps = every_n_steps
-        self.questions_per_probe = questions_per_probe
+        self.monitor = Monitor(
+            teachers,
+            prompts,
+            reward,
+            every_n_steps=every_n_steps,
+            questions_per_probe=questions_per_probe,
+            max_overhead=max_overhead,
+            free_every_n_steps=free_every_n_steps,
+            records=records,
+            at_start=at_start,
+            on_validation=on_validation,
+            confidence=confidence,
+            seed=seed,
+            strict=strict,
+            gate=gate,
+            config=config,
+            **options,
+        )
         self.student = student
         self.tokenizer = tokenizer
-        self.free_every_n_steps = free_every_n_steps
-        self.records = None if records is None else Path(records)
-        self.at_start = at_start
-        self.on_validation = on_validation
-        self.confidence = confidence
-        self.seed = seed
-        self.strict = strict
-        self.config = replace(config or ProbeConfig(), **options)
-        self.last_report: ProbeReport | None = None
-        self._probe: Probe | None = None
-        self._free: Probe | None = None
-        self._stream = torch.Generator().manual_seed(seed)
-        self._order: list[int] = []
-        self._probes = 0
-        # -1: no step was seen yet, so that a probe at step 0 is not taken for one that has run.
-        self._last_step = -1
-        self._last_probe = -1
-        self._overhead = Overhead(max_overhead)
-        self._said: set[str] = set()
+
+    @property
+    def config(self) -> ProbeConfig:
+        """How a probe measures."""
+        return self.monitor.config
+
+    @property
+    def teachers(self) -> Mapping[str, Any]:
+        """The teachers, by name."""
+        return self.monitor.teachers
+
+    @property
+    def last_report(self) -> ProbeReport | None:
+        """The whole of the last probe; None before any, or if it failed."""
+        return self.monitor.last_report
 
     def should_probe(self, step: int, last_step: int) -> bool:
         """Whether to probe after optimizer step ``step``, the previous one seen being ``last_step``; to override.
 
         Several optimizers can take more than one step in a batch: a multiple that was jumped over counts.
         """
-        return step // self.every_n_steps > max(last_step, 0) // self.every_n_steps
+        return self.monitor.should_probe(step, last_step)
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(teachers=tuple(self.teachers), every=self.every_n_steps, seed=self.seed)
+        return self._generate_state_key(
+            teachers=tuple(self.teachers), every=self.monitor.every_n_steps, seed=self.monitor.seed
+        )
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -182,71 +171,49 @@ class GradientAlignmentCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._probe is None:
+        if self.monitor.probe is None:
             self._prepare(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._overhead.start()
-        self._update_teachers(trainer.global_step)
-        # A step before the last one seen: this callback watches a new run.
-        if self._last_step < 0 or trainer.global_step < self._last_step:
-            self._last_step = trainer.global_step
-            if self.at_start and self.prompts is not None:
-                self._run(trainer, None)
+        self.monitor.start(self.host(trainer))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == self._last_step:  # still accumulating gradients
-            return
-        self._update_teachers(step)
-        due = self.should_probe(step, self._last_step)
-        every = self.free_every_n_steps
-        free = every is not None and step // every > max(self._last_step, 0) // every
-        self._last_step = step
-        if due:
-            self._run(trainer, batch)
-        if free:
-            self._look(trainer, pl_module)
+        module: Any = pl_module
+        self.monitor.advance(self.host(trainer), batch, lambda: module.last_rollouts, self.should_probe)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.on_validation or trainer.sanity_checking or self._last_probe == trainer.global_step:
-            return
-        if self.prompts is None:
-            self._say("`on_validation` needs `prompts`: no training batch is at hand, and no probe was made.")
-            return
-        self._run(trainer, None)
+        if not trainer.sanity_checking:
+            self.monitor.validated(self.host(trainer))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._overhead.stop()
+        self.monitor.stop()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "probes": self._probes,
-            "last_step": self._last_step,
-            "last_probe": self._last_probe,
-            "order": list(self._order),
-            "stream": self._stream.get_state(),
-            "overhead": self._overhead.state_dict(),
-            "teachers": {name: teacher.state_dict() for name, teacher in self.teachers.items()},
-        }
+        return self.monitor.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._probes = state_dict["probes"]
-        self._last_step = state_dict["last_step"]
-        self._last_probe = state_dict["last_probe"]
-        self._order = list(state_dict["order"])
-        self._stream.set_state(state_dict["stream"])
-        self._overhead.load_state_dict(state_dict["overhead"])
-        for name, state in state_dict["teachers"].items():
-            self.teachers[name].load_state_dict(state)
+        self.monitor.load_state_dict(state_dict)
+
+    def host(self, trainer: Trainer) -> Host:
+        """The trainer as the monitor knows it."""
+        return Host(
+            step=trainer.global_step,
+            first=trainer.is_global_zero,
+            broadcast=trainer.strategy.broadcast,
+            context=trainer.precision_plugin.forward_context,
+            progress=lambda: ProbeProgress(trainer),
+            log=lambda metrics, report: self._log(trainer, metrics, report),
+            warn=rank_zero_warn,
+            note=rank_zero_info,
+        )
 
     def _prepare(self, pl_module: LightningModule) -> None:
         """Find the student and its tokenizer, and check everything that can be checked before training."""
@@ -264,21 +231,13 @@ class GradientAlignmentCallback(Callback):
                 f"`tokenizer` was not given, and {type(pl_module).__name__} has neither `tokenizer` nor "
                 "`processing_class`; give the student's tokenizer."
             )
-        if self._probe is not None and self._probe.student is students[0]:
-            return
-        self._probe = Probe(students[0], tokenizer, self.reward, self.teachers, self.config)
-        if self.free_every_n_steps is not None:
-            if not hasattr(pl_module, "last_rollouts"):
-                raise ValueError(
-                    f"`free_every_n_steps` was given, but {type(pl_module).__name__} has no `last_rollouts`; set it "
-                    "in each training step to a list of (row, response token ids), or give None."
-                )
-            free = replace(self.config, budget=0, seconds=None, half_width=None, step_alignment=False)
-            self._free = Probe(students[0], tokenizer, self.reward, self.teachers, free)
-        if self.prompts is not None:
-            # Evenly spread over a large dataset; whatever is drawn later is checked again then.
-            step = max(1, len(self.prompts) // 1000)
-            self._probe.validate([self.prompts[i] for i in range(0, len(self.prompts), step)])
+        if self.monitor.free_every_n_steps is not None and not hasattr(pl_module, "last_rollouts"):
+            raise ValueError(
+                f"`free_every_n_steps` was given, but {type(pl_module).__name__} has no `last_rollouts`; set it "
+                "in each training step to a list of (row, response token ids), or give None."
+            )
+        gate = getattr(pl_module, "gate", None)
+        self.monitor.prepare(students[0], tokenizer, gate if hasattr(gate, "observe") else None)
 
     def _find(self, pl_module: LightningModule) -> list[nn.Module]:
         if callable(self.student):
@@ -293,112 +252,6 @@ class GradientAlignmentCallback(Callback):
                 ) from None
         return [module for module in pl_module.modules() if isinstance(module, PeftModel)]
 
-    def _run(self, trainer: Trainer, batch: Any) -> None:
-        """One probe: take questions, measure, log. Whatever goes wrong in it stays in it, unless ``strict``."""
-        go, seconds = self._plan(trainer, "probe")
-        if not go:
-            return
-        start = time.perf_counter()
-        self._probes += 1
-        self._last_probe = trainer.global_step
-        try:
-            report = self._measure(trainer, batch, seconds)
-            metrics = scalars(report, self.confidence)
-        except Exception as error:
-            if self.strict:
-                raise
-            self._say(f"a probe failed, and training goes on without it: {type(error).__name__}: {error}")
-            report = None
-            metrics = {f"odp/alignment/{name}/{split}": float("nan") for name in self.teachers for split in SPLITS}
-        self._overhead.tick()
-        spent = {} if report is None else report.seconds
-        self._overhead.book("probe", time.perf_counter() - start, spent.get("continuations", 0.0), seconds is not None)
-        metrics["odp/probe/time_share"] = self._overhead.time_share
-        metrics["odp/probe/left_out"] = float(self._overhead.skipped)
-        self._log(trainer, metrics, report)
-        if report is not None and self.records is not None and trainer.is_global_zero:
-            try:
-                save(report, self.records / f"step-{trainer.global_step:08d}", overwrite=True)
-            except Exception as error:
-                if self.strict:
-                    raise
-                self._say(f"records of a probe were not kept: {type(error).__name__}: {error}")
-        self.last_report = report
-
-    def _plan(self, trainer: Trainer, kind: str) -> tuple[bool, float | None]:
-        """Whether ``max_overhead`` leaves time for a probe; all processes do what the first one finds."""
-        self._overhead.tick()
-        before = self._overhead.skipped
-        plan = self._overhead.plan(kind, flexible=self.config.adaptive and kind == "probe")
-        go, seconds = trainer.strategy.broadcast(plan)
-        if not go and before == 0:
-            took = self._overhead.costs[kind][0]
-            rank_zero_info(
-                f"odp-callbacks: the {kind} at step {trainer.global_step} is left out: the last one took {took:.1f} s, "
-                f"and together they would exceed `max_overhead` = {self._overhead.share} of the training time "
-                f"({self._overhead.time_share:.2f} so far). Others may follow; `odp/probe/left_out` counts them."
-            )
-        return go, seconds
-
-    def _measure(self, trainer: Trainer, batch: Any, seconds: float | None) -> ProbeReport:
-        assert self._probe is not None
-        ids, rows = self._next_rows(batch)
-        seed = int(torch.randint(2**62, (), generator=self._stream))
-        with trainer.precision_plugin.forward_context(), ProbeProgress(trainer) as progress:
-            report = self._probe.run(rows, seed=seed, ids=ids, seconds=seconds, progress=progress)
-        scored = {r.reward for r in report.rollouts} | {
-            float(t / c) for n in report.nodes for t, c in zip(n.total, n.count)
-        }
-        if len(scored) == 1:
-            self._say(
-                f"`reward` gave {scored.pop()} to every rollout and continuation of a probe, so no alignment is "
-                "defined (NaN); questions that the student sometimes solves, or more of them, would help."
-            )
-        return report
-
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The free mode on the training's own rollouts."""
-        assert self._free is not None
-        if not self._plan(trainer, "free look")[0]:
-            return
-        start = time.perf_counter()
-        try:
-            module: Any = pl_module
-            # One row and its responses are one question: they are each other's baseline.
-            rows: dict[int, Row] = {}
-            responses: dict[int, list[Sequence[int]]] = {}
-            for row, ids in module.last_rollouts:
-                rows[id(row)] = row
-                responses.setdefault(id(row), []).append(ids)
-            if not rows:
-                return
-            seed = int(torch.randint(2**62, (), generator=self._stream))
-            with trainer.precision_plugin.forward_context():
-                report = self._free.run(list(rows.values()), seed=seed, responses=list(responses.values()))
-            logged = free_scalars(report, self.confidence)
-        except Exception as error:
-            if self.strict:
-                raise
-            self._say(f"the free mode failed, and training goes on without it: {type(error).__name__}: {error}")
-            logged = {f"odp/free/predicted_gain/{name}": float("nan") for name in self.teachers}
-        self._overhead.tick()
-        logged["odp/free/seconds"] = time.perf_counter() - start
-        self._overhead.book("free look", logged["odp/free/seconds"])
-        self._log(trainer, logged, None)
-
-    def _next_rows(self, batch: Any) -> tuple[list[str], list[Row]]:
-        """The next questions with stable ids, in an order that is shuffled anew at each pass; or the batch's."""
-        if self.prompts is None:
-            rows = rows_from_batch(batch)[: self.questions_per_probe]
-            return [f"{self._last_probe}.{i}" for i in range(len(rows))], rows
-        wanted = min(self.questions_per_probe, len(self.prompts))
-        if len(self._order) < wanted:
-            rest = set(self._order)
-            shuffled = torch.randperm(len(self.prompts), generator=self._stream).tolist()
-            self._order += [i for i in shuffled if i not in rest]
-        chosen, self._order = self._order[:wanted], self._order[wanted:]
-        return [str(i) for i in chosen], [self.prompts[i] for i in chosen]
-
     def _log(self, trainer: Trainer, metrics: dict[str, float], report: ProbeReport | None) -> None:
         """To every logger at the optimizer's step, and where other callbacks look."""
         step = trainer.global_step
@@ -409,16 +262,5 @@ class GradientAlignmentCallback(Callback):
                 try:
                     write_tensorboard(experiment, report, step)
                 except Exception as error:
-                    self._say(f"no pictures of a probe: {type(error).__name__}: {error}")
+                    self.monitor.say(self.host(trainer), f"no pictures of a probe: {type(error).__name__}: {error}")
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-
-    def _update_teachers(self, step: int) -> None:
-        assert self._probe is not None
-        for teacher in self.teachers.values():
-            teacher.update(self._probe.student, step)
-
-    def _say(self, message: str) -> None:
-        """Warn once."""
-        if message not in self._said:
-            self._said.add(message)
-            rank_zero_warn(f"odp-callbacks: {message}")
