@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Snapshot, relative, tiny
+from odp_callbacks.engine.projection import projects
 from odp_callbacks.engine.pullback import lora_modules, pull_back, pull_sums, segment_ends
 from odp_callbacks.functional import lora_gradients, lora_parameters
 
@@ -151,3 +152,31 @@ def test_a_sum_of_nothing_is_nothing_in_single_precision(student):
     found = pull_sums(student, IDS, [4, 8], cotangents)
     assert (found[0] == 0).all()
     assert (found[1] != 0).any()
+
+
+class OneByOne(torch.autograd.Function):
+    """A layer of somebody's own: its backward takes no batch of directions, and it knows no tangents."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, v):
+        return torch.from_numpy(2 * v.numpy())
+
+
+def test_layers_whose_backward_takes_one_direction_at_a_time(student):
+    layer = student.get_base_model().model.layers[0].mlp
+    hook = layer.register_forward_hook(lambda module, args, output: 2 * output)
+    expected, sums = pull_back(student, IDS, POSITIONS, directions(), weights=[1.0] * 3, last=1)
+    together = torch.stack([v[-1:] for v in directions()], dim=1)
+    hook.remove()
+    layer.register_forward_hook(lambda module, args, output: OneByOne.apply(output))
+    found, found_sums = pull_back(student, IDS, POSITIONS, directions(), weights=[1.0] * 3, last=1)
+    for gram, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gram, other, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found_sums, sums, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(pull_sums(student, IDS, POSITIONS, together), sums, rtol=1e-5, atol=1e-9)
+    assert not projects(student)
+    assert projects(tiny())

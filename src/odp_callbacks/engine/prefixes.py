@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from odp_callbacks.engine.attention import Layers, Level, SharedPrefix, sharing
-from odp_callbacks.functional.gradients import forward_arguments
+from odp_callbacks.functional.gradients import call_with, forward_arguments
 
 MOST_TOKENS = 8192
 """Tokens of responses that go through the model at a time."""
@@ -275,7 +275,7 @@ def forward(
     cut = "logits_to_keep" in takes
     if cut:
         keywords["logits_to_keep"] = 1 if keep is None else keep
-    output = model(**keywords) if parameters is None else torch.func.functional_call(model, parameters, (), keywords)
+    output = call_with(model, parameters, keywords)
     logits: Tensor = output.logits
     if keep is not None:
         return logits if cut else logits[:, keep]

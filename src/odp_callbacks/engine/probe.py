@@ -23,13 +23,14 @@ from odp_callbacks.engine.guest import guest
 from odp_callbacks.engine.ledger import Ledger
 from odp_callbacks.engine.logits import node_logits, response_logits
 from odp_callbacks.engine.nodes import Node, every_node, select_nodes
-from odp_callbacks.engine.projection import EVERYTHING, worthwhile
+from odp_callbacks.engine.projection import EVERYTHING, projects, worthwhile
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
 from odp_callbacks.engine.pullback import lora_modules
 from odp_callbacks.engine.recording import with_outcomes
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, given_rollouts, sample_rollouts, score_rollouts
 from odp_callbacks.engine.steps import StepAccumulator
+from odp_callbacks.engine.student import check_student, trained_beside
 from odp_callbacks.engine.success import Outcomes, Spent, Tree, measure_success
 from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_prompt_ids
 from odp_callbacks.engine.verifier import Verifier
@@ -53,7 +54,8 @@ class Probe:
         config: How to measure.
 
     Raises:
-        ValueError: If the student has no LoRA parameters, or a teacher cannot teach it.
+        ValueError: If the student is not adapted by LoRA alone (:func:`~odp_callbacks.engine.student.check_student`),
+            or a teacher cannot teach it.
     """
 
     def __init__(
@@ -71,6 +73,13 @@ class Probe:
         self.reward = reward
         self.teachers: dict[str, Teacher] = as_teachers(teachers)
         self.config = config or ProbeConfig()
+        check_student(student)
+        if beside := trained_beside(student):
+            warnings.warn(
+                f"`student` also trains {sum(beside.values()):,} parameters beside its LoRA parameters "
+                f"({next(iter(beside)).removeprefix('base_model.model.')}, …); alignment is measured on the latter.",
+                stacklevel=2,
+            )
         self.modules = tuple(lora_modules(list(lora_parameters(student))))
         self._verifier = Verifier(reward, self.config.reward_seconds)
         self.eos_token_ids = end_tokens(student, tokenizer, self.config.eos_token_ids)
@@ -137,6 +146,7 @@ class Probe:
             shorter = copy(self)
             shorter.config = replace(self.config, seconds=min(seconds, self.config.seconds or seconds))
             return shorter.run(rows, seed=seed, ids=ids, responses=responses, progress=progress)
+        check_student(self.student)  # merged, say, since the probe was made
         with guest(self.student), closing(self._verifier):
             return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, Ledger(progress))
 
@@ -201,7 +211,8 @@ class Probe:
             positions.setdefault(node.rollout, []).extend(rollouts[node.rollout].positions([node.depth]))
             counts.setdefault(node.rollout, []).append(len(row) - 1 + len(self.teachers))
         lengths = [max(at) + 1 for at in positions.values()]
-        return worthwhile(self.config.projections, lengths, list(positions.values()), list(counts.values()))
+        cheaper = worthwhile(self.config.projections, lengths, list(positions.values()), list(counts.values()))
+        return cheaper and projects(self.student)
 
     def _rollouts(
         self,

@@ -8,11 +8,13 @@ With :math:`K` tangents the sketches' inner products are unbiased, and a cosine 
 """
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from odp_callbacks.engine.prefixes import vocabulary_size
 from odp_callbacks.engine.pullback import most_directions
 from odp_callbacks.functional.gradients import logits_at, lora_parameters
 
@@ -74,6 +76,34 @@ def project(
         sketch = torch.cat(rows, dim=1)
         grams.append((sketch @ sketch.mT)[None].cpu() / projections)
     return grams
+
+
+_known: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def projects(model: nn.Module) -> bool:
+    """Whether every layer of ``model`` can go forward with tangents (some for quantised weights cannot); tried once.
+
+    Args:
+        model: In evaluation mode.
+    """
+    if model not in _known:
+        try:
+            project(
+                model,
+                torch.zeros(2, dtype=torch.long),
+                [1],
+                [torch.ones(1, vocabulary_size(model))],
+                1,
+                torch.Generator(),
+            )
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the model
+        except (RuntimeError, NotImplementedError, ValueError):
+            _known[model] = False
+        else:
+            _known[model] = True
+    return _known[model]
 
 
 def worthwhile(

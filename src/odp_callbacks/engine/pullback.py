@@ -187,12 +187,23 @@ def _segment_rows(
         v = logits.new_zeros(len(chunk), *logits.shape)
         for row, (node, direction, scale) in enumerate(chunk):
             v[row, node] = (direction.double().cpu() / scale).to(logits)
-        pulled = torch.autograd.grad(logits, parameters, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        pulled = _backward(logits, parameters, v)
         for part, gradient, parameter in zip(parts, pulled, parameters, strict=True):
-            unused = gradient is None
-            part.append(parameter.new_zeros(len(chunk), parameter.numel()) if unused else gradient.flatten(1))
+            part.append(parameter.new_zeros(len(chunk), parameter.numel()) if gradient is None else gradient.flatten(1))
     counts = [sum(node == n for node, _, _ in units) for n in range(len(logits))]
     return [list(of_node) for of_node in zip(*(torch.cat(part).split(counts) for part in parts), strict=True)]
+
+
+def _backward(logits: Tensor, parameters: list[Tensor], v: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients ``(C, *shape)`` of ``logits`` for directions ``v`` ``(C, N, V)``, all at once where layers can."""
+    try:
+        return torch.autograd.grad(logits, parameters, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # A layer of somebody's own (for quantised weights, say) whose backward takes no batch of directions.
+        rows = [torch.autograd.grad(logits, parameters, one, retain_graph=True, allow_unused=True) for one in v]
+        return tuple(None if part[0] is None else torch.stack(part) for part in zip(*rows, strict=True))
 
 
 def most_directions(model: nn.Module, tokens: int, logits: int, memory: float | None = None) -> int:
@@ -226,7 +237,7 @@ def pull_sums(model: nn.Module, input_ids: Tensor, positions: Sequence[int], cot
         scale = cotangents.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
         unit = (cotangents / scale[:, None, None]).to(logits)
         leaves = list(graph.parameters.values())
-        pulled = torch.autograd.grad(logits, leaves, unit, allow_unused=True, is_grads_batched=True)
+        pulled = _backward(logits, leaves, unit)
     return flatten(pulled, graph.parameters).float() * scale[:, None].to(logits.device).float()
 
 

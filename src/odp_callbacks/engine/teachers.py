@@ -6,7 +6,8 @@ prompt.
 
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from odp_callbacks.engine.logits import response_logits
 from odp_callbacks.engine.prefixes import vocabulary_size
 from odp_callbacks.engine.prompts import Prompt, Question, Row, encode_prompt, is_conversational
+from odp_callbacks.engine.student import why_not_base
 from odp_callbacks.functional.gradients import evaluating, lora_parameters
 
 Context = str | Callable[[Row], Prompt]
@@ -96,6 +98,14 @@ class BaseTeacher(Teacher):
         """The student without its adapters."""
         with _adapters(student, None):
             yield student, None
+
+    def check(self, student: nn.Module, tokenizer: Any) -> None:
+        """With the adapters off, the student must be the model that it was made from."""
+        if reason := why_not_base(student):
+            raise ValueError(
+                f"`teachers` has the student's base, but with the adapters off it is not the original model: {reason}; "
+                "give the original model itself, `ModelTeacher(model)`."
+            )
 
 
 class AdapterTeacher(Teacher):
@@ -294,22 +304,25 @@ def _fill(template: str, row: Row) -> str:
 
 @contextmanager
 def _adapters(student: nn.Module, active: str | None) -> Iterator[None]:
-    """Switch to one adapter, or to none; afterwards everything as it was, also which parameters require gradients."""
-    layers = [m for m in student.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
-    flags = [(p, p.requires_grad) for p in student.parameters()]
-    with ExitStack() as stack:
-        stack.callback(_restore, before, flags)
+    """Switch to one adapter, or to none; afterwards everything as it was.
+
+    peft's own switches also change which parameters require gradients, and some fail on layers that do not have the
+    adapter; what a layer's forward reads is these two attributes.
+    """
+    layers: list[Any] = [m for m in student.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
         for layer in layers:
-            layer.enable_adapters(active is not None)
+            layer._disable_adapters = active is None
             if active is not None:
-                layer.set_adapter(active)
+                # A wrapper without this adapter runs its original module.
+                layer._active_adapter = [active] if active in _available(layer) else []
         yield
+    finally:
+        for layer, adapters, disabled in before:
+            layer._active_adapter, layer._disable_adapters = adapters, disabled
 
 
-def _restore(before: list[tuple[Any, list[str], bool]], flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for layer, adapters, disabled in before:
-        layer.set_adapter(adapters)
-        layer.enable_adapters(not disabled)
-    for parameter, requires_grad in flags:
-        parameter.requires_grad_(requires_grad)
+def _available(layer: Any) -> set[str]:
+    held = (attrgetter(name)(layer) for name in layer.adapter_layer_names)
+    return {adapter for container in held for adapter in container}

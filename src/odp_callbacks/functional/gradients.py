@@ -1,7 +1,7 @@
 """Gradients on the LoRA parameters: which parameters those are, and the plain pull-back through the model."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,8 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The LoRA parameters that the student trains, by name, in ``model.named_parameters()`` order.
 
     Those of the active adapters. Where some of them require gradients and others do not, only the former; where
-    none does (an adapter loaded for inference), all of them.
+    none does (an adapter loaded for inference), all of them. Parameters that share their memory (peft's
+    ``ensure_weight_tying``) are one, under the first of their names.
 
     Args:
         model: A peft model, or any module with peft's LoRA layers inside.
@@ -25,15 +26,8 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: If there is none.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    active: set[int] = set()
-    for layer in layers:
-        for container in (getattr(layer, name) for name in layer.adapter_layer_names):
-            for adapter in layer.active_adapters:
-                if adapter in container:
-                    held = container[adapter]
-                    active.update(id(p) for p in ([held] if isinstance(held, nn.Parameter) else held.parameters()))
-    found = {name: p for name, p in model.named_parameters() if id(p) in active}
+    found = _active(model)
+    found = {name: p for name, p in found.items() if name not in _shared(found)}
     trained = {name: p for name, p in found.items() if p.requires_grad}
     if not found:
         raise ValueError(
@@ -43,11 +37,52 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return trained or found
 
 
+def _active(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every LoRA parameter of an active adapter, by name."""
+    active: set[int] = set()
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        for container in (getattr(layer, name) for name in layer.adapter_layer_names):
+            for adapter in layer.active_adapters:
+                if adapter in container:
+                    held = container[adapter]
+                    active.update(id(p) for p in ([held] if isinstance(held, nn.Parameter) else held.parameters()))
+    return {name: p for name, p in model.named_parameters() if id(p) in active}
+
+
+def _shared(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, bool]]:
+    """Names whose parameter lies in the memory of an earlier one: that one's name, and whether it is its transpose."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, p in parameters.items():
+        place = p.data_ptr() if p.numel() else 0
+        if place and (earlier := first.setdefault(place, name)) != name:
+            found[name] = earlier, p.shape != parameters[earlier].shape or p.stride() != parameters[earlier].stride()
+    return found
+
+
+def call_with(model: nn.Module, parameters: Mapping[str, Tensor] | None, keywords: dict[str, Any]) -> Any:
+    """Run ``model`` with other values of some LoRA parameters, also where they are known by another name."""
+    if parameters is None:
+        return model(**keywords)
+    values = dict(parameters)
+    for name, (earlier, transposed) in _shared(_active(model)).items():
+        if earlier in values:
+            values[name] = values[earlier].mT if transposed else values[earlier]
+    return torch.func.functional_call(model, values, (), keywords)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode, and afterwards each module back into the mode that it had."""
+    """Put ``model`` into evaluation mode, and afterwards each module back into the mode that it had.
+
+    bitsandbytes' layers of 4 bits are left in training mode: in the other one they pack their weights in place for
+    inference on some CPUs, and no gradient passes them any more.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.training = True
     try:
         yield
     finally:
@@ -80,7 +115,7 @@ def logits_at(
     cut = "logits_to_keep" in forward_arguments(model)
     if cut:
         keywords["logits_to_keep"] = positions
-    output = torch.func.functional_call(model, parameters or {}, (), keywords)
+    output = call_with(model, parameters, keywords)
     logits: Tensor = output.logits
     return logits if cut else logits[:, positions]
 
