@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -87,6 +88,9 @@ def projects(model: nn.Module) -> bool:
     Args:
         model: In evaluation mode.
     """
+    # peft's LoRA on plain parameters registers parametrizations while it goes forward, which must not fail half way.
+    if any(isinstance(module, ParamWrapper) for module in model.modules()):
+        return False
     if model not in _known:
         try:
             project(
