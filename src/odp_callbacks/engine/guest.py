@@ -1,6 +1,7 @@
 """Being a guest in somebody's training run: whatever the measurement touches is put back bit for bit."""
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +19,8 @@ def guest(*models: nn.Module) -> Iterator[None]:
 
     Models are put into evaluation mode and back, each module into the mode that it had. The random streams of torch
     (CPU and every CUDA device in use), numpy and Python are put back, also where a reward function drew from them.
-    Gradients are off inside unless they are switched on, and inference mode, which would forbid them, is left.
+    Gradients are off inside unless they are switched on, and inference mode, which would forbid them, is left. What was
+    compiled runs uncompiled: a probe's many shapes would be compiled one by one, and push out what the training needs.
 
     Args:
         models: The models that will run.
@@ -27,6 +29,8 @@ def guest(*models: nn.Module) -> Iterator[None]:
         stack.callback(_restore_random_state, _random_state())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # nothing is compiled before it is imported, which takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for model in models:
             stack.enter_context(evaluating(model))
         yield

@@ -30,7 +30,7 @@ from odp_callbacks.engine.recording import with_outcomes
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, given_rollouts, sample_rollouts, score_rollouts
 from odp_callbacks.engine.steps import StepAccumulator
-from odp_callbacks.engine.student import check_student, trained_beside
+from odp_callbacks.engine.student import check_student, trained_beside, uncompiled
 from odp_callbacks.engine.success import Outcomes, Spent, Tree, measure_success
 from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_prompt_ids
 from odp_callbacks.engine.verifier import Verifier
@@ -68,11 +68,11 @@ class Probe:
     ) -> None:
         if not callable(reward):
             raise TypeError(f"`reward` must be a function of prompts, completions and columns, but got {reward!r}.")
-        self.student = student
         self.tokenizer = tokenizer
         self.reward = reward
         self.teachers: dict[str, Teacher] = as_teachers(teachers)
         self.config = config or ProbeConfig()
+        student = uncompiled(student)
         check_student(student)
         if beside := trained_beside(student):
             warnings.warn(
@@ -80,6 +80,7 @@ class Probe:
                 f"({next(iter(beside)).removeprefix('base_model.model.')}, …); alignment is measured on the latter.",
                 stacklevel=2,
             )
+        self.student = student
         self.modules = tuple(lora_modules(list(lora_parameters(student))))
         self._verifier = Verifier(reward, self.config.reward_seconds)
         self.eos_token_ids = end_tokens(student, tokenizer, self.config.eos_token_ids)

@@ -18,6 +18,12 @@ RESIDUAL = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations that move a part of the base's weights into the adapter."""
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where ``torch.compile(model)`` wrapped it."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
 def check_student(student: nn.Module) -> None:
     """Refuse what is not adapted by LoRA alone, or cannot be differentiated as it stands.
 
