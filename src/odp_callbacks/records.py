@@ -120,6 +120,8 @@ class ProbeReport:
         step: Of the summed gradients; None where they were not measured.
         free: No continuations were spent: each node's success is its rollout's own reward against its siblings', so
             only predicted gain exists, and not split by correctness.
+        in_metric: The same nodes and continuations with gradients measured in another geometry
+            (:class:`~odp_callbacks.engine.metric.Metric`), named in its settings; None where none was asked for.
     """
 
     teachers: tuple[str, ...]
@@ -133,3 +135,4 @@ class ProbeReport:
     settings: Mapping[str, Any] = field(default_factory=dict)
     step: StepSums | None = None
     free: bool = False
+    in_metric: "ProbeReport | None" = None

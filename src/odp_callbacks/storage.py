@@ -9,13 +9,15 @@ the attributes of :class:`~odp_callbacks.records.NodeRecord` and :class:`~odp_ca
 - ``module_gram`` is the same for each module, one after another (float32: it is the bulk of the file);
 - ``teacher_probability`` is row by row, ``(K, A)``;
 - each predictor is a column ``predictor_<name>``.
+
+The same probe in another geometry lies in the folder ``in_metric``, with the same two tables.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord
 
 VERSION = 1
 KEY = b"odp_callbacks"
+IN_METRIC = "in_metric"
+"""Folder of the same probe in another geometry, inside that of the probe."""
 _PREDICTOR = "predictor_"
 
 
@@ -56,6 +60,8 @@ def save(report: ProbeReport, folder: str | os.PathLike[str], *, overwrite: bool
         parquet.write_table(table, draft / "nodes.parquet", compression="zstd")
         rollouts = [{f.name: _plain(getattr(r, f.name)) for f in fields(r)} for r in report.rollouts]
         parquet.write_table(pa.Table.from_pylist(rollouts, _ROLLOUTS), draft / "rollouts.parquet", compression="zstd")
+        if report.in_metric is not None:
+            save(report.in_metric, draft / IN_METRIC)
         if target.exists():
             shutil.rmtree(target)
         draft.rename(target)
@@ -100,6 +106,7 @@ def load(folder: str | os.PathLike[str]) -> ProbeReport:
         settings=whole["settings"],
         step=None if step is None else _step(step, len(whole["teachers"])),
         free=whole["free"],
+        in_metric=load(path / IN_METRIC) if (path / IN_METRIC).exists() else None,
     )
 
 
@@ -118,10 +125,10 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
         raise ValueError("`reports` is empty; give at least one.")
     first = reports[0]
     for other in reports[1:]:
-        if (other.teachers, other.modules, other.free) != (first.teachers, first.modules, first.free):
+        if _kind(other) != _kind(first):
             raise ValueError(
-                f"`reports` must have the same teachers, modules and mode, but teachers are {first.teachers} and "
-                f"{other.teachers}, with {len(first.modules)} and {len(other.modules)} modules."
+                f"`reports` must have the same teachers, modules, geometry and mode, but teachers are {first.teachers} "
+                f"and {other.teachers}, with {len(first.modules)} and {len(other.modules)} modules."
             )
     nodes: list[NodeRecord] = []
     offset = 0
@@ -138,6 +145,7 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
         seconds=_add(report.seconds for report in reports),
         # Inner products between the vectors of different probes are in none of their records.
         step=first.step if len(reports) == 1 else None,
+        in_metric=_in_metric(reports, concatenate),
     )
 
 
@@ -173,7 +181,15 @@ def pool(reports: Sequence[ProbeReport]) -> ProbeReport:
         truncated=sum(r.truncated for r in reports) - (len(reports) - 1) * sum(r.truncated for r in first.rollouts),
         seconds=_add(report.seconds for report in reports),
         step=first.step if len(reports) == 1 else None,
+        in_metric=_in_metric(reports, pool),
     )
+
+
+def _in_metric(
+    reports: Sequence[ProbeReport], together: Callable[[Sequence[ProbeReport]], ProbeReport]
+) -> ProbeReport | None:
+    others = [report.in_metric for report in reports if report.in_metric is not None]
+    return together(others) if len(others) == len(reports) else None
 
 
 def _plain(value: Any) -> Any:
@@ -181,6 +197,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _kind(report: ProbeReport) -> tuple[object, ...]:
+    return report.teachers, report.modules, report.free, report.settings.get("geometry")
 
 
 def _key(node: NodeRecord) -> tuple[object, ...]:

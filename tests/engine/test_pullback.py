@@ -15,7 +15,7 @@ POSITIONS = [2, 8, 5]
 
 
 def gram_matrices(*arguments, **options):
-    return pull_back(*arguments, **options)[0]
+    return pull_back(*arguments, **options).grams
 
 
 def directions(counts=(3, 1, 5), scale=1.0):
@@ -104,7 +104,7 @@ def test_sums_over_nodes_are_those_of_the_plain_gradients(family):
     model, cotangents = tiny(family), directions((3, 2, 5))
     cotangents[1][1] = 0  # a silent teacher at one node
     weights = [1.0, 4.0, 0.5]
-    _, sums = pull_back(model, IDS, POSITIONS, cotangents, weights=weights, last=2)
+    sums = pull_back(model, IDS, POSITIONS, cotangents, weights=weights, last=2).sums
     rows = [gradients(model, p, v)[-2:] for p, v in zip(POSITIONS, cotangents, strict=True)]
     expected = sum(w * r for w, r in zip(weights, rows, strict=True))
     assert relative(sums.double(), expected) < 1e-6
@@ -169,11 +169,11 @@ class OneByOne(torch.autograd.Function):
 def test_layers_whose_backward_takes_one_direction_at_a_time(student):
     layer = student.get_base_model().model.layers[0].mlp
     hook = layer.register_forward_hook(lambda module, args, output: 2 * output)
-    expected, sums = pull_back(student, IDS, POSITIONS, directions(), weights=[1.0] * 3, last=1)
+    expected, sums, _ = pull_back(student, IDS, POSITIONS, directions(), weights=[1.0] * 3, last=1)
     together = torch.stack([v[-1:] for v in directions()], dim=1)
     hook.remove()
     layer.register_forward_hook(lambda module, args, output: OneByOne.apply(output))
-    found, found_sums = pull_back(student, IDS, POSITIONS, directions(), weights=[1.0] * 3, last=1)
+    found, found_sums, _ = pull_back(student, IDS, POSITIONS, directions(), weights=[1.0] * 3, last=1)
     for gram, other in zip(found, expected, strict=True):
         torch.testing.assert_close(gram, other, rtol=1e-9, atol=0)
     torch.testing.assert_close(found_sums, sums, rtol=1e-5, atol=1e-9)

@@ -1,6 +1,6 @@
 """From rollouts, nodes and branches to records: teachers' logits, directions, and their Gram matrices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from odp_callbacks.engine.steps import StepAccumulator, half_coefficients
 from odp_callbacks.engine.success import Outcomes
 from odp_callbacks.engine.teachers import Teacher, teacher_logits, teacher_prompt_ids
 from odp_callbacks.functional.divergences import node_predictors
-from odp_callbacks.records import NodeRecord
+from odp_callbacks.records import Floats, NodeRecord
 
 Projector = tuple[int, torch.Generator]
 """How many random directions gradients are projected on, and what draws them."""
@@ -51,12 +51,19 @@ class Differentiator:
         nodes: list[Node],
         branches: list[list[Branch]],
         student_logits: list[Tensor],
-        steps: StepAccumulator,
+        steps: Sequence[StepAccumulator],
         ledger: Ledger,
         projector: Projector | None,
-    ) -> list[NodeRecord]:
-        """Teachers' logits, directions, and their Gram matrices, question by question."""
+        roots: Mapping[str, Tensor] | None,
+    ) -> tuple[list[NodeRecord], list[Floats]]:
+        """Teachers' logits, directions, and their Gram matrices, question by question.
+
+        Returns:
+            A record for each node; and its Gram matrices ``(M, C, C)`` in the metric whose ``roots`` are given, or
+            nothing.
+        """
         records: list[NodeRecord] = []
+        in_metric: list[Floats] = []
         done = 0
         for indices, depths in by_question(rollouts, nodes):
             responses = [rollouts[i].response_ids for i in indices]
@@ -75,7 +82,7 @@ class Differentiator:
             for place, i in enumerate(indices):
                 with ledger.stage("gradients", len(nodes)) as progress:
                     here = range(len(records), len(records) + len(depths[place]))
-                    records += self._rollout_nodes(
+                    found, grams = self._rollout_nodes(
                         rollouts[i],
                         [nodes[n] for n in here],
                         [branches[n] for n in here],
@@ -83,10 +90,13 @@ class Differentiator:
                         [logits[place] for logits in teachers],
                         steps,
                         projector,
+                        roots,
                     )
+                    records += found
+                    in_metric += grams
                     done += len(here)
                     progress(done)
-        return records
+        return records, in_metric
 
     def _rollout_nodes(
         self,
@@ -95,10 +105,11 @@ class Differentiator:
         branches: list[list[Branch]],
         student_logits: Tensor,
         teachers: list[Tensor],
-        steps: StepAccumulator,
+        steps: Sequence[StepAccumulator],
         projector: Projector | None,
-    ) -> list[NodeRecord]:
-        """Records of one rollout's nodes; ``student_logits`` is ``(N, V)``, ``teachers`` ``K`` times ``(N, V')``."""
+        roots: Mapping[str, Tensor] | None,
+    ) -> tuple[list[NodeRecord], list[Floats]]:
+        """One rollout's nodes; ``student_logits`` is ``(N, V)``, ``teachers`` ``K`` times ``(N, V')``."""
         tau = self.config.temperature
         z = student_logits.float() if student_logits.dtype != torch.float64 else student_logits
         taken = torch.tensor([rollout.response_ids[node.depth] for node in nodes], device=z.device)
@@ -114,19 +125,22 @@ class Differentiator:
         positions = rollout.positions([node.depth for node in nodes])
         weights = [1 / node.inclusion for node in nodes] if self.config.step_alignment else None
         memory = self.config.memory
+        model, ids, count = self.student, rollout.sequence, len(teachers)
         if projector is None:
-            grams, sums = pull_back(
-                self.student, rollout.sequence, positions, directions, weights, last=len(teachers), memory=memory
+            grams, sums, in_metric = pull_back(
+                model, ids, positions, directions, weights, last=count, memory=memory, roots=roots
             )
         else:
-            grams = project(self.student, rollout.sequence, positions, directions, *projector, memory)
+            grams = project(model, ids, positions, directions, *projector, memory)
+            in_metric = [] if roots is None else project(model, ids, positions, directions, *projector, memory, roots)
             sums = None
             if weights is not None:
                 weighted = pulls * torch.tensor(weights, device=pulls.device)[:, None]
-                sums = pull_sums(self.student, rollout.sequence, positions, weighted)
+                sums = pull_sums(model, ids, positions, weighted)
         if sums is not None:
-            steps.add_teachers(rollout.question.id, correct, sums)
-        return [
+            for step in steps:
+                step.add_teachers(rollout.question.id, correct, sums)
+        records = [
             node_record(
                 rollout,
                 node,
@@ -139,6 +153,7 @@ class Differentiator:
             )
             for n, node in enumerate(nodes)
         ]
+        return records, [gram.numpy().copy() for gram in in_metric]
 
     def add_ideal(
         self,
@@ -146,7 +161,7 @@ class Differentiator:
         records: list[NodeRecord],
         outcomes: list[list[Outcomes]],
         student_logits: list[Tensor],
-        steps: StepAccumulator,
+        steps: Sequence[StepAccumulator],
         ledger: Ledger,
     ) -> None:
         """Sum the ideal gradients: one more forward and one batched backward for each rollout."""
@@ -166,7 +181,8 @@ class Differentiator:
                     cotangents.append(direction)
                 positions = rollout.positions([records[n].depth for n in here])
                 halves = pull_sums(self.student, rollout.sequence, positions, torch.stack(cotangents, dim=1))
-                steps.add_ideal(rollout.question.id, records[here[0]].correct, halves)
+                for step in steps:
+                    step.add_ideal(rollout.question.id, records[here[0]].correct, halves)
 
 
 def by_question(rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> Iterator[tuple[list[int], list[list[int]]]]:

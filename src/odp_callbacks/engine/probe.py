@@ -22,6 +22,7 @@ from odp_callbacks.engine.free import from_rewards, taken_branches
 from odp_callbacks.engine.guest import guest
 from odp_callbacks.engine.ledger import Ledger
 from odp_callbacks.engine.logits import node_logits, response_logits
+from odp_callbacks.engine.metric import Metric
 from odp_callbacks.engine.nodes import Node, every_node, select_nodes
 from odp_callbacks.engine.projection import EVERYTHING, projects, worthwhile
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
@@ -129,6 +130,7 @@ class Probe:
         responses: Sequence[Sequence[Sequence[int]]] | None = None,
         seconds: float | None = None,
         progress: Progress | None = None,
+        metric: Metric | None = None,
     ) -> ProbeReport:
         """Measure on these rows.
 
@@ -142,14 +144,16 @@ class Probe:
                 (by the training, say); None samples them.
             seconds: Stop sampling continuations after this time, where the configuration limits them anyhow.
             progress: Called with stage, done, total.
+            metric: Also measure in this geometry of the LoRA parameters: the same nodes and continuations, as the
+                report's ``in_metric``.
         """
         if seconds is not None and self.config.adaptive:
             shorter = copy(self)
             shorter.config = replace(self.config, seconds=min(seconds, self.config.seconds or seconds))
-            return shorter.run(rows, seed=seed, ids=ids, responses=responses, progress=progress)
+            return shorter.run(rows, seed=seed, ids=ids, responses=responses, progress=progress, metric=metric)
         check_student(self.student)  # merged, say, since the probe was made
         with guest(self.student), closing(self._verifier):
-            return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, Ledger(progress))
+            return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, Ledger(progress), metric)
 
     def _run(
         self,
@@ -157,7 +161,9 @@ class Probe:
         seed: int,
         responses: Sequence[Sequence[Sequence[int]]] | None,
         ledger: Ledger,
+        metric: Metric | None,
     ) -> ProbeReport:
+        roots = None if metric is None else metric.roots(self.student)
         self._check_lengths(questions)
         config = self.config
         device = next(self.student.parameters()).device
@@ -166,7 +172,11 @@ class Probe:
         rollouts = self._rollouts(questions, responses, sampler, ledger)
         nodes = select_nodes(config.selector, rollouts, chooser)
         spent = Spent()
-        steps = StepAccumulator(sum(p.numel() for p in lora_parameters(self.student).values()), len(self.teachers))
+        size = sum(p.numel() for p in lora_parameters(self.student).values())
+        steps = [StepAccumulator(size, len(self.teachers))]
+        if roots is not None:
+            flat = torch.cat([root.flatten() for root in roots.values()])
+            steps.append(StepAccumulator(size, len(self.teachers), flat))
         with ledger.stage("branches", len(rollouts)):
             student_logits = self._student_logits(rollouts, nodes)
             if config.free:
@@ -178,14 +188,18 @@ class Probe:
                 tree, nodes, student_logits = self._tree(rollouts, nodes, student_logits, chooser, ledger)
                 branches = [tree.branches[g] for g in tree.group]
         projector = (int(config.projections or 0), chooser) if self._projects(rollouts, nodes, branches) else None
-        records = self._gradients.at_nodes(rollouts, nodes, branches, student_logits, steps, ledger, projector)
+        records, in_metric = self._gradients.at_nodes(
+            rollouts, nodes, branches, student_logits, steps, ledger, projector, roots
+        )
         if config.free:
             records = from_rewards(rollouts, records)
         else:
             records, outcomes = self._continue(rollouts, tree, records, spent, sampler, seed, ledger)
             if config.step_alignment:
                 self._gradients.add_ideal(rollouts, records, outcomes, student_logits, steps, ledger)
-        return ProbeReport(
+        sums = [step.sums() if config.step_alignment and not config.free else None for step in steps]
+        settings = {"seed": seed, **config.plain(), "projections": projector[0] if projector else None}
+        report = ProbeReport(
             teachers=tuple(self.teachers),
             modules=self.modules if projector is None else (EVERYTHING,),
             rollouts=tuple(self._rollout_record(r) for r in rollouts),
@@ -197,10 +211,15 @@ class Probe:
             continuations=spent.continuations,
             truncated=spent.truncated + sum(r.truncated for r in rollouts),
             seconds=ledger.seconds,
-            settings={"seed": seed, **config.plain(), "projections": projector[0] if projector else None},
-            step=steps.sums() if config.step_alignment and not config.free else None,
+            settings={**settings, "geometry": "euclidean"},
+            step=sums[0],
             free=config.free,
         )
+        if metric is None:
+            return report
+        other = [replace(record, gram=gram) for record, gram in zip(records, in_metric, strict=True)]
+        settings["geometry"] = metric.name
+        return replace(report, in_metric=replace(report, nodes=tuple(other), step=sums[1], settings=settings))
 
     def _projects(self, rollouts: list[Rollout], nodes: list[Node], branches: list[list[Branch]]) -> bool:
         """Whether gradients are projected: where every token is a node, and that is cheaper."""

@@ -7,7 +7,7 @@ With :math:`K` tangents the sketches' inner products are unbiased, and a cosine 
 :math:`(1 - c^2) / \sqrt{K}`. Modules are not told apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +33,7 @@ def project(
     projections: int,
     generator: torch.Generator,
     memory: float | None = None,
+    roots: Mapping[str, Tensor] | None = None,
 ) -> list[Tensor]:
     r"""Unbiased estimates of the Gram matrices of :math:`J_u^\top v_c`, for the directions of each node.
 
@@ -44,6 +45,7 @@ def project(
         projections: How many tangents, ``K``.
         generator: Draws them; on the CPU.
         memory: The most bytes to take; None for half of what is free.
+        roots: Scale each parameter's gradient by these, as :func:`~odp_callbacks.engine.pullback.pull_back` does.
 
     Returns:
         ``(1, C_n, C_n)`` float64 on the CPU, one for each node.
@@ -69,6 +71,8 @@ def project(
                 name: torch.randint(2, (count, *p.shape), generator=generator).to(p) * 2 - 1
                 for name, p in parameters.items()
             }
+            if roots is not None:  # a scaled gradient's product with signs is the gradient's with scaled signs
+                signs = {name: sign * roots[name].to(sign) for name, sign in signs.items()}
             pushed = torch.func.vmap(tangent)(signs)  # (k, N, V)
             for n, v in enumerate(cotangents):
                 sketches[n].append(v.to(device).double() @ pushed[:, n].double().mT)  # (C, k)

@@ -5,11 +5,11 @@ before it, with their graph: so the backward from a node passes only what lies b
 the rollout. The directions of a segment's nodes go back together, as batched vector-Jacobian products.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,21 @@ class Graph:
     parameters: dict[str, Tensor]
     segments: list[tuple[list[int], Tensor]]
     ends: list[int]
+
+
+class Pulled(NamedTuple):
+    """What :func:`pull_back` finds.
+
+    Attributes:
+        grams: ``(M, C_n, C_n)`` float64 on the CPU, one for each node, one matrix for each of the ``M`` modules of
+            :func:`lora_modules`; their sum over ``M`` is the Gram matrix on all LoRA parameters.
+        sums: ``(last, P)`` float32, or None.
+        in_metric: The Gram matrices of the scaled gradients; empty where there is no scale.
+    """
+
+    grams: list[Tensor]
+    sums: Tensor | None
+    in_metric: list[Tensor]
 
 
 @contextmanager
@@ -115,7 +130,8 @@ def pull_back(
     last: int = 0,
     memory: float | None = None,
     ends: Sequence[int] | None = None,
-) -> tuple[list[Tensor], Tensor | None]:
+    roots: Mapping[str, Tensor] | None = None,
+) -> Pulled:
     r"""Gram matrices of :math:`J_u^\top v_c` for the directions of each node of one sequence, per module.
 
     Args:
@@ -127,11 +143,11 @@ def pull_back(
         last: How many of each node's last directions to sum over the nodes, with these weights.
         memory: The most bytes to take; None for half of what is free.
         ends: Where to cut the sequence; None for :func:`segment_ends`.
+        roots: Also measure with each parameter's gradient scaled by these, which makes another metric of it
+            (:class:`~odp_callbacks.engine.metric.Metric`).
 
     Returns:
-        Gram matrices ``(M, C_n, C_n)`` float64 on the CPU, one for each node, one matrix for each of the ``M``
-        modules of :func:`lora_modules`; their sum over ``M`` is the Gram matrix on all LoRA parameters. And the sums
-        ``(last, P)`` float32, or None.
+        The matrices of each node, and the sums.
     """
     # Scaled to one, and back in the Gram matrix, so that half precision does not lose small directions.
     scales = [v.abs().amax(dim=-1).double().cpu() if v.numel() else v.new_zeros(len(v)).double() for v in cotangents]
@@ -142,6 +158,7 @@ def pull_back(
         counts = [len(h) for h in heard]
         ends = segment_ends(positions, counts, overhead) if way_of(model) != "generate" else [max(positions) + 1]
     grams: list[Tensor] = [torch.empty(0)] * len(cotangents)
+    in_metric: list[Tensor] = [] if roots is None else [torch.empty(0)] * len(cotangents)
     sums: Tensor | None = None
     with _graph(model, input_ids, positions, ends) as graph:
         parameters = graph.parameters
@@ -153,18 +170,15 @@ def pull_back(
             rows = _segment_rows(logits, list(parameters.values()), units, most)
             for place, n in enumerate(here):
                 count, where = len(cotangents[n]), heard[n]
-                gram = torch.zeros(len(modules), count, count, dtype=torch.float64)
-                if len(where):
-                    factor = scales[n][where]
-                    gram[:, where[:, None], where] = _gram(rows[place], list(parameters), modules) * (
-                        factor[:, None] * factor
-                    )
-                grams[n] = gram
+                grams[n] = _scattered(rows[place], parameters, modules, where, scales[n])
+                if roots is not None:
+                    scaled = [row * roots[name].flatten() for name, row in zip(parameters, rows[place], strict=True)]
+                    in_metric[n] = _scattered(scaled, parameters, modules, where, scales[n])
                 if weights is not None and last:
                     factor = scales[n][where] * weights[n]
                     share = _sum_last(rows[place], where, factor, count, last, size)
                     sums = share if sums is None else sums + share
-    return grams, sums
+    return Pulled(grams, sums, in_metric)
 
 
 def _segment_rows(
@@ -265,6 +279,17 @@ def lora_modules(names: Sequence[str]) -> list[str]:
 
 def _module(name: str) -> str:
     return name.split(".lora_")[0].removeprefix("base_model.model.")
+
+
+def _scattered(
+    rows: Sequence[Tensor], names: Iterable[str], modules: list[str], heard: Tensor, scales: Tensor
+) -> Tensor:
+    """``(M, C, C)`` of all ``C`` directions, from rows of the ``heard`` ones, which were divided by ``scales``."""
+    gram = torch.zeros(len(modules), len(scales), len(scales), dtype=torch.float64)
+    if len(heard):
+        factor = scales[heard]
+        gram[:, heard[:, None], heard] = _gram(rows, list(names), modules) * (factor[:, None] * factor)
+    return gram
 
 
 def _gram(rows: Sequence[Tensor], names: Sequence[str], modules: list[str]) -> Tensor:

@@ -24,10 +24,12 @@ class StepAccumulator:
     Args:
         size: ``P``, LoRA parameters.
         teachers: ``K``.
+        scale: ``(P,)``, what every vector is multiplied with; None for nothing.
     """
 
-    def __init__(self, size: int, teachers: int) -> None:
+    def __init__(self, size: int, teachers: int, scale: Tensor | None = None) -> None:
         self.teachers = teachers
+        self.scale = None if scale is None else scale.float().cpu()
         self.length = min(size, SKETCH)
         self._sums: dict[tuple[str, bool], Tensor] = {}
         self.size = size
@@ -57,6 +59,8 @@ class StepAccumulator:
 
     def _sketch(self, vectors: Tensor) -> Tensor:
         vectors = vectors.float().cpu()
+        if self.scale is not None:
+            vectors = vectors * self.scale
         if self.size <= SKETCH:
             return vectors
         found = torch.zeros(len(vectors), SKETCH, dtype=torch.float32)
