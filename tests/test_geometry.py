@@ -46,6 +46,11 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
+def cosine_between(a: Tensor, b: Tensor) -> Tensor:
+    """Torch's own takes no vector to be shorter than 1e-8, and a step here is."""
+    return a @ b / a.norm() / b.norm()
+
+
 def step_along(student: nn.Module, optimizer: torch.optim.Optimizer, direction: Tensor) -> Tensor:
     """What the optimizer does to the parameters when their ascent direction is ``direction``, ``(P,)``."""
     before = flat(lora_parameters(student).values())
@@ -79,8 +84,8 @@ def test_weights_are_what_the_next_step_does(options: dict[str, Any]) -> None:
     direction = 1e-6 * torch.randn(384, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = flat(metric.weights.values()) * direction
     moved = step_along(student, optimizer, direction)
-    cosine = torch.nn.functional.cosine_similarity(moved, expected, dim=0)
-    plain = torch.nn.functional.cosine_similarity(moved, direction, dim=0)
+    cosine = cosine_between(moved, expected)
+    plain = cosine_between(moved, direction)
     assert float(cosine) > 1 - 1e-7
     assert float(plain) < 0.9
     # Up to the factor by which all second moments shrink, the size is that of the learning rate.
@@ -99,7 +104,7 @@ def test_a_group_s_learning_rate_counts() -> None:
     direction = 1e-6 * torch.randn(384, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     moved = step_along(student, optimizer, direction)
     expected = flat(metric.weights.values()) * direction
-    assert float(torch.nn.functional.cosine_similarity(moved, expected, dim=0)) > 1 - 1e-7
+    assert float(cosine_between(moved, expected)) > 1 - 1e-7
 
 
 def test_two_optimizers_together() -> None:
@@ -154,7 +159,7 @@ def test_a_parameter_that_is_stepped_on_twice_is_refused() -> None:
     options = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
     student = get_peft_model(tiny_base(tie_word_embeddings=True), LoraConfig(r=2, **options))
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
-    with pytest.raises(ValueError, match="steps on .* twice"):
+    with pytest.raises(ValueError, match=r"steps on .* twice"):
         adam_metric(optimizer, student)
 
 
@@ -176,13 +181,14 @@ def test_optimizers_of_bitsandbytes(kind: str) -> None:
         lora_parameters(student).values(), lr=1e-4, betas=(0.0, 0.99), weight_decay=0.0, min_8bit_size=64
     )
     trained(student, optimizer)
+    optimizer.param_groups[0]["lr"] = 100.0  # for a step that float32 resolves
     metric = adam_metric(optimizer, student)
     assert metric is not None
     size = sum(p.numel() for p in lora_parameters(student).values())
     direction = 1e-4 * torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = flat(metric.weights.values()) * direction
     moved = step_along(student, optimizer, direction)
-    assert float(torch.nn.functional.cosine_similarity(moved, expected, dim=0)) > 0.99
+    assert float(cosine_between(moved, expected)) > 0.99
 
 
 def random_metric(student: nn.Module, seed: int = 0) -> Metric:
@@ -245,7 +251,7 @@ def other() -> nn.Module:
 
 def test_predicted_gain_is_what_a_step_of_adam_brings(other: nn.Module) -> None:
     """A step is taken, on a copy; success of the node by enumeration, what tokens lead to held constant."""
-    world = make_world(seed=3, initializer_range=0.5)
+    world = make_world("gpt2", seed=3, initializer_range=0.5)  # in float64 throughout: steps are small
     optimizer = adamw(world.model)
     trained(world.model, optimizer)
     metric = adam_metric(optimizer, world.model)
@@ -272,10 +278,9 @@ def test_predicted_gain_is_what_a_step_of_adam_brings(other: nn.Module) -> None:
         (d,) = world.pull(node, pull)
         copy = deepcopy(world)
         states = deepcopy(optimizer.state_dict())
-        again = adamw(copy.model, lr=1e-7)
-        states["param_groups"][0]["lr"] = 1e-7
+        again = adamw(copy.model)
         again.load_state_dict(states)
-        moved = step_along(copy.model, again, 1e-5 * d)
+        moved = step_along(copy.model, again, 1e-3 * d)
         with torch.no_grad():
             after = copy.model(input_ids=world.ids(prefix)[None]).logits[0, -1]
         change = (torch.softmax(after, -1) - torch.softmax(node.logits, -1)) @ node.success

@@ -64,8 +64,8 @@ def adam_metric(optimizers: Optimizer | Sequence[Optimizer], student: nn.Module)
     places = [p.data_ptr() for p in student.parameters() if id(p) in owners]
     if twice := [name for name, p in parameters.items() if places.count(p.data_ptr()) > 1]:
         raise ValueError(
-            f"the optimizer's geometry was asked for, but the optimizer steps on {twice[0]} twice (`ensure_weight_tying` "
-            "on tied embeddings), and no metric describes that; leave `optimizer_geometry` off."
+            f"the optimizer's geometry was asked for, but the optimizer steps on {twice[0]} twice "
+            "(`ensure_weight_tying` on tied embeddings), and no metric describes that; leave `optimizer_geometry` off."
         )
     rates = {name: float(owners[id(p)][1]["lr"]) for name, p in parameters.items()}
     largest = max(rates.values())
@@ -104,4 +104,5 @@ def _second_moment(state: dict[str, Any]) -> Tensor | None:
         return found
     from bitsandbytes.functional import dequantize_blockwise
 
-    return dequantize_blockwise(found, absmax=state["absmax2"], code=state["qmap2"], blocksize=EIGHT_BIT_BLOCK)
+    whole: Tensor = dequantize_blockwise(found, absmax=state["absmax2"], code=state["qmap2"], blocksize=EIGHT_BIT_BLOCK)
+    return whole
