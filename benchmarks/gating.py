@@ -4,9 +4,11 @@ Two reasoning-gym tasks, five arms, several seeds; the arms of one seed see the 
 start from the same adapter. Teacher is the student itself with the worked solution in its context; the router may also
 turn to the one that is only told the answer. Held-out accuracy (mean reward at the training's temperature, on questions
 that training never sees) half way and at the end, with intervals over runs, paired with "no gate". Whatever is done is
-kept in `results/gating.jsonl`, one line a run: started again, it goes on.
+kept in `results/gating.jsonl`, one line a run: started again, it goes on. `--why` asks the library itself, before any
+training and of more questions than a probe in a run: in which class does which teacher help, and what would each rule
+have gained?
 
-Run: python benchmarks/gating.py [--seeds 0 1 2] [--steps 16] [--report]
+Run: python benchmarks/gating.py [--seeds 0 1 2] [--steps 16] [--report | --why]
 """
 
 import argparse
@@ -27,9 +29,11 @@ from torch.utils.data import DataLoader
 from odp_callbacks import AlignmentGate, GradientAlignmentCallback, IncorrectRolloutGate, OnPolicyDistillation, Teacher
 from odp_callbacks.demo.student import load_student
 from odp_callbacks.demo.task import EASY, make_task
+from odp_callbacks.engine import Probe, ProbeConfig
 from odp_callbacks.gates import TeacherRouter, score_rules
 from odp_callbacks.gates.rules import correct_rollouts
-from odp_callbacks.summaries import Analysis
+from odp_callbacks.storage import save
+from odp_callbacks.summaries import SPLITS, Analysis
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "gating.jsonl"
@@ -78,16 +82,21 @@ class Exam(Callback):
             self.take(pl_module, trainer.global_step)
 
 
-def run(task_name: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
-    """One training."""
-    start = time.perf_counter()
+def ingredients(task_name: str, seed: int) -> tuple[Any, Any, Any, list[Any], tuple[int, ...]]:
+    """Student, tokenizer, task, its different questions, and what ends a response."""
     seed_everything(seed, verbose=False)
     model, tokenizer = load_student(None, lambda _: None)
     task = make_task(task_name, questions=160, lines=0, shots=2, seed=100 + seed)
-    rows = list({row["prompt"]: row for row in task.rows}.values())
-    held_out, training = rows[:24], rows[24:]
     student = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")).train()
     newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
+    return student, tokenizer, task, list({row["prompt"]: row for row in task.rows}.values()), newline
+
+
+def run(task_name: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
+    """One training."""
+    start = time.perf_counter()
+    student, tokenizer, task, rows, newline = ingredients(task_name, seed)
+    held_out, training = rows[:24], rows[24:]
     teachers = {name: Teacher(context) for name, context in TEACHERS.items()}
     gate = gate_of(arm, seed)
     module = OnPolicyDistillation(
@@ -140,13 +149,40 @@ def run(task_name: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
     return found
 
 
-def triple(figure: Any) -> list[float]:
-    return [figure.value, figure.low, figure.high]
+def why(questions: int, budget: int) -> str:
+    """Predicted gain of each teacher by class, and what each rule would gain, on the student before training."""
+    lines = ["| task | teacher | all | correct | incorrect | incorrect - correct |", "|---|---|---|---|---|---|"]
+    more = ["| task | teacher | rule | tokens | gained | help kept | harm removed |", "|---|---|---|---|---|---|---|"]
+    for task_name in TASKS:
+        student, tokenizer, task, rows, newline = ingredients(task_name, 0)
+        probe = Probe(
+            student, tokenizer, task.reward, TEACHERS,
+            ProbeConfig(
+                rollouts_per_question=2, max_new_tokens=24, budget=budget, max_branches=3, tail_draws=1,
+                eos_token_ids=newline, step_alignment=False,
+            ),
+        )  # fmt: skip
+        found = probe.run(rows[:questions], seed=0)
+        save(found, RESULTS / f"gating-why-{task_name}", overwrite=True)
+        gains = figures(found)
+        for teacher in TEACHERS:
+            cells = [show(tuple(gains[f"{teacher}/{split}"]), sign=True) for split in (*SPLITS, "incorrect-correct")]
+            lines.append(f"| {task_name} | {teacher} | " + " | ".join(cells) + " |")
+        more += [
+            f"| {task_name} | {s.teacher} | {s.rule} | {s.token_share:.2f} | {show(triple(s.gained), sign=True)} "
+            f"| {s.help_kept.value:.2f} | {s.harm_removed.value:.2f} |"
+            for s in score_rules(found)
+        ]
+    return "\n".join([*lines, "", *more])
 
 
-def figures(report: Any) -> dict[str, Any]:
-    """Predicted gain of each teacher in each class in the last probe."""
-    return {f"{s.teacher}/{s.split}": triple(s.figures["predicted_gain"]) for s in Analysis(report).summaries()}
+def triple(figure: Any) -> tuple[float, float, float]:
+    return figure.value, figure.low, figure.high
+
+
+def figures(report: Any) -> dict[str, list[float]]:
+    """Predicted gain of each teacher in each class of a probe."""
+    return {f"{s.teacher}/{s.split}": list(triple(s.figures["predicted_gain"])) for s in Analysis(report).summaries()}
 
 
 def done() -> list[dict[str, Any]]:
@@ -218,5 +254,17 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--report", action="store_true", help="only the table of what is done")
+    parser.add_argument("--why", action="store_true", help="only what the library says of the untrained student")
+    parser.add_argument("--questions", type=int, default=48, help="of `--why`")
+    parser.add_argument("--budget", type=int, default=16000, help="continuations of `--why`")
     given = parser.parse_args()
-    print(report(given.steps)) if given.report else main(given.seeds, given.steps)
+    if given.report:
+        print(report(given.steps))
+    elif given.why:
+        table = why(given.questions, given.budget)
+        (RESULTS / "gating-why.md").write_text(
+            f"{given.questions} questions, at most {given.budget} continuations a task, 95 % intervals\n\n{table}\n"
+        )
+        print(table)
+    else:
+        main(given.seeds, given.steps)
