@@ -8,7 +8,7 @@ kept in `results/gating.jsonl`, one line a run: started again, it goes on. `--wh
 training and of more questions than a probe in a run: in which class does which teacher help, and what would each rule
 have gained?
 
-Run: python benchmarks/gating.py [--seeds 0 1 2] [--steps 16] [--report | --why]
+Run: python benchmarks/gating.py [--seeds 0 1 2] [--steps 16] [--arms ARM ...] [--report | --why]
 """
 
 import argparse
@@ -230,11 +230,11 @@ def show(figure: tuple[float, float, float], sign: bool = False) -> str:
     return f"{figure[0]:{form}} ({figure[1]:{form}} to {figure[2]:{form}})"
 
 
-def main(seeds: list[int], steps: int) -> None:
+def main(seeds: list[int], steps: int, arms: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     for seed in seeds:
         for task in TASKS:
-            for arm in ARMS:
+            for arm in arms:
                 if any((r["task"], r["arm"], r["seed"], r["steps"]) == (task, arm, seed, steps) for r in done()):
                     continue
                 found = run(task, arm, seed, steps)
@@ -243,7 +243,7 @@ def main(seeds: list[int], steps: int) -> None:
                 ends = {s: round(float(np.mean(v)), 3) for s, v in found["marks"].items()}
                 print(f"{task} {arm} seed {seed}: {ends} in {found['seconds']:.0f} s", flush=True)
     table = report(steps)
-    (RESULTS / "gating.md").write_text(f"{steps} steps, seeds {seeds}; 95 % intervals over runs\n\n{table}\n")
+    (RESULTS / "gating.md").write_text(f"{steps} steps, 95 % intervals over runs\n\n{table}\n")
     print(table)
 
 
@@ -253,6 +253,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--report", action="store_true", help="only the table of what is done")
     parser.add_argument("--why", action="store_true", help="only what the library says of the untrained student")
     parser.add_argument("--questions", type=int, default=48, help="of `--why`")
@@ -267,4 +268,4 @@ if __name__ == "__main__":
         )
         print(table)
     else:
-        main(given.seeds, given.steps)
+        main(given.seeds, given.steps, given.arms)
