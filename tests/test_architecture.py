@@ -52,5 +52,12 @@ def test_the_monitor_knows_no_trainer():
     assert parts == {"engine", "overhead", "records", "storage", "summaries"}
 
 
+@pytest.mark.parametrize(
+    ("face", "stranger"), [("callback", "trl"), ("trainer_callback", "lightning"), ("trl_gate", "lightning")]
+)
+def test_a_trainer_s_layer_knows_its_own_trainer_only(face, stranger):
+    assert not any(name.split(".")[0].startswith(stranger) for name in imports(ROOT / f"{face}.py"))
+
+
 def test_every_part_was_found():
     assert len(SOURCES) > len(ALLOWED) + 10

@@ -116,8 +116,10 @@ def test_a_probe_that_fails_teaches_nothing() -> None:
 
 def test_lightning_takes_the_modules_gate() -> None:
     module, gate = make_module(), Gate()
-    callback = make_callback()
     module.gate = gate  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="'self' teaches; name them alike"):
+        make_callback().setup(make_trainer(), module, "fit")
+    callback = make_callback(teachers={"self": TEACHERS["answer"]})
     callback.setup(make_trainer(), module, "fit")
     assert callback.monitor.gate is gate
     given = Gate()

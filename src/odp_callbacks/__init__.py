@@ -22,6 +22,8 @@ from odp_callbacks.gates import (
     tokens_of,
 )
 from odp_callbacks.metrics import GradientAlignment
+from odp_callbacks.trainer_callback import GradientAlignmentTrainerCallback
+from odp_callbacks.trl_gate import gate_trainer
 
 __all__ = [
     "AdapterTeacher",
@@ -31,6 +33,7 @@ __all__ = [
     "GateCallback",
     "GradientAlignment",
     "GradientAlignmentCallback",
+    "GradientAlignmentTrainerCallback",
     "IncorrectRolloutGate",
     "ModelTeacher",
     "OnPolicyDistillation",
@@ -40,6 +43,7 @@ __all__ = [
     "Tokens",
     "diagnose",
     "gate_loss",
+    "gate_trainer",
     "score_rules",
     "tokens_of",
 ]

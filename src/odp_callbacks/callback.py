@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from typing_extensions import override
 
+from odp_callbacks.distillation import OnPolicyDistillation
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
@@ -64,7 +65,8 @@ class GradientAlignmentCallback(Callback):
         seed: Of the callback's own random stream.
         strict: Let a failing probe fail the run.
         gate: Something that learns from each probe: its ``observe(report)`` is called after every one that succeeds,
-            and its state, if it has ``state_dict`` and ``load_state_dict``, is kept in checkpoints. None: the
+            what its ``scalars()`` give, if it has them, is logged, and its state, if it has ``state_dict`` and
+            ``load_state_dict``, is kept in checkpoints. None: the
             LightningModule's ``gate``, if it has one with ``observe``.
         config: How a probe measures.
         **options: Fields of :class:`~odp_callbacks.ProbeConfig`, in place of ``config`` or on top of it.
@@ -209,7 +211,7 @@ class GradientAlignmentCallback(Callback):
             first=trainer.is_global_zero,
             broadcast=trainer.strategy.broadcast,
             context=trainer.precision_plugin.forward_context,
-            progress=lambda: ProbeProgress(trainer),
+            progress=lambda: ProbeProgress(trainer.is_global_zero and trainer.progress_bar_callback is not None),
             log=lambda metrics, report: self._log(trainer, metrics, report),
             warn=rank_zero_warn,
             note=rank_zero_info,
@@ -237,7 +239,8 @@ class GradientAlignmentCallback(Callback):
                 "in each training step to a list of (row, response token ids), or give None."
             )
         gate = getattr(pl_module, "gate", None)
-        self.monitor.prepare(students[0], tokenizer, gate if hasattr(gate, "observe") else None)
+        taught = getattr(pl_module, "teachers", ()) if isinstance(pl_module, OnPolicyDistillation) else ()
+        self.monitor.prepare(students[0], tokenizer, gate if hasattr(gate, "observe") else None, taught=tuple(taught))
 
     def _find(self, pl_module: LightningModule) -> list[nn.Module]:
         if callable(self.student):

@@ -125,10 +125,25 @@ class Monitor:
         """Whether a multiple of ``every_n_steps`` lies after ``last_step`` and not after ``step``."""
         return step // self.every_n_steps > max(last_step, 0) // self.every_n_steps
 
-    def prepare(self, student: nn.Module, tokenizer: Any, gate: object = None) -> None:
-        """Check everything that can be checked before training; ``gate`` learns where none was given."""
+    def prepare(self, student: nn.Module, tokenizer: Any, gate: object = None, taught: Sequence[str] = ()) -> None:
+        """Check everything that can be checked before training.
+
+        Args:
+            student: A peft model.
+            tokenizer: The student's.
+            gate: What acts on the loss, and learns where nothing else was given to.
+            taught: Names of the teachers that training distils from, where they are known.
+
+        Raises:
+            ValueError: If something that was given cannot work.
+        """
         if self._given_gate is None:
             self.gate = gate
+        if gate is not None and gate is self.gate and (unknown := sorted(set(taught) - set(self.teachers))):
+            raise ValueError(
+                f"`gate` learns from probes, which measure the teachers {sorted(self.teachers)}, but {unknown[0]!r} "
+                "teaches; name them alike in training and in the callback."
+            )
         self._restore_gate()
         if self.probe is not None and self.probe.student is student:
             return
@@ -237,7 +252,7 @@ class Monitor:
             report = None
             metrics = {f"odp/alignment/{name}/{split}": float("nan") for name in self.teachers for split in SPLITS}
         if report is not None:
-            self._observe(host, report)
+            metrics |= self._observe(host, report)
         self.overhead.tick()
         spent = {} if report is None else report.seconds
         self.overhead.book("probe", time.perf_counter() - start, spent.get("continuations", 0.0), seconds is not None)
@@ -327,17 +342,19 @@ class Monitor:
         chosen, self.order = self.order[:wanted], self.order[wanted:]
         return [str(i) for i in chosen], [self.prompts[i] for i in chosen]
 
-    def _observe(self, host: Host, report: ProbeReport) -> None:
-        """Let the gate learn from a probe."""
-        observe = getattr(self.gate, "observe", None)
-        if observe is None:
-            return
+    def _observe(self, host: Host, report: ProbeReport) -> dict[str, float]:
+        """Let the gate learn from a probe; what it now does, to be logged."""
+        gate: Any = self.gate
+        if not hasattr(gate, "observe"):
+            return {}
         try:
-            observe(report)
+            gate.observe(report)
+            return dict(gate.scalars()) if hasattr(gate, "scalars") else {}
         except Exception as error:
             if self.strict:
                 raise
             self.say(host, f"`gate` did not learn from a probe: {type(error).__name__}: {error}")
+            return {}
 
     def _restore_gate(self) -> None:
         """A gate that is found only after the state was read gets its part then, once."""

@@ -4,15 +4,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
 from tqdm.auto import tqdm
 
 
 class ProbeProgress:
-    """A progress bar that goes when the probe is done; none where the trainer shows none."""
+    """A progress bar that goes when the probe is done.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    Args:
+        shown: False where the trainer shows none.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
         self.bar: tqdm[Any] | None = None
         self.drawn = 0.0
 
