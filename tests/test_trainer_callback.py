@@ -159,6 +159,17 @@ def test_figures_reach_log_history_and_tensorboard(make: Any, tmp_path: Path) ->
     assert any(tag.startswith("odp/rollout/") for tag in tags["images"])
 
 
+def test_adam_s_geometry(make: Any, tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    watch(trainer, optimizer_geometry=True)
+    trainer.train()
+    assert any("odp/adam/alignment/answer/all" in row for row in trainer.state.log_history)
+    other = make(tmp_path, optim="sgd")
+    watch(other, optimizer_geometry=True)
+    with pytest.raises(ValueError, match="trained by SGD; leave `optimizer_geometry` off"):
+        other.train()
+
+
 @pytest.mark.parametrize("disable_tqdm", [True, False])
 def test_the_screen_gets_the_headlines(disable_tqdm: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = plain(tmp_path, disable_tqdm=disable_tqdm)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import nn
@@ -22,6 +21,10 @@ from odp_callbacks.records import ProbeReport
 from odp_callbacks.tensorboard import write_tensorboard
 
 StudentLocator = str | Callable[[LightningModule], nn.Module]
+
+
+HOOKS = {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}
+"""Where hooks are defined that a module does not override; ``is_overridden`` knows one of the two packages."""
 
 
 class GradientAlignmentCallback(Callback):
@@ -68,6 +71,9 @@ class GradientAlignmentCallback(Callback):
             what its ``scalars()`` give, if it has them, is logged, and its state, if it has ``state_dict`` and
             ``load_state_dict``, is kept in checkpoints. None: the
             LightningModule's ``gate``, if it has one with ``observe``.
+        optimizer_geometry: Also measure in the geometry of Adam's next step, its second moments as the metric on the
+            parameters (:func:`~odp_callbacks.geometry.adam_metric`): figures ``odp/adam/…`` beside the Euclidean
+            ones, from the same continuations. From the first optimizer step on.
         config: How a probe measures.
         **options: Fields of :class:`~odp_callbacks.ProbeConfig`, in place of ``config`` or on top of it.
 
@@ -108,6 +114,7 @@ class GradientAlignmentCallback(Callback):
         seed: int = 0,
         strict: bool = False,
         gate: object | None = None,
+        optimizer_geometry: bool = False,
         config: ProbeConfig | None = None,
         **options: Any,
     ) -> None:
@@ -126,6 +133,7 @@ class GradientAlignmentCallback(Callback):
             seed=seed,
             strict=strict,
             gate=gate,
+            optimizer_geometry=optimizer_geometry,
             config=config,
             **options,
         )
@@ -164,7 +172,7 @@ class GradientAlignmentCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A student that `configure_model` builds is not there yet; `on_fit_start` comes after it.
-        if self._find(pl_module) or not is_overridden("configure_model", pl_module):
+        if self._find(pl_module) or type(pl_module).configure_model.__module__ in HOOKS:
             self._prepare(pl_module)
 
     @override
@@ -215,6 +223,7 @@ class GradientAlignmentCallback(Callback):
             log=lambda metrics, report: self._log(trainer, metrics, report),
             warn=rank_zero_warn,
             note=rank_zero_info,
+            optimizers=trainer.optimizers,
         )
 
     def _prepare(self, pl_module: LightningModule) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.metric import Metric
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Row, rows_from_batch
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.teachers import as_teachers
+from odp_callbacks.geometry import adam_metric
 from odp_callbacks.overhead import Overhead
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.storage import save
@@ -37,6 +40,7 @@ class Host:
         log: Takes figures, and the report of a probe if there is one to be drawn, to the trainer's loggers.
         warn: Says something that the user should change, in the first process only.
         note: Says something worth knowing, in the first process only.
+        optimizers: Those that train the student.
     """
 
     step: int
@@ -47,6 +51,7 @@ class Host:
     log: Callable[[dict[str, float], ProbeReport | None], None]
     warn: Callable[[str], None]
     note: Callable[[str], None]
+    optimizers: Sequence[Optimizer] = ()
 
 
 class Monitor:
@@ -72,6 +77,7 @@ class Monitor:
         seed: int = 0,
         strict: bool = False,
         gate: object | None = None,
+        optimizer_geometry: bool = False,
         config: ProbeConfig | None = None,
         **options: Any,
     ) -> None:
@@ -117,6 +123,7 @@ class Monitor:
         self.last_step = -1
         self.last_probe = -1
         self.gate = self._given_gate = gate
+        self.optimizer_geometry = optimizer_geometry
         self._gate_state: dict[str, Any] | None = None
         self.overhead = Overhead(max_overhead)
         self._said: set[str] = set()
@@ -158,6 +165,7 @@ class Monitor:
 
     def start(self, host: Host) -> None:
         """Training starts, or goes on."""
+        self._metric(host)  # refuses optimizers whose geometry is not known
         self.overhead.start()
         self._update_teachers(host.step)
         # A step before the last one seen: this monitor watches a new run.
@@ -288,7 +296,8 @@ class Monitor:
         ids, rows = self.next_rows(batch)
         seed = int(torch.randint(2**62, (), generator=self.stream))
         with host.context(), host.progress() as progress:
-            report = self.probe.run(rows, seed=seed, ids=ids, seconds=seconds, progress=progress)
+            metric = self._metric(host)
+            report = self.probe.run(rows, seed=seed, ids=ids, seconds=seconds, progress=progress, metric=metric)
         scored = {r.reward for r in report.rollouts} | {
             float(t / c) for n in report.nodes for t, c in zip(n.total, n.count)
         }
@@ -299,6 +308,11 @@ class Monitor:
                 "defined (NaN); questions that the student sometimes solves, or more of them, would help.",
             )
         return report
+
+    def _metric(self, host: Host) -> Metric | None:
+        """The geometry of the optimizer's next step, if it is asked for and there is one."""
+        assert self.probe is not None
+        return adam_metric(host.optimizers, self.probe.student) if self.optimizer_geometry else None
 
     def _look(self, host: Host, rollouts: Rollouts) -> None:
         """The free mode on the training's own rollouts."""

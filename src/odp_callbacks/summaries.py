@@ -18,6 +18,8 @@ from odp_callbacks.success_model import fit_success_model
 SPLITS = ("all", "correct", "incorrect")
 GAP = "incorrect-correct"
 PREDICTORS = ("forward_kl", "reverse_kl", "js", "cosine", "teacher_entropy", "student_entropy")
+GEOMETRIC = ("predicted_gain", "gain_weighted_alignment", "alignment", "step_alignment")
+"""Those that depend on the geometry of the parameters."""
 CORRECTED = ("alignment", "gain_weighted_alignment", "logit_alignment")
 FIGURES = (
     "predicted_gain", "gain_weighted_alignment", "alignment", "step_alignment", "logit_alignment",
@@ -276,7 +278,8 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
     ``odp/<figure>/<teacher>/<split>`` with ``odp/<figure>_low/…`` and ``_high`` beside it, ``_uncorrected`` where a
     figure is corrected for noise; ``odp/questions/…`` and ``odp/nodes/…``; ``odp/undefined_share/…`` and
     ``odp/undetermined_share/…``; ``odp/correlation_<predictor>/<teacher>`` with its interval; and ``odp/probe/…`` for
-    the probe as a whole. NaN where a figure does not exist.
+    the probe as a whole. NaN where a figure does not exist. Figures of a second geometry are
+    ``odp/<geometry>/<figure>/…``, as in ``odp/adam/alignment/answer/all``.
     """
     logged: dict[str, float] = {}
     analysis = Analysis(report, confidence)
@@ -311,6 +314,11 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
     }
     for stage, seconds in report.seconds.items():
         logged[f"odp/probe/seconds_{stage}"] = seconds
+    if report.in_metric is not None:
+        geometry = report.in_metric.settings["geometry"]
+        for name, value in scalars(report.in_metric, confidence).items():
+            if name.split("/")[1].removesuffix("_low").removesuffix("_high") in GEOMETRIC:
+                logged[name.replace("odp/", f"odp/{geometry}/", 1)] = value
     return logged
 
 

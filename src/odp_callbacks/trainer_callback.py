@@ -129,6 +129,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """The trainer as the monitor knows it."""
         trainer = self.trainer
         first = trainer.is_world_process_zero()
+        optimizer: Any = trainer.optimizer
         return Host(
             step=trainer.state.global_step,
             first=first,
@@ -138,6 +139,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             log=self._log,
             warn=lambda message: warnings.warn(message, stacklevel=2) if first else None,
             note=lambda message: log.info(message) if first else None,
+            optimizers=[] if optimizer is None else [getattr(optimizer, "optimizer", optimizer)],
         )
 
     def _prepare(self) -> None:
