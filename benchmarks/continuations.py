@@ -28,9 +28,7 @@ from odp_callbacks.engine.prefixes import Start
 def ours(model, prefix, branches, tokens, way):
     prefixes = read_prefixes(model, [prefix[:-1]], way=way)
     starts = [Start(0, len(prefix) - 1, int(prefix[-1]), tokens)] * branches
-    sample_continuations(
-        model, prefixes, starts, temperature=1.0, eos_token_ids=[], generator=None, batch_size=branches
-    )
+    sample_continuations(model, prefixes, starts, temperature=1.0, eos_token_ids=[], batch_size=branches)
 
 
 def roofline(model, prefix, branches, tokens, way=None):

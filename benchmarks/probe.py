@@ -49,7 +49,7 @@ def compare(model, tokenizer, length, rollouts, continuations, branches, nodes):
         responses = [
             c.tokens
             for c in sample_continuations(
-                model, prefixes, [start] * rollouts, temperature=1.0, eos_token_ids=[eos], generator=None, batch_size=64
+                model, prefixes, [start] * rollouts, temperature=1.0, eos_token_ids=[eos], batch_size=64
             )
         ]
     config = ProbeConfig(

@@ -49,7 +49,7 @@ def test_the_monitor_knows_no_trainer():
     names = list(imports(ROOT / "monitor.py"))
     assert not {name.split(".")[0] for name in names} & (TRAINERS | {"lightning_utilities", "transformers"})
     parts = {name.split(".")[1] for name in names if name.startswith("odp_callbacks.")}
-    assert parts == {"engine", "geometry", "overhead", "records", "storage", "summaries"}
+    assert parts == {"engine", "geometry", "overhead", "processes", "records", "storage", "summaries"}
 
 
 @pytest.mark.parametrize(

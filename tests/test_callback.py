@@ -24,6 +24,7 @@ from odp_callbacks import (
     OnPolicyDistillation,
     Teacher,
 )
+from odp_callbacks.processes import Processes
 from odp_callbacks.storage import load
 
 ROWS = [{"prompt": p, "answer": a} for p, a in zip(("a b", "c", "b a d", "d c"), "abcd", strict=True)]
@@ -235,7 +236,7 @@ def test_questions_from_the_current_batch() -> None:
 
 def test_every_question_comes_once_before_any_comes_twice() -> None:
     callback = make_callback(questions_per_probe=1)
-    seen = [callback.monitor.next_rows(None)[0][0] for _ in range(8)]
+    seen = [callback.monitor.next_rows(None, Processes())[0][0] for _ in range(8)]
     assert sorted(seen[:4]) == sorted(seen[4:]) == ["0", "1", "2", "3"]
 
 

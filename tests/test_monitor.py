@@ -7,6 +7,7 @@ import pytest
 
 from conftest import tiny, word_tokenizer
 from odp_callbacks.monitor import Host, Monitor
+from odp_callbacks.processes import Processes
 from odp_callbacks.records import ProbeReport
 from test_callback import ROWS, TEACHERS, loader, make_callback, make_module, make_trainer, starts_right
 
@@ -38,7 +39,7 @@ class Log:
         return Host(
             step=step,
             first=True,
-            broadcast=lambda value: value,
+            processes=Processes(),
             context=nullcontext,
             progress=lambda: nullcontext(lambda stage, done, total: None),
             log=lambda metrics, report: self.logged.append((step, metrics)),

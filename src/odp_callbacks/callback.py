@@ -16,6 +16,7 @@ from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.monitor import Host, Monitor
+from odp_callbacks.processes import processes
 from odp_callbacks.progress import ProbeProgress
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.tensorboard import write_tensorboard
@@ -23,6 +24,8 @@ from odp_callbacks.tensorboard import write_tensorboard
 StudentLocator = str | Callable[[LightningModule], nn.Module]
 
 
+SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy"}
+"""Strategies that spread parameters over processes, or whose processes torch.distributed does not know."""
 HOOKS = {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}
 """Where hooks are defined that a module does not override; ``is_overridden`` knows one of the two packages."""
 
@@ -171,6 +174,11 @@ class GradientAlignmentCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if sharded := {kind.__name__ for kind in type(trainer.strategy).__mro__} & SHARDED:
+            raise ValueError(
+                f"`strategy` is {sharded.pop()}, under which no process has the whole student to measure; use DDP, or "
+                "one device."
+            )
         # A student that `configure_model` builds is not there yet; `on_fit_start` comes after it.
         if self._find(pl_module) or type(pl_module).configure_model.__module__ in HOOKS:
             self._prepare(pl_module)
@@ -217,7 +225,7 @@ class GradientAlignmentCallback(Callback):
         return Host(
             step=trainer.global_step,
             first=trainer.is_global_zero,
-            broadcast=trainer.strategy.broadcast,
+            processes=processes(),
             context=trainer.precision_plugin.forward_context,
             progress=lambda: ProbeProgress(trainer.is_global_zero and trainer.progress_bar_callback is not None),
             log=lambda metrics, report: self._log(trainer, metrics, report),

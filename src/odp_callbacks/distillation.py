@@ -147,7 +147,7 @@ class OnPolicyDistillation(LightningModule):
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 eos_token_ids=self.eos_token_ids,
-                generator=None,
+                randomness=None,
                 batch_size=256,
             )
         return rollouts if self.reward is None else score_rollouts(Verifier(self.reward), rollouts)

@@ -20,8 +20,9 @@ from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.teachers import as_teachers
 from odp_callbacks.geometry import adam_metric
 from odp_callbacks.overhead import Overhead
+from odp_callbacks.processes import Processes
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.storage import save
+from odp_callbacks.storage import merge, save
 from odp_callbacks.summaries import SPLITS, free_scalars, scalars
 
 Rollouts = Callable[[], Iterable[tuple[Row, Sequence[int]]]]
@@ -34,7 +35,7 @@ class Host:
     Args:
         step: Optimizer steps taken.
         first: Whether this is the process that writes files and pictures.
-        broadcast: An object of the first process, given to all.
+        processes: Those that train together; they share each probe's questions.
         context: The precision that the student is trained in.
         progress: Gives, when entered, a function of a stage's name, what is done of it and how much there is.
         log: Takes figures, and the report of a probe if there is one to be drawn, to the trainer's loggers.
@@ -45,7 +46,7 @@ class Host:
 
     step: int
     first: bool
-    broadcast: Callable[[Any], Any]
+    processes: Processes
     context: Callable[[], AbstractContextManager[Any]]
     progress: Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]
     log: Callable[[dict[str, float], ProbeReport | None], None]
@@ -281,7 +282,7 @@ class Monitor:
         self.overhead.tick()
         before = self.overhead.skipped
         plan = self.overhead.plan(kind, flexible=self.config.adaptive and kind == "probe")
-        go, seconds = host.broadcast(plan)
+        go, seconds = host.processes.broadcast(plan)
         if not go and before == 0:
             took = self.overhead.costs[kind][0]
             host.note(
@@ -293,11 +294,19 @@ class Monitor:
 
     def _measure(self, host: Host, batch: Any, seconds: float | None) -> ProbeReport:
         assert self.probe is not None
-        ids, rows = self.next_rows(batch)
+        probe = self.probe
         seed = int(torch.randint(2**62, (), generator=self.stream))
-        with host.context(), host.progress() as progress:
-            metric = self._metric(host)
-            report = self.probe.run(rows, seed=seed, ids=ids, seconds=seconds, progress=progress, metric=metric)
+
+        def measure() -> ProbeReport | None:
+            ids, rows = self.next_rows(batch, host.processes)
+            if not rows:
+                return None
+            with host.context(), host.progress() as progress:
+                metric = self._metric(host)
+                return probe.run(rows, seed=seed, ids=ids, seconds=seconds, progress=progress, metric=metric)
+
+        report = self._together(host, measure)
+        assert report is not None, "a probe has questions"
         scored = {r.reward for r in report.rollouts} | {
             float(t / c) for n in report.nodes for t, c in zip(n.total, n.count)
         }
@@ -321,17 +330,25 @@ class Monitor:
             return
         start = time.perf_counter()
         try:
-            # One row and its responses are one question: they are each other's baseline.
-            rows: dict[int, Row] = {}
-            responses: dict[int, list[Sequence[int]]] = {}
-            for row, ids in rollouts():
-                rows[id(row)] = row
-                responses.setdefault(id(row), []).append(ids)
-            if not rows:
-                return
             seed = int(torch.randint(2**62, (), generator=self.stream))
-            with host.context():
-                report = self._free.run(list(rows.values()), seed=seed, responses=list(responses.values()))
+            free = self._free
+
+            def measure() -> ProbeReport | None:
+                # One row and its responses are one question: they are each other's baseline.
+                rows: dict[int, Row] = {}
+                responses: dict[int, list[Sequence[int]]] = {}
+                for row, response in rollouts():
+                    rows[id(row)] = row
+                    responses.setdefault(id(row), []).append(response)
+                if not rows:
+                    return None
+                ids = [f"{host.processes.rank}.{i}" for i in range(len(rows))]
+                with host.context():
+                    return free.run(list(rows.values()), seed=seed, ids=ids, responses=list(responses.values()))
+
+            report = self._together(host, measure)
+            if report is None:
+                return
             logged = free_scalars(report, self.confidence)
         except Exception as error:
             if self.strict:
@@ -343,18 +360,47 @@ class Monitor:
         self.overhead.book("free look", logged["odp/free/seconds"])
         host.log(logged, None)
 
-    def next_rows(self, batch: Any) -> tuple[list[str], list[Row]]:
-        """The next questions with stable ids, in an order that is shuffled anew at each pass; or the batch's."""
+    def _together(self, host: Host, measure: Callable[[], ProbeReport | None]) -> ProbeReport | None:
+        """What all processes measured, as one report, the same in all of them; None if nobody had a question.
+
+        Nobody waits for another before all have measured; a process in which that failed says so, and the others'
+        questions count.
+        """
+        try:
+            part, error = measure(), None
+        except Exception as found:
+            if host.processes.size == 1:
+                raise
+            part, error = None, found
+        told = host.processes.gather((part, None if error is None else f"{type(error).__name__}: {error}"))
+        failed = {rank: message for rank, (_, message) in enumerate(told) if message is not None}
+        parts = [found for found, _ in told if found is not None]
+        if failed and (self.strict or not parts):
+            if error is not None:
+                raise error
+            rank, message = next(iter(failed.items()))
+            raise RuntimeError(f"in process {rank}: {message}")
+        for rank, message in failed.items():
+            self.say(host, f"a probe failed in process {rank}, and the others' questions count: {message}")
+        return merge(parts) if parts else None
+
+    def next_rows(self, batch: Any, processes: Processes) -> tuple[Sequence[str], Sequence[Row]]:
+        """This process's part of the next questions, with stable ids; or of its batch.
+
+        Their order is shuffled anew at each pass, alike in all processes.
+        """
         if self.prompts is None:
-            rows = rows_from_batch(batch)[: self.questions_per_probe]
-            return [f"{self.last_probe}.{i}" for i in range(len(rows))], rows
+            most = len(processes.share(range(self.questions_per_probe)))
+            rows = rows_from_batch(batch)[:most] if most else []
+            return [f"{self.last_probe}.{processes.rank}.{i}" for i in range(len(rows))], rows
         wanted = min(self.questions_per_probe, len(self.prompts))
         if len(self.order) < wanted:
             rest = set(self.order)
             shuffled = torch.randperm(len(self.prompts), generator=self.stream).tolist()
             self.order += [i for i in shuffled if i not in rest]
         chosen, self.order = self.order[:wanted], self.order[wanted:]
-        return [str(i) for i in chosen], [self.prompts[i] for i in chosen]
+        own = processes.share(chosen)
+        return [str(i) for i in own], [self.prompts[i] for i in own]
 
     def _observe(self, host: Host, report: ProbeReport) -> dict[str, float]:
         """Let the gate learn from a probe; what it now does, to be logged."""

@@ -96,11 +96,20 @@ class StepSums:
         question: ``(G,)`` ids.
         correct: ``(G,)``.
         gram: ``(G, 2 + K, G, 2 + K)`` float64, on all LoRA parameters.
+        vectors: ``(G, 2 + K, L)`` float32, the sums themselves or sketches of them, so that the parts of a probe can be
+            put together; no file keeps them.
     """
 
     question: tuple[str, ...]
     correct: tuple[bool, ...]
     gram: Floats
+    vectors: NDArray[np.float32] | None = field(default=None, repr=False)
+
+
+def step_sums(question: tuple[str, ...], correct: tuple[bool, ...], vectors: NDArray[np.float32]) -> StepSums:
+    """Summed gradients ``(G, 2 + K, L)`` with their inner products."""
+    rows = vectors.reshape(-1, vectors.shape[-1]).astype(np.float64)
+    return StepSums(question, correct, (rows @ rows.T).reshape(*vectors.shape[:2], *vectors.shape[:2]), vectors)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord, StepSums
+from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord, StepSums, step_sums
 
 VERSION = 1
 KEY = b"odp_callbacks"
@@ -143,9 +143,46 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
         continuations=sum(report.continuations for report in reports),
         truncated=sum(report.truncated for report in reports),
         seconds=_add(report.seconds for report in reports),
-        # Inner products between the vectors of different probes are in none of their records.
+        # A step's gradients are of one student at one moment; see :func:`merge`.
         step=first.step if len(reports) == 1 else None,
         in_metric=_in_metric(reports, concatenate),
+    )
+
+
+def merge(parts: Sequence[ProbeReport]) -> ProbeReport:
+    """The parts of one probe, whose questions several processes measured at the same time, as one report.
+
+    Args:
+        parts: At least one, in the order of the questions.
+
+    Raises:
+        ValueError: If they do not fit each other.
+    """
+    if any(len(part.modules) != len(parts[0].modules) for part in parts):
+        # Where one projected its gradients, modules cannot be told apart.
+        whole = min((part.modules for part in parts), key=len)
+        parts = [part if part.modules == whole else _summed(part, whole) for part in parts]
+    found = concatenate(parts)
+    seconds = {name: max(part.seconds.get(name, 0.0) for part in parts) for name in found.seconds}
+    other = None if found.in_metric is None else merge([p.in_metric for p in parts if p.in_metric is not None])
+    return replace(found, seconds=seconds, step=_together([part.step for part in parts]), in_metric=other)
+
+
+def _summed(part: ProbeReport, modules: tuple[str, ...]) -> ProbeReport:
+    nodes = tuple(replace(node, gram=node.gram.sum(axis=0, keepdims=True)) for node in part.nodes)
+    return replace(part, modules=modules, nodes=nodes, in_metric=part.in_metric and _summed(part.in_metric, modules))
+
+
+def _together(steps: Sequence[StepSums | None]) -> StepSums | None:
+    """Summed gradients of several parts; None where a file did not keep the vectors, and with them inner products."""
+    vectors = [step.vectors for step in steps if step is not None and step.vectors is not None]
+    if len(vectors) < len(steps):
+        return None
+    known = [step for step in steps if step is not None]
+    return step_sums(
+        tuple(q for step in known for q in step.question),
+        tuple(c for step in known for c in step.correct),
+        np.concatenate(vectors),
     )
 
 

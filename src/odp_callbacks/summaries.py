@@ -189,7 +189,6 @@ class Analysis:
             return Estimator(_nothing, questions, count, withheld="not measured")
         labels = {name: i for i, name in enumerate(dict.fromkeys(node.question for node in self.report.nodes))}
         kinds = set(self.evidence.correct[chosen].tolist())
-        kinds = set(self.evidence.correct[chosen].tolist())
         if not (chosen == np.isin(self.evidence.correct, list(kinds))).all():
             return Estimator(_nothing, questions, count, withheld="of correct and incorrect only")
         place = np.array([labels[q] for q in step.question], dtype=np.int64)

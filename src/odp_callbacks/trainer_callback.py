@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.monitor import Host, Monitor
+from odp_callbacks.processes import processes
 from odp_callbacks.progress import ProbeProgress
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.tensorboard import write_tensorboard
@@ -133,7 +134,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         return Host(
             step=trainer.state.global_step,
             first=first,
-            broadcast=broadcast,
+            processes=processes(),
             context=trainer.accelerator.autocast,
             progress=lambda: ProbeProgress(first and not trainer.args.disable_tqdm),
             log=self._log,
@@ -194,15 +195,6 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             )
         found: Sequence[Row] = rows
         return found
-
-
-def broadcast(value: Any) -> Any:
-    """An object of the first process, given to all; as it is where there is one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box)
-    return box[0]
 
 
 def to_text(state: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from conftest import FAMILIES, count_tokens, paddable
 from odp_callbacks.engine import decoders, decoding
 from odp_callbacks.engine.decoders import WAYS, read_prefixes, sample_continuations
 from odp_callbacks.engine.prefixes import Start
+from odp_callbacks.engine.randomness import Randomness
 
 # Two rollouts of the first question; a response longer and one shorter than the window of 4; an empty prompt.
 PROMPTS = [torch.tensor(s, dtype=torch.long) for s in ([1, 6, 7, 8, 9], [], [1, 5, 9, 11, 6, 7])]
@@ -35,7 +36,8 @@ def read(model, way="shared prefix"):
 
 
 def sample(model, prefixes, starts, **changes):
-    options = {"temperature": 1.0, "eos_token_ids": [], "generator": torch.Generator().manual_seed(0), "batch_size": 64}
+    keys = [Randomness(changes.pop("seed", 0)).key(i) for i in range(len(starts))]
+    options = {"temperature": 1.0, "eos_token_ids": [], "keys": keys, "batch_size": 64}
     with torch.no_grad():
         return sample_continuations(model, prefixes, starts, **{**options, **changes})
 
@@ -137,7 +139,7 @@ def test_any_of_several_tokens_ends(world, way):
 def test_the_same_seed_gives_the_same_and_another_another(world, way):
     prefixes = after_prompt(world.model, world.prompt_ids, way)
     starts = [Start(0, 1, 2, 8)] * 50
-    runs = [sample(world.model, prefixes, starts, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    runs = [sample(world.model, prefixes, starts, seed=s) for s in (1, 1, 2)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 

@@ -5,6 +5,7 @@ from scipy import stats
 
 from odp_callbacks.engine.nodes import every_node, exponential_windows, select_nodes
 from odp_callbacks.engine.prompts import Question
+from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.rollouts import Rollout
 
 
@@ -43,12 +44,12 @@ def test_every_node(generator):
     assert every_node(rollout(3), generator) == [(0, 1.0), (1, 1.0), (2, 1.0)]
 
 
-def test_select_goes_through_the_rollouts_in_order(generator):
-    nodes = select_nodes(lambda r, g: every_node(r, g)[::-1], [rollout(2), rollout(1)], generator)
+def test_select_goes_through_the_rollouts_in_order():
+    nodes = select_nodes(lambda r, g: every_node(r, g)[::-1], [rollout(2), rollout(1)], Randomness(0))
     assert [(n.rollout, n.depth) for n in nodes] == [(0, 0), (0, 1), (1, 0)]
 
 
 @pytest.mark.parametrize("bad", [(3, 1.0), (-1, 1.0), (0, 0.0), (0, 1.5), (0, float("nan"))])
-def test_impossible_choices(bad, generator):
+def test_impossible_choices(bad):
     with pytest.raises(ValueError, match=r"`nodes` must choose depths in \[0, 3\) with a probability in \(0, 1\]"):
-        select_nodes(lambda r, g: [bad], [rollout(3)], generator)
+        select_nodes(lambda r, g: [bad], [rollout(3)], Randomness(0))

@@ -6,6 +6,7 @@ import torch
 from conftest import BOS, EOS, count_tokens, tiny
 from odp_callbacks.engine.decoders import way_of
 from odp_callbacks.engine.prompts import as_questions
+from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.rollouts import end_tokens, response_text, sample_rollouts, score_rollouts
 from odp_callbacks.engine.verifier import Verifier
 
@@ -18,7 +19,7 @@ def rollouts(model, tokenizer, rows, eos=(EOS,), **changes):
             tokenizer,
             as_questions(rows, tokenizer),
             eos_token_ids=eos,
-            generator=torch.Generator().manual_seed(0),
+            randomness=Randomness(0),
             **{**options, **changes},
         )
 

@@ -6,12 +6,16 @@ from scipy import stats
 from odp_callbacks.engine.sampling import BLOCK, sample_tokens
 
 
+def draws(n, seed):
+    return torch.rand(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("size", [2, 5, BLOCK, BLOCK + 3, 1000])
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
 def test_frequencies(size, temperature):
     n = 20_000
     logits = 3 * torch.randn(size, generator=torch.Generator().manual_seed(size))
-    found, sound = sample_tokens(logits.expand(n, -1), temperature, torch.Generator().manual_seed(1), 10_000)
+    found, sound = sample_tokens(logits.expand(n, -1), temperature, draws(n, 1), 10_000)
     assert sound.all()
     expected = n * torch.softmax(logits.double() / temperature, -1).numpy()
     observed = np.bincount(found.numpy(), minlength=size).astype(float)
@@ -24,7 +28,7 @@ def test_frequencies(size, temperature):
 def test_never_a_token_without_probability():
     logits = torch.full((50_000, 700), -torch.inf)
     logits[:, [0, 255, 256, 699]] = 0.0
-    found, _ = sample_tokens(logits, 1.0, torch.Generator().manual_seed(0))
+    found, _ = sample_tokens(logits, 1.0, draws(50_000, 0))
     assert set(found.tolist()) == {0, 255, 256, 699}
 
 
@@ -32,7 +36,7 @@ def test_small_probabilities_are_not_lost():
     """Where one token has nearly everything, float32 sums would round the others away."""
     n, odds = 4_000_000, 2e-6
     logits = torch.tensor([0.0, np.log(odds)]).expand(n, 2)
-    found, _ = sample_tokens(logits, 1.0, torch.Generator().manual_seed(3))
+    found, _ = sample_tokens(logits, 1.0, draws(n, 3))
     assert stats.binomtest(int(found.sum()), n, odds / (1 + odds)).pvalue > 1e-4
 
 
@@ -47,5 +51,5 @@ def test_what_is_no_distribution_is_told(bad):
 
 def test_a_temperature_may_be_a_whole_number():
     logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
-    found = [sample_tokens(logits, t, torch.Generator().manual_seed(1))[0] for t in (1, 1.0)]
+    found = [sample_tokens(logits, t, draws(4, 1))[0] for t in (1, 1.0)]
     assert torch.equal(*found)

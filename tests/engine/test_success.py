@@ -7,6 +7,7 @@ from odp_callbacks.engine.branches import Branch
 from odp_callbacks.engine.decoders import read_prefixes
 from odp_callbacks.engine.nodes import Node
 from odp_callbacks.engine.prompts import as_questions
+from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.success import Outcomes, Spent, Tree, measure_success
 from odp_callbacks.engine.verifier import Verifier
@@ -38,7 +39,7 @@ def measure(allocation, reward=WORLD.reward, tree=None, seed=0, **changes):
                 "max_new_tokens": WORLD.horizon,
                 "temperature": 1.0,
                 "eos_token_ids": [0],
-                "generator": torch.Generator().manual_seed(seed),
+                "randomness": Randomness(seed),
                 "batch_size": 64,
                 "spent": spent,
                 **changes,

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from odp_callbacks.engine.attention import configs, sharing
 from odp_callbacks.engine.decoding import Finished, sample_shared
@@ -29,6 +29,7 @@ from odp_callbacks.engine.prefixes import (
     suffix_cache,
     vocabulary_size,
 )
+from odp_callbacks.engine.randomness import as_keys, fresh_keys, uniforms
 from odp_callbacks.engine.sampling import Continuation, check_sound, sample_tokens
 from odp_callbacks.functional.gradients import forward_arguments
 
@@ -91,7 +92,7 @@ def sample_continuations(
     *,
     temperature: float,
     eos_token_ids: Sequence[int],
-    generator: torch.Generator | None,
+    keys: Sequence[int] | None = None,
     batch_size: int,
     memory: float | None = None,
     finished: Finished | None = None,
@@ -104,7 +105,8 @@ def sample_continuations(
         starts: Where each continuation starts.
         temperature: Divides the logits.
         eos_token_ids: Tokens that end a response.
-        generator: Random stream on the model's device; None for torch's global one.
+        keys: Of each continuation; what it draws is a function of its key alone, whoever else is sampled with it.
+            None draws them from torch's global stream.
         batch_size: The most continuations at a time; fewer where they would take more memory than there is.
         memory: The most bytes to take; None for half of what is free.
         finished: Told of continuations as they finish, by their place among the starts.
@@ -115,6 +117,7 @@ def sample_continuations(
     Raises:
         FloatingPointError: If the model's logits are no distribution (NaN).
     """
+    keys = fresh_keys(len(starts)) if keys is None else keys
     if starts and prefixes.cache is not None:
         batch_size = min(batch_size, _seats(prefixes, starts, free_bytes(next(model.parameters()).device, memory)))
     if prefixes.way == "shared prefix":
@@ -125,7 +128,7 @@ def sample_continuations(
             starts,
             temperature=temperature,
             eos_token_ids=eos_token_ids,
-            generator=generator,
+            keys=keys,
             batch_size=batch_size,
             finished=finished,
         )
@@ -133,9 +136,11 @@ def sample_continuations(
     for chosen in _batches(starts, batch_size, equal=prefixes.way == "generate"):
         some = [starts[i] for i in chosen]
         if prefixes.cache is not None:
-            batch = _repeat(model, prefixes.cache, some, temperature, list(eos_token_ids), generator)
+            batch = _repeat(model, prefixes.cache, some, temperature, list(eos_token_ids), [keys[i] for i in chosen])
         else:
-            batch = _generate(model, prefixes.sequences, some, temperature, list(eos_token_ids), generator)
+            batch = _generate(
+                model, prefixes.sequences, some, temperature, list(eos_token_ids), [keys[i] for i in chosen]
+            )
         done = dict(zip(chosen, batch, strict=True))
         sampled.update(done)
         if finished is not None:
@@ -170,7 +175,7 @@ def _repeat(
     starts: Sequence[Start],
     temperature: float,
     eos: list[int],
-    generator: torch.Generator | None,
+    keys: Sequence[int],
 ) -> list[Continuation]:
     """One batch, each row on a copy of the part of its sequence's cache that it needs."""
     device = next(model.parameters()).device
@@ -183,12 +188,14 @@ def _repeat(
     lengths = torch.zeros_like(limits)
     ended = torch.zeros_like(limits, dtype=torch.bool)
     alive = torch.arange(len(starts), device=device)
+    all_keys = as_keys(keys, device)
     takes = forward_arguments(model)
     for step in range(written.shape[1]):
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         positions = (seen[alive] + step)[:, None]
         logits = forward(model, tokens[:, None], cache, mask=mask, positions=positions, takes=takes)[:, -1]  # (B, V)
-        tokens, sound = sample_tokens(logits, temperature, generator)
+        draws = uniforms(all_keys[alive], torch.full_like(alive, step), 2)
+        tokens, sound = sample_tokens(logits, temperature, draws)
         check_sound(sound)
         written[alive, step] = tokens
         lengths[alive] += 1
@@ -230,38 +237,48 @@ def _generate(
     starts: Sequence[Start],
     temperature: float,
     eos: list[int],
-    generator: torch.Generator | None,
+    keys: Sequence[int],
 ) -> list[Continuation]:
     """One batch of equally long prefixes, each run from its first token."""
     device = next(model.parameters()).device
     ids = torch.stack([torch.cat([sequences[s.sequence][: s.prefix], torch.tensor([s.token])]) for s in starts])
     ids = ids.to(device)
-    # `generate` draws from the global streams: they are set from ours, and put back.
-    seed = int(torch.randint(2**62, (), generator=generator, device=device))
     plain = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # `_Drawn` leaves it nothing to choose
         max_new_tokens=max(s.limit for s in starts),
         eos_token_id=eos or None,
         pad_token_id=eos[0] if eos else 0,
     )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        own, base.generation_config = base.generation_config, plain
-        try:
-            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain)[
-                :, ids.shape[1] :
-            ].tolist()
-        finally:
-            base.generation_config = own
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, base.generation_config = base.generation_config, plain
+    drawn = _Drawn(as_keys(keys, device), ids.shape[1], temperature)
+    try:
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=plain,
+            logits_processor=LogitsProcessorList([drawn]),
+        )[:, ids.shape[1] :].tolist()
+    finally:
+        base.generation_config = own
     found = []
     for row, start in zip(written, starts, strict=True):
         end = next((t for t, token in enumerate(row[: start.limit]) if token in eos), None)
         found.append(Continuation(tuple(row[: start.limit if end is None else end + 1]), end is None))
     return found
+
+
+class _Drawn(LogitsProcessor):  # type: ignore[misc]
+    """Makes greedy decoding sample: leaves to each row the token that its key draws."""
+
+    def __init__(self, keys: Tensor, prefix: int, temperature: float) -> None:
+        self.keys, self.prefix, self.temperature = keys, prefix, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = torch.full_like(self.keys, input_ids.shape[1] - self.prefix)
+        tokens, sound = sample_tokens(scores, self.temperature, uniforms(self.keys, step, 2))
+        check_sound(sound)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def way_of(model: nn.Module) -> str:

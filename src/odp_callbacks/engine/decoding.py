@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.attention import sharing
 from odp_callbacks.engine.prefixes import PrefixCache, Start, forward, share, suffix_cache
+from odp_callbacks.engine.randomness import as_keys, uniforms
 from odp_callbacks.engine.sampling import Continuation, check_sound, sample_tokens
 from odp_callbacks.functional.gradients import forward_arguments
 
@@ -33,7 +34,7 @@ def sample_shared(
     *,
     temperature: float,
     eos_token_ids: Sequence[int],
-    generator: torch.Generator | None,
+    keys: Sequence[int],
     batch_size: int,
     finished: Finished | None = None,
 ) -> list[Continuation]:
@@ -45,7 +46,7 @@ def sample_shared(
         starts: Where each continuation starts.
         temperature: Divides the logits.
         eos_token_ids: Tokens that end a response.
-        generator: Random stream on the model's device; None for torch's global one.
+        keys: Of each continuation; what it draws is a function of its key alone.
         batch_size: The most continuations at a time.
         finished: Told of continuations as they finish.
 
@@ -59,9 +60,9 @@ def sample_shared(
         return []
     sampled: dict[int, Continuation] = {}
     with sharing(model):
-        batch = _Batch(model, cache, starts, list(eos_token_ids), batch_size)
+        batch = _Batch(model, cache, starts, list(eos_token_ids), batch_size, keys)
         while batch.owners:
-            batch.step(temperature, generator)
+            batch.step(temperature)
             if batch.due():
                 done = batch.leave()
                 sampled.update(done)
@@ -79,10 +80,17 @@ class _Batch:
     """
 
     def __init__(
-        self, model: nn.Module, cache: PrefixCache, starts: Sequence[Start], eos: list[int], batch_size: int
+        self,
+        model: nn.Module,
+        cache: PrefixCache,
+        starts: Sequence[Start],
+        eos: list[int],
+        batch_size: int,
+        keys: Sequence[int],
     ) -> None:
         self.model, self.cache, self.starts = model, cache, starts
         self.device = next(model.parameters()).device
+        self.keys = as_keys(keys, self.device)  # of all starts; `key` has those of the seats
         self.takes = forward_arguments(model)  # read once: inspecting a signature has no place in a loop over tokens
         self.patience = 1 if self.device.type == "cpu" else PATIENCE
 
@@ -100,6 +108,7 @@ class _Batch:
         self.eos = torch.tensor(eos, device=self.device, dtype=torch.long)
         self.token = self._of("token", range(seats))
         self.limit = self._of("limit", range(seats))
+        self.key = self.keys[self.owners]
         self.written = torch.zeros(seats, self.longest, dtype=torch.long, device=self.device)
         self.length = torch.zeros(seats, dtype=torch.long, device=self.device)
         self.ended = torch.zeros(seats, dtype=torch.bool, device=self.device)
@@ -110,7 +119,7 @@ class _Batch:
     def _of(self, name: str, seats: Sequence[int]) -> Tensor:
         return torch.tensor([getattr(self.starts[self.owners[seat]], name) for seat in seats], device=self.device)
 
-    def step(self, temperature: float, generator: torch.Generator | None) -> None:
+    def step(self, temperature: float) -> None:
         """One token for every seat."""
         view = self.view
         # Who has ended writes on unread until somebody looks, but not beyond the model's positions.
@@ -118,7 +127,8 @@ class _Batch:
         logits = forward(
             self.model, self.token[:, None], self.suffixes, positions=positions, view=view, takes=self.takes
         )[:, -1]  # (B, V)
-        self.token, sound = sample_tokens(logits, temperature, generator)
+        draws = uniforms(self.key, view.ages, 2)
+        self.token, sound = sample_tokens(logits, temperature, draws)
         running = ~self.ended & (self.length < self.limit)
         self.sound &= (sound | ~running).all()
         self.written.scatter_(1, view.ages[:, None], self.token[:, None])
@@ -165,6 +175,7 @@ class _Batch:
         at = torch.tensor(seats, device=self.device)
         self.token[at] = self._of("token", seats)
         self.limit[at] = self._of("limit", seats)
+        self.key[at] = self.keys[[self.owners[seat] for seat in seats]]
         self.length[at], self.ended[at] = 0, False
         self._look(self.view.ages.index_fill(0, at, 0))
 
@@ -175,7 +186,7 @@ class _Batch:
         if not seats:
             return
         rows = torch.tensor(seats, device=self.device)
-        for name in ("token", "limit", "written", "length", "ended"):
+        for name in ("token", "limit", "key", "written", "length", "ended"):
             setattr(self, name, getattr(self, name)[rows])
         for layer in self.suffixes.layers:
             layer.retain(rows)

@@ -15,6 +15,7 @@ from odp_callbacks.engine.ledger import Ledger
 from odp_callbacks.engine.nodes import Node
 from odp_callbacks.engine.projection import project
 from odp_callbacks.engine.pullback import pull_back, pull_sums
+from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.recording import node_record
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.steps import StepAccumulator, half_coefficients
@@ -23,7 +24,7 @@ from odp_callbacks.engine.teachers import Teacher, teacher_logits, teacher_promp
 from odp_callbacks.functional.divergences import node_predictors
 from odp_callbacks.records import Floats, NodeRecord
 
-Projector = tuple[int, torch.Generator]
+Projector = tuple[int, Randomness]
 """How many random directions gradients are projected on, and what draws them."""
 
 
@@ -131,8 +132,14 @@ class Differentiator:
                 model, ids, positions, directions, weights, last=count, memory=memory, roots=roots
             )
         else:
-            grams = project(model, ids, positions, directions, *projector, memory)
-            in_metric = [] if roots is None else project(model, ids, positions, directions, *projector, memory, roots)
+            count, randomness = projector
+            name = rollout.question.id, "projection", rollout.response_ids
+            grams = project(model, ids, positions, directions, count, randomness.generator(*name), memory)
+            in_metric = (
+                []
+                if roots is None
+                else project(model, ids, positions, directions, count, randomness.generator(*name), memory, roots)
+            )
             sums = None
             if weights is not None:
                 weighted = pulls * torch.tensor(weights, device=pulls.device)[:, None]

@@ -1,10 +1,12 @@
 """Which positions of a rollout are measured, and with what probability each of them is chosen."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.rollouts import Rollout
 
 
@@ -155,14 +157,18 @@ STRATEGIES: dict[str, NodeSelector] = {
 }
 
 
-def select_nodes(selector: NodeSelector, rollouts: list[Rollout], generator: torch.Generator) -> list[Node]:
-    """Apply a selector to every rollout.
+def select_nodes(selector: NodeSelector, rollouts: list[Rollout], randomness: Randomness) -> list[Node]:
+    """Apply a selector to every rollout; what it draws depends on the question and on the rollout's place in it.
 
     Raises:
         ValueError: If it chooses a position outside the response, or states an impossible probability.
     """
     nodes = []
+    place: Counter[int] = Counter()
     for index, rollout in enumerate(rollouts):
+        question = rollout.question
+        generator = randomness.generator(question.id, "nodes", place[id(question)])
+        place[id(question)] += 1
         for depth, inclusion in sorted(selector(rollout, generator)):
             if not 0 <= depth < len(rollout.response_ids) or not 0 < inclusion <= 1:
                 raise ValueError(

@@ -27,6 +27,7 @@ from odp_callbacks.engine.nodes import Node, every_node, select_nodes
 from odp_callbacks.engine.projection import EVERYTHING, projects, worthwhile
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
 from odp_callbacks.engine.pullback import lora_modules
+from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.recording import with_outcomes
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, given_rollouts, sample_rollouts, score_rollouts
@@ -166,11 +167,9 @@ class Probe:
         roots = None if metric is None else metric.roots(self.student)
         self._check_lengths(questions)
         config = self.config
-        device = next(self.student.parameters()).device
-        sampler = torch.Generator(device).manual_seed(seed)
-        chooser = torch.Generator().manual_seed(seed)
-        rollouts = self._rollouts(questions, responses, sampler, ledger)
-        nodes = select_nodes(config.selector, rollouts, chooser)
+        randomness = Randomness(seed)
+        rollouts = self._rollouts(questions, responses, randomness, ledger)
+        nodes = select_nodes(config.selector, rollouts, randomness)
         spent = Spent()
         size = sum(p.numel() for p in lora_parameters(self.student).values())
         steps = [StepAccumulator(size, len(self.teachers))]
@@ -185,16 +184,16 @@ class Probe:
                     for node, z in zip(nodes, student_logits, strict=True)
                 ]
             else:
-                tree, nodes, student_logits = self._tree(rollouts, nodes, student_logits, chooser, ledger)
+                tree, nodes, student_logits = self._tree(rollouts, nodes, student_logits, randomness, ledger)
                 branches = [tree.branches[g] for g in tree.group]
-        projector = (int(config.projections or 0), chooser) if self._projects(rollouts, nodes, branches) else None
+        projector = (int(config.projections or 0), randomness) if self._projects(rollouts, nodes, branches) else None
         records, in_metric = self._gradients.at_nodes(
             rollouts, nodes, branches, student_logits, steps, ledger, projector, roots
         )
         if config.free:
             records = from_rewards(rollouts, records)
         else:
-            records, outcomes = self._continue(rollouts, tree, records, spent, sampler, seed, ledger)
+            records, outcomes = self._continue(rollouts, tree, records, spent, randomness, ledger)
             if config.step_alignment:
                 self._gradients.add_ideal(rollouts, records, outcomes, student_logits, steps, ledger)
         sums = [step.sums() if config.step_alignment and not config.free else None for step in steps]
@@ -238,7 +237,7 @@ class Probe:
         self,
         questions: list[Question],
         responses: Sequence[Sequence[Sequence[int]]] | None,
-        sampler: torch.Generator,
+        randomness: Randomness,
         ledger: Ledger,
     ) -> list[Rollout]:
         """The student's rollouts, scored; with the entropy at each position if the node selector wants it."""
@@ -255,7 +254,7 @@ class Probe:
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
                     eos_token_ids=self.eos_token_ids,
-                    generator=sampler,
+                    randomness=randomness,
                     batch_size=config.batch_size,
                 )
         with ledger.stage("verifier", len(rollouts)):
@@ -283,7 +282,7 @@ class Probe:
         rollouts: list[Rollout],
         nodes: list[Node],
         student_logits: list[Tensor],
-        chooser: torch.Generator,
+        randomness: Randomness,
         ledger: Ledger,
     ) -> tuple[Tree, list[Node], list[Tensor]]:
         """Prefixes with their branches; if the budget is too small for all, of nodes that are drawn."""
@@ -295,7 +294,7 @@ class Probe:
                 mass=self.config.branch_mass,
                 most=self.config.max_branches,
                 tail_draws=self.config.tail_draws,
-                generator=chooser,
+                generator=randomness.generator(*tree.names[g], "branches"),
             )
             for g, first in enumerate(tree.first)
         ]
@@ -304,7 +303,7 @@ class Probe:
                 remaining_length(rollouts, nodes[first].depth) * sum(b.token not in self.eos_token_ids for b in row)
                 for first, row in zip(tree.first, branches, strict=True)
             )
-            generator = np.random.default_rng(int(torch.randint(2**62, (), generator=chooser)))
+            generator = np.random.default_rng(randomness.key("thin"))
             kept = thin(nodes, tree, cost, self._tokens(ledger, rollouts), generator)
             if len(kept) < len(nodes):
                 places = {(node.rollout, node.depth): n for n, node in enumerate(nodes)}
@@ -339,8 +338,7 @@ class Probe:
         tree: Tree,
         records: list[NodeRecord],
         spent: Spent,
-        sampler: torch.Generator,
-        seed: int,
+        randomness: Randomness,
         ledger: Ledger,
     ) -> tuple[list[NodeRecord], list[list[Outcomes]]]:
         """Targeted continuations: as many of each branch, or where they help most within a budget."""
@@ -368,7 +366,7 @@ class Probe:
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
                     eos_token_ids=self.eos_token_ids,
-                    generator=sampler,
+                    randomness=randomness,
                     batch_size=config.batch_size,
                     memory=config.memory,
                     spent=spent,
@@ -396,7 +394,7 @@ class Probe:
                 sample,
                 lambda: look(tree, gather(seen()), expected),
                 width,
-                np.random.default_rng(seed),
+                np.random.default_rng(randomness.key("rounds")),
             )
         outcomes = [tree.at(n) for n in range(len(records))]
         return [with_outcomes(record, row) for record, row in zip(records, outcomes, strict=True)], outcomes

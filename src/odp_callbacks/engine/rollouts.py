@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from odp_callbacks.engine.decoders import read_prefixes, sample_continuations
 from odp_callbacks.engine.prefixes import Start
 from odp_callbacks.engine.prompts import Question
+from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.verifier import Verifier
 
 
@@ -60,10 +61,13 @@ def sample_rollouts(
     max_new_tokens: int,
     temperature: float,
     eos_token_ids: Sequence[int],
-    generator: torch.Generator | None,
+    randomness: Randomness | None,
     batch_size: int,
 ) -> list[Rollout]:
     """Sample ``per_question`` responses to each question; each prompt is prefilled once.
+
+    With ``randomness`` a question's responses depend on its id, and not on the other questions; None draws from
+    torch's global stream.
 
     Returns:
         ``len(questions) * per_question`` rollouts, those of one question together.
@@ -74,13 +78,16 @@ def sample_rollouts(
         for i, q in enumerate(questions)
         for _ in range(per_question)
     ]
+    keys = None
+    if randomness is not None:
+        keys = [randomness.key(q.id, "rollout", i) for q in questions for i in range(per_question)]
     sampled = sample_continuations(
         model,
         prefixes,
         starts,
         temperature=temperature,
         eos_token_ids=eos_token_ids,
-        generator=generator,
+        keys=keys,
         batch_size=batch_size,
     )
     return [

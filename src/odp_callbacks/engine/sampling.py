@@ -20,7 +20,7 @@ class Continuation:
 
 
 def sample_tokens(
-    logits: Tensor, temperature: float, generator: torch.Generator | None = None, most_elements: int = 2**18
+    logits: Tensor, temperature: float, draws: Tensor | None = None, most_elements: int = 2**18
 ) -> tuple[Tensor, Tensor]:
     r"""Draw one token for each row from :math:`\mathrm{softmax}(z / \tau)`, without any restriction.
 
@@ -31,7 +31,8 @@ def sample_tokens(
     Args:
         logits: ``(B, V)``, floating.
         temperature: Positive.
-        generator: Random stream on the device of ``logits``; None for torch's global one.
+        draws: ``(B, 2)`` float64, uniform in [0, 1), of which the tokens are a function; None draws them from torch's
+            global stream.
         most_elements: The most weights to hold at a time.
 
     Returns:
@@ -46,14 +47,15 @@ def sample_tokens(
     """
     warp = TemperatureLogitsWarper(float(temperature))
     size = -(-logits.shape[-1] // BLOCK) * BLOCK
+    rows = max(1, most_elements // size)
+    u_all = torch.rand(len(logits), 2, dtype=torch.float64, device=logits.device) if draws is None else draws
     tokens, sound = [], []
-    for part in logits.split(max(1, most_elements // size)):
+    for part, u in zip(logits.split(rows), u_all.split(rows), strict=True):
         z = warp(None, part if part.dtype == torch.float64 else part.float())
         weights = F.pad((z - z.amax(dim=-1, keepdim=True)).exp_(), (0, size - z.shape[-1]))
         blocks = weights.unflatten(-1, (-1, BLOCK))  # (B, V / 256, 256)
-        u = torch.rand(2, len(part), 1, dtype=torch.float64, device=logits.device, generator=generator)
-        which, total = _invert(blocks.sum(dim=-1, dtype=torch.float64), u[0])
-        inside, _ = _invert(blocks[torch.arange(len(part), device=logits.device), which].double(), u[1])
+        which, total = _invert(blocks.sum(dim=-1, dtype=torch.float64), u[:, :1])
+        inside, _ = _invert(blocks[torch.arange(len(part), device=logits.device), which].double(), u[:, 1:])
         tokens.append(which * BLOCK + inside)
         sound.append(total.isfinite())
     # A row without a distribution must still give a token that an embedding has.

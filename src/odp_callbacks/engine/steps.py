@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.engine.success import Outcomes
-from odp_callbacks.records import NodeRecord, StepSums
+from odp_callbacks.records import NodeRecord, StepSums, step_sums
 
 SKETCH = 2**16
 """Longer vectors are sketched to so many numbers."""
@@ -43,13 +43,12 @@ class StepAccumulator:
         self._group(question, correct)[:2] += self._sketch(halves)
 
     def sums(self) -> StepSums:
-        """Inner products of all sums."""
+        """The sums, and their inner products."""
         keys = list(self._sums)
-        if not keys:
-            return StepSums((), (), np.zeros((0, 2 + self.teachers, 0, 2 + self.teachers)))
-        rows = torch.cat([self._sums[key] for key in keys]).double()
-        gram = (rows @ rows.mT).reshape(len(keys), 2 + self.teachers, len(keys), 2 + self.teachers)
-        return StepSums(tuple(q for q, _ in keys), tuple(c for _, c in keys), gram.numpy().copy())
+        vectors = torch.zeros(0, 2 + self.teachers, self.length)
+        if keys:
+            vectors = torch.stack([self._sums[key] for key in keys])
+        return step_sums(tuple(q for q, _ in keys), tuple(c for _, c in keys), vectors.numpy())
 
     def _group(self, question: str, correct: bool) -> Tensor:
         key = question, correct

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from odp_callbacks.engine.branches import Branch
 from odp_callbacks.engine.decoders import Prefixes, sample_continuations
 from odp_callbacks.engine.nodes import Node
 from odp_callbacks.engine.prefixes import Start
+from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.rollouts import Rollout, response_text
 from odp_callbacks.engine.sampling import Continuation
 from odp_callbacks.engine.verifier import Verifier
@@ -65,6 +65,8 @@ class Tree:
     Attributes:
         group: For each node, which prefix it has; nodes of one question with the same prefix are one group.
         first: For each group, its first node.
+        names: For each group, what names its random draws: the question's id and the prefix.
+        asked: For each group and branch, how many continuations were started there.
     """
 
     def __init__(self, rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> None:
@@ -72,11 +74,13 @@ class Tree:
         self._place: dict[tuple[int, Response], int] = {}
         self.group: list[int] = []
         self.first: list[int] = []
+        self.names: list[tuple[str, Response]] = []
         for n, node in enumerate(nodes):
             key = id(rollouts[node.rollout].question), self.prefix(n)
             if key not in self._place:
                 self._place[key] = len(self.first)
                 self.first.append(n)
+                self.names.append((rollouts[node.rollout].question.id, self.prefix(n)))
             self.group.append(self._place[key])
         self._depths: dict[int, set[int]] = {}
         for question, prefix in self._place:
@@ -89,6 +93,7 @@ class Tree:
             self._taken[g].append(rollouts[nodes[n].rollout].response_ids[nodes[n].depth])
         self.branches: list[list[Branch]] = []
         self.outcomes: list[list[Outcomes]] = []
+        self.asked: list[list[int]] = []
         self.length: list[tuple[int, int]] = []
 
     def prefix(self, node: int) -> Response:
@@ -105,6 +110,7 @@ class Tree:
         self.branches = list(branches)
         self.outcomes = [[Outcomes() for _ in row] for row in branches]
         self.length = [(0, 0)] * len(self.branches)
+        self.asked = [[0] * len(row) for row in branches]
 
     def add(self, group: int, branch: int, response: Response, reward: float) -> None:
         """Add a finished continuation to its branch, and to every branch that it passed on its way."""
@@ -148,7 +154,7 @@ def measure_success(
     max_new_tokens: int,
     temperature: float,
     eos_token_ids: Sequence[int],
-    generator: torch.Generator | None,
+    randomness: Randomness,
     batch_size: int,
     memory: float | None = None,
     spent: Spent,
@@ -168,7 +174,7 @@ def measure_success(
         max_new_tokens: Limit of the whole response.
         temperature: Sampling temperature.
         eos_token_ids: Tokens that end a response.
-        generator: Random stream on the model's device.
+        randomness: A continuation's draws depend on its question, its prefix and its place among its branch's own.
         batch_size: The most continuations at a time.
         memory: The most bytes that they may take; None for half of what is free.
         spent: Added to.
@@ -176,6 +182,7 @@ def measure_success(
     """
     starts: list[Start] = []
     owners: list[tuple[int, int]] = []
+    keys: list[int] = []
     finished: list[tuple[int, int]] = []
     for g, first in enumerate(tree.first):
         node = tree.nodes[first]
@@ -188,6 +195,9 @@ def measure_success(
                 continue
             starts += [Start(node.rollout, prompt + node.depth, branch.token, left)] * allocation[g][b]
             owners += [(g, b)] * allocation[g][b]
+            for _ in range(allocation[g][b]):
+                keys.append(randomness.key(tree.names[g], branch.token, tree.asked[g][b]))
+                tree.asked[g][b] += 1
     scoring = verifier.open()
 
     responses: dict[int, Response] = {}
@@ -216,7 +226,7 @@ def measure_success(
         starts,
         temperature=temperature,
         eos_token_ids=eos_token_ids,
-        generator=generator,
+        keys=keys,
         batch_size=batch_size,
         memory=memory,
         finished=take,
