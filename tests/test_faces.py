@@ -112,7 +112,9 @@ def test_the_command_line_refuses_what_it_cannot_do(capsys: pytest.CaptureFixtur
         ("--budget", "much"): "--budget",
     }
     for flags, said in refusals.items():
-        with pytest.raises(SystemExit) as stop:
-            main(["demo", *flags])
-        assert stop.value.code == 2
+        try:
+            code = main(["demo", *flags])
+        except SystemExit as stop:  # the parser's own refusal
+            code = int(stop.code or 0)
+        assert code == 2
         assert said in capsys.readouterr().err

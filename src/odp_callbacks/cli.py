@@ -1,10 +1,204 @@
-"""The command line."""
+"""The command line: thin functions whose arguments are the flags, and the keys of a YAML file."""
 
-import argparse
+import json
+import logging
+import math
 import sys
-import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    from jsonargparse import ArgumentParser
+    from rich.box import SIMPLE_HEAVY
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track
+    from rich.table import Table
+except ImportError as missing:
+    raise SystemExit(f"the command line needs more ({missing.name}): pip install 'odp-callbacks[cli]'") from None
+
+
+@dataclass
+class Measure:
+    """How to measure; the fields of :class:`~odp_callbacks.ProbeConfig` that a command line can give.
+
+    Attributes:
+        rollouts_per_question: Student rollouts of each question.
+        max_new_tokens: Limit of a response, in tokens.
+        temperature: Of sampling, and of both models in the loss.
+        continuations: Continuations of each branch, where no budget is given.
+        budget: Tokens to spend on continuations, over all questions; 0 for none at all.
+        nodes: Which tokens are measured: exponential, every, uniform, entropy.
+        max_branches: Likely tokens that are tried at each.
+        tail_draws: Tokens drawn from the rest.
+        divergence: The distillation loss.
+        success_threshold: Reward from which a rollout counts as correct.
+        batch_size: The most sequences sampled at a time.
+    """
+
+    rollouts_per_question: int = 4
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    continuations: int = 4
+    budget: int | None = None
+    nodes: str = "exponential"
+    max_branches: int = 4
+    tail_draws: int = 2
+    divergence: str = "reverse_kl"
+    success_threshold: float = 1.0
+    batch_size: int = 256
+
+
+def diagnose(
+    dataset: str,
+    teachers: dict[str, str],
+    student: str | None = None,
+    adapter: str | None = None,
+    lora_rank: int = 8,
+    reward: str = "task",
+    split: str = "train",
+    questions: int = 16,
+    shots: int = 2,
+    stop: list[str] = [],  # noqa: B006 (jsonargparse shows it as the default)
+    measure: Measure = Measure(),  # noqa: B008
+    seed: int = 0,
+    confidence: float = 0.95,
+    output: str = "diagnosis",
+    as_json: bool = False,
+) -> int:
+    """Which teacher, or which context, would help this student? Measured without any training.
+
+    Args:
+        dataset: A .jsonl, .parquet or .csv file with a column ``prompt``, ``reasoning-gym:<task>``, or a dataset's name
+            on the hub.
+        teachers: By name: ``base``, ``model:<folder or hub name>``, or the student under a context, a template of the
+            dataset's columns such as ``"The answer is {answer}. {prompt}"``.
+        student: Folder or hub name; none for SmolLM2-135M-Instruct.
+        adapter: Folder of a LoRA adapter; none starts a fresh one, on which gradients are taken.
+        lora_rank: Of a fresh adapter.
+        reward: ``task`` (the one that comes with a reasoning-gym task), ``exact`` (equal to the column ``answer``),
+            ``math-verify``, or the import path of a TRL reward function.
+        split: Of a dataset on the hub.
+        questions: How many, the first of the dataset.
+        shots: Solved examples in the prompts of a reasoning-gym task.
+        stop: Texts whose last token also ends a response, such as a line's end.
+        measure: How to measure.
+        seed: Of everything random.
+        confidence: Level of the intervals.
+        output: Folder for records and report; started again with the same arguments, it goes on where it was.
+        as_json: Print the ranking as JSON, and nothing else.
+    """
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from odp_callbacks.demo.student import load_student
+    from odp_callbacks.diagnosis import run_diagnosis
+    from odp_callbacks.engine.config import ProbeConfig
+    from odp_callbacks.engine.teachers import ModelTeacher, as_teachers
+    from odp_callbacks.questions import load_questions, load_reward
+
+    console = Console(stderr=as_json)
+    if questions < 1:
+        raise ValueError(f"`questions` must be a positive integer, but {questions} was given.")
+    ProbeConfig(**asdict(measure))  # refused before a model is loaded
+    as_teachers({name: "base" if kind.startswith("model:") else kind for name, kind in teachers.items()})
+    rows, own = load_questions(dataset, count=questions, split=split, shots=shots, seed=seed)
+    verifier = load_reward(reward, own)
+    model, tokenizer = load_student(student, lambda message: console.print(escape(message)))
+    torch.manual_seed(seed)
+    pupil: Any = (
+        get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM"))
+        if adapter is None
+        else PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    )
+    made: dict[str, Any] = {}
+    for name, kind in teachers.items():
+        made[name] = kind
+        if kind.startswith("model:"):
+            external, its_tokenizer = load_student(kind.removeprefix("model:"), lambda message: None)
+            made[name] = ModelTeacher(external, tokenizer=its_tokenizer)
+    ends = tuple(sorted({tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in stop}))
+    bar = iter(track(range(len(rows)), "questions", console=console, transient=True))
+    folder = Path(output)
+
+    def step(done: int, total: int) -> None:
+        next(bar, None)
+
+    report = run_diagnosis(
+        pupil.eval(),
+        tokenizer,
+        rows,
+        verifier,
+        made,
+        folder,
+        config=ProbeConfig(**asdict(measure), eos_token_ids=ends, step_alignment=False),
+        seed=seed,
+        about={"student": student, "adapter": adapter, "lora_rank": lora_rank, "reward": reward, "teachers": teachers},
+        progress=step,
+    )
+    return _tell(console, [("", report)], folder / "report.html", confidence, as_json)
+
+
+def report(records: list[str], output: str = "report.html", confidence: float = 0.95, as_json: bool = False) -> int:
+    """Build the report of kept records anew.
+
+    Args:
+        records: Folders of records; several are the probes of one run, in this order. A folder that holds folders of
+            records stands for all of them.
+        output: The HTML file.
+        confidence: Level of the intervals.
+        as_json: Print the ranking as JSON, and nothing else.
+    """
+    return _tell(Console(stderr=as_json), _load(records), Path(output), confidence, as_json)
+
+
+def compare(first: str, second: str, confidence: float = 0.95, as_json: bool = False) -> int:
+    """Set two runs or two checkpoints side by side.
+
+    Args:
+        first: Folder of records.
+        second: Folder of records.
+        confidence: Level of the intervals.
+        as_json: Print the differences as JSON, and nothing else.
+    """
+    from odp_callbacks.summaries import SPLITS, summarise
+
+    found = []
+    for folder in (first, second):
+        _, one = _load([folder])[-1]
+        found.append({(s.teacher, s.split): s.figures["predicted_gain"] for s in summarise(one, confidence)})
+    shared = [key for key in found[0] if key in found[1] and key[1] in SPLITS]
+    if not shared:
+        raise ValueError("`first` and `second` have no teacher in common; their records must name one alike.")
+    rows = []
+    for teacher, split in shared:
+        a, b = found[0][teacher, split], found[1][teacher, split]
+        value, half = b.value - a.value, math.hypot(a.half_width, b.half_width)
+        rows.append({
+            "teacher": teacher, "rollouts": split, "first": a.value, "second": b.value, "difference": value,
+            "low": value - half, "high": value + half,
+            "verdict": "second higher" if value > half else "first higher" if -value > half else "cannot tell",
+        })  # fmt: skip
+    if as_json:
+        print(json.dumps(_plain(rows)))
+        return 0
+    table = Table(box=SIMPLE_HEAVY, title="Predicted gain, second less first", show_edge=False)
+    for head in ("teacher", "rollouts", "first", "second", "difference", ""):
+        table.add_column(head, justify="left" if head in ("teacher", "rollouts", "") else "right")
+    for row in rows:
+        between = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        table.add_row(
+            _text(row["teacher"]), str(row["rollouts"]), f"{row['first']:+.3f}", f"{row['second']:+.3f}", between,
+            str(row["verdict"]),
+        )  # fmt: skip
+    table.caption = "Intervals as of independent runs: with the same questions in both they are wider than need be."
+    Console().print(table)
+    return 0
+
+
+FUNCTIONS: tuple[Callable[..., int], ...] = (diagnose, report, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,65 +208,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Of the command line; ``sys.argv`` by default.
 
     Returns:
-        Exit code: 0 when all went well, 1 when the run failed, 2 for a bad argument.
+        Exit code: 0 when all went well, 1 when the run failed, 2 for a bad argument, 130 when interrupted.
     """
+    parser = ArgumentParser(prog="odp-callbacks", description="Is my teacher helping?")
+    commands = parser.add_subcommands(dest="command")
+    for function in FUNCTIONS:
+        one = ArgumentParser(description=(function.__doc__ or "").partition("\n")[0])
+        one.add_argument("--config", action="config", help="A YAML file with these arguments.")
+        positional = {"report": ["records"], "compare": ["first", "second"]}.get(function.__name__, [])
+        for name in positional:
+            one.add_argument(name, **({"nargs": "+", "type": str} if name == "records" else {"type": str}))
+        one.add_argument("--json", action="store_true", help="Print the result as JSON, and nothing else.")
+        skipped: set[str | int] = {*positional, "as_json"}
+        one.add_function_arguments(function, skip=skipped, as_positional=False)
+        commands.add_subcommand(function.__name__, one)
     try:
-        from rich.console import Console
+        from odp_callbacks.demo.run import DemoConfig
 
-        from odp_callbacks.demo.run import DemoConfig, run_demo
-    except ImportError as error:
-        print(f"the demo needs more packages ({error.name}): pip install 'odp-callbacks[demo]'", file=sys.stderr)
-        return 1
-    parser = argparse.ArgumentParser(prog="odp-callbacks", description="Is my teacher helping?")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="distil a real student on two cores and see which teacher helps",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    helps = _attribute_helps(DemoConfig.__doc__ or "")
-    hints = typing.get_type_hints(DemoConfig)
-    for field in fields(DemoConfig):
-        kinds = (hints[field.name], *typing.get_args(hints[field.name]))
-        kind = int if int in kinds else str
-        assert field.default is not MISSING
-        demo.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=_optional(kind) if type(None) in kinds else kind,
-            default=field.default,
-            help=helps[field.name],
-        )
-    options = vars(parser.parse_args(arguments))
-    options.pop("command")
+        demo = ArgumentParser(description="Distil a real student on two cores and see which teacher helps.")
+        demo.add_class_arguments(DemoConfig)
+        commands.add_subcommand("demo", demo)
+    except ImportError:
+        logging.getLogger(__name__).debug("the demo needs the extra `demo`")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    command = options.command
+    given = parser.instantiate(options)[command].as_dict()
+    given.pop("config", None)
+    as_json = given.pop("json", False)
     try:
-        config = DemoConfig(**options)
+        if command == "demo":
+            from odp_callbacks.demo.run import run_demo
+
+            run_demo(DemoConfig(**given), Console())
+            return 0
+        (function,) = (f for f in FUNCTIONS if f.__name__ == command)
+        return int(function(**given, as_json=as_json))
     except ValueError as error:
-        demo.error(str(error))
-    try:
-        run_demo(config, Console())
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"odp-callbacks: {error}", file=sys.stderr)
+        print(f"odp-callbacks {command}: {_text(str(error))}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"odp-callbacks {command}: {_text(str(error))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nodp-callbacks: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def _load(folders: Sequence[str]) -> list[tuple[str, Any]]:
+    from odp_callbacks.storage import load
+
+    found = []
+    for folder in map(Path, folders):
+        inside = sorted(p.parent for p in folder.glob("*/nodes.parquet"))
+        whole = [folder] if (folder / "nodes.parquet").exists() else inside
+        if not whole and (folder / "records" / "nodes.parquet").exists():
+            whole = [folder / "records"]
+        if not whole:
+            raise ValueError(f"`records` names {str(folder)!r}, where there are no records of odp-callbacks.")
+        found += [(one.name, load(one)) for one in whole]
+    return found
+
+
+def _tell(console: Console, several: list[tuple[str, Any]], page: Path, confidence: float, as_json: bool) -> int:
+    from odp_callbacks.ranking import rank
+    from odp_callbacks.report import write_report
+    from odp_callbacks.table import summary_table
+
+    last = several[-1][1]
+    write_report(several if len(several) > 1 else last, page, confidence=confidence)
+    ranking = rank(last, confidence)
+    if as_json:
+        print(json.dumps(_plain({"answer": ranking.answer, "report": str(page), "classes": {
+            split: [asdict(place) for place in places] for split, places in ranking.classes.items()
+        }})))  # fmt: skip
+        return 0
+    console.print(summary_table(last, confidence))
+    console.print(f"\n[bold]{_text(ranking.answer)}[/bold]\nThe report: {_text(str(page))}")
     return 0
 
 
-def _optional(kind: Callable[[str], int | str]) -> Callable[[str], int | str | None]:
-    """Parser of a value that can be ``none``."""
+def _plain(value: Any) -> Any:
+    """What JSON can hold: no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    def value(text: str) -> int | str | None:
-        return None if text.lower() == "none" else kind(text)
 
-    return value
-
-
-def _attribute_helps(docstring: str) -> dict[str, str]:
-    """Help texts from the ``Attributes:`` of a docstring: each is said once."""
-    lines = docstring.partition("Attributes:")[2].strip().splitlines()
-    helps: dict[str, str] = {}
-    for line in lines:
-        name, _, text = line.strip().partition(":")
-        helps[name] = text.strip().replace("%", "%%")
-    return helps
+def _text(text: object) -> str:
+    """Text that a terminal shows and does not obey."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ class ProbeReport:
         step: Of the summed gradients; None where they were not measured.
         free: No continuations were spent: each node's success is its rollout's own reward against its siblings', so
             only predicted gain exists, and not split by correctness.
+        token_text: Text of every token that is a branch somewhere, by its id.
         in_metric: The same nodes and continuations with gradients measured in another geometry
             (:class:`~odp_callbacks.engine.metric.Metric`), named in its settings; None where none was asked for.
     """
@@ -144,4 +145,5 @@ class ProbeReport:
     settings: Mapping[str, Any] = field(default_factory=dict)
     step: StepSums | None = None
     free: bool = False
+    token_text: Mapping[int, str] = field(default_factory=dict)
     in_metric: "ProbeReport | None" = None

@@ -106,6 +106,7 @@ def load(folder: str | os.PathLike[str]) -> ProbeReport:
         settings=whole["settings"],
         step=None if step is None else _step(step, len(whole["teachers"])),
         free=whole["free"],
+        token_text={int(k): text for k, text in whole["token_text"].items()},
         in_metric=load(path / IN_METRIC) if (path / IN_METRIC).exists() else None,
     )
 
@@ -143,6 +144,7 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
         continuations=sum(report.continuations for report in reports),
         truncated=sum(report.truncated for report in reports),
         seconds=_add(report.seconds for report in reports),
+        token_text={k: text for report in reports for k, text in report.token_text.items()},
         # A step's gradients are of one student at one moment; see :func:`merge`.
         step=first.step if len(reports) == 1 else None,
         in_metric=_in_metric(reports, concatenate),
@@ -284,6 +286,7 @@ def _node_schema(report: ProbeReport) -> pa.Schema:
         if step is None
         else {"question": step.question, "correct": step.correct, "gram": step.gram.ravel().tolist()},
         "free": report.free,
+        "token_text": {str(k): _plain(text) for k, text in report.token_text.items()},
     }
     predictors = sorted({name for node in report.nodes for name in node.predictors})
     return pa.schema(

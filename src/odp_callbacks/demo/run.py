@@ -3,6 +3,7 @@
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import encode_prompt
 from odp_callbacks.engine.teachers import AdapterTeacher, ModelTeacher, Teacher
 from odp_callbacks.records import ProbeReport
+from odp_callbacks.report import write_report
+from odp_callbacks.storage import load
 from odp_callbacks.table import summary_table
 
 
@@ -161,10 +164,12 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
     report = callback.last_report
     assert report is not None
     console.print(summary_table(report))
+    probes = sorted(Path(config.output, "records").glob("step-*"))
+    page = write_report([(probe.name, load(probe)) for probe in probes], Path(config.output, "report.html"))
     share = trainer.callback_metrics["odp/probe/time_share"]
     console.print(
         f"{time.perf_counter() - start:.0f} s in all; {float(share):.0%} of the training's time went into probes.\n"
-        f"See it:  [bold]tensorboard --logdir {config.output}[/bold]"
+        f"See it:  [bold]{page}[/bold] in a browser, and [bold]tensorboard --logdir {config.output}[/bold]"
     )
     return report
 

@@ -213,6 +213,7 @@ class Probe:
             settings={**settings, "geometry": "euclidean"},
             step=sums[0],
             free=config.free,
+            token_text={k: self.tokenizer.decode([k]) for k in sorted({int(k) for r in records for k in r.tokens})},
         )
         if metric is None:
             return report

@@ -1,0 +1,106 @@
+"""What the page shows, as plain rows: computed by the library's own functions, and only put into order here."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from odp_callbacks.estimates import statuses
+from odp_callbacks.evidence import gather
+from odp_callbacks.records import NodeRecord, ProbeReport
+
+LONGEST_PIECE, LONGEST_PROMPT, LONGEST_RESPONSE = 60, 2000, 4000
+"""Characters of a token and of a prompt, and tokens of a response, that are shown; what is cut is said."""
+Z = 1.959964
+"""Of a 95 % interval."""
+
+
+def page_data(report: ProbeReport) -> dict[str, Any]:
+    """Rollouts and nodes as JSON can hold them; a number that does not exist is null.
+
+    Tables, columns first: a node's ``p``, ``q`` and so on are lists over its branches.
+    """
+    evidence = gather(report.nodes, teachers=len(report.teachers))
+    cosine, status = evidence.cosine, statuses(evidence)
+    texts = report.token_text
+    return {
+        "teachers": [shown(name) for name in report.teachers],
+        "free": report.free,
+        "words": {str(k): shown(text) for k, text in texts.items()},
+        "rollouts": [
+            {
+                "question": shown(r.question),
+                "prompt": cut(r.prompt, LONGEST_PROMPT),
+                "pieces": [shown(piece) for piece in r.pieces[:LONGEST_RESPONSE]],
+                "more": max(0, len(r.pieces) - LONGEST_RESPONSE),
+                "reward": number(r.reward),
+                "correct": r.correct,
+                "truncated": r.truncated,
+            }
+            for r in report.rollouts
+        ],
+        "nodes": [
+            {
+                "r": node.rollout,
+                "d": node.depth,
+                "k": node.tokens.tolist(),
+                "t": int(node.taken),
+                "p": numbers(node.probability),
+                "q": [numbers(row) for row in node.teacher_probability],
+                "s": [success(node, a) for a in range(len(node.tokens))],
+                "a": numbers(cosine[n]),
+                "g": numbers(evidence.gain[n]),
+                "u": [str(kind) for kind in status[n]],
+            }
+            for n, node in enumerate(report.nodes)
+            if node.depth < LONGEST_RESPONSE
+        ],
+    }
+
+
+def success(node: NodeRecord, a: int) -> list[float | None]:
+    """Of a branch: estimate, ends of its 95 % interval, and continuations (0: known exactly).
+
+    The interval is Wilson's, with the rewards' mean for a share: for rewards between 0 and 1 it is at least as wide as
+    need be.
+    """
+    n = float(node.count[a])
+    if n == 0:
+        return [None, None, None, 0]
+    mean = float(node.total[a]) / n
+    if node.exact[a]:
+        return [number(mean), number(mean), number(mean), 0]
+    centre, spread = mean + Z * Z / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
+    below = 1 + Z * Z / n
+    return [number(mean), number((centre - spread) / below), number((centre + spread) / below), int(n)]
+
+
+def number(value: float) -> float | None:
+    """Four digits; None for what is no number."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def numbers(values: Any) -> list[float | None]:
+    """:func:`number` of each."""
+    return [number(float(v)) for v in np.asarray(values).ravel()]
+
+
+def shown(text: str) -> str:
+    """A piece of text with its white space and control characters visible, and no longer than a line."""
+    text = text[: LONGEST_PIECE + 1]
+    text = "".join(_sign(c) for c in text)
+    if text and not text.strip():
+        text = "␣" * len(text)
+    return text if len(text) <= LONGEST_PIECE else text[:LONGEST_PIECE] + "…"
+
+
+def cut(text: str, length: int) -> str:
+    """The end of a long text, which is where the question stands."""
+    text = "".join(c if c == "\n" else _sign(c) for c in text[-length:])
+    return text if len(text) < length else "… " + text
+
+
+def _sign(c: str) -> str:
+    if c in "\n\t":
+        return {"\n": "⏎", "\t": "⇥"}[c]
+    return c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"

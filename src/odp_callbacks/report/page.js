@@ -1,0 +1,132 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const $ = (id) => document.getElementById(id);
+  const PAGE = 40;
+  const SCALE = [[127, 59, 8], [224, 130, 20], [254, 224, 182], [247, 247, 247], [216, 218, 235], [128, 115, 172], [45, 0, 75]];
+  const byRollout = data.rollouts.map(() => new Map());
+  data.nodes.forEach((node) => byRollout[node.r].set(node.d, node));
+  let limit = PAGE;
+
+  const make = (tag, cls, text) => {
+    const e = document.createElement(tag);
+    if (cls) e.className = cls;
+    if (text !== undefined) e.textContent = text;
+    return e;
+  };
+  const colour = (value) => {
+    const x = ((value + 1) / 2) * (SCALE.length - 1);
+    const i = Math.min(SCALE.length - 2, Math.floor(x));
+    return SCALE[i].map((c, j) => Math.round(c + (x - i) * (SCALE[i + 1][j] - c)));
+  };
+  const percent = (x) => (x === null ? "–" : x < 0.0005 && x > 0 ? "<0.1 %" : (100 * x).toFixed(1) + " %");
+  const signed = (x) => (x === null ? "undefined" : (x >= 0 ? "+" : "−") + Math.abs(x).toFixed(3));
+  const state = () => ({
+    k: Number($("teacher").value), correct: $("correct").value, from: Number($("from").value || 0),
+    to: $("to").value === "" ? Infinity : Number($("to").value), certain: $("certain").checked, sort: $("sort").value,
+  });
+  const passes = (node, s) => node.d >= s.from && node.d <= s.to && (!s.certain || node.u[s.k] === "defined");
+
+  const chosenRollouts = (s) => {
+    const found = data.rollouts.map((r, i) => i).filter((i) => s.correct === "" || data.rollouts[i].correct === (s.correct === "1"));
+    if (s.sort === "order") return found;
+    const sign = s.sort === "harm" ? 1 : -1;
+    const total = (i) => {
+      let sum = 0;
+      byRollout[i].forEach((node) => { if (passes(node, s) && node.g[s.k] !== null) sum += node.g[s.k]; });
+      return sign * sum;
+    };
+    const keys = new Map(found.map((i) => [i, total(i)]));
+    return found.sort((a, b) => keys.get(a) - keys.get(b));
+  };
+
+  const draw = () => {
+    const s = state(), order = chosenRollouts(s), place = $("rollouts");
+    place.replaceChildren();
+    let count = 0;
+    order.forEach((i) => byRollout[i].forEach((node) => { if (passes(node, s)) count += 1; }));
+    order.slice(0, limit).forEach((i) => place.append(drawRollout(i, s)));
+    $("count").textContent = `${count} measured tokens in ${order.length} rollouts`;
+    $("more").hidden = order.length <= limit;
+  };
+  const drawRollout = (i, s) => {
+    const rollout = data.rollouts[i], box = make("article", "rollout"), head = make("header");
+    head.append("question ", make("bdi", "", rollout.question), ` · ${rollout.correct ? "correct" : "incorrect"} · reward ${rollout.reward}${rollout.truncated ? " · cut at the limit" : ""}`);
+    const response = make("div", "response");
+    rollout.pieces.forEach((piece, d) => {
+      const node = byRollout[i].get(d);
+      const token = make("span", "tok", piece === "" ? "∅" : piece);
+      if (node) {
+        const kind = node.u[s.k];
+        token.classList.add(kind);
+        token.dataset.r = i;
+        token.dataset.d = d;
+        token.tabIndex = 0;
+        token.setAttribute("role", "button");
+        token.setAttribute("aria-label", `${piece}, token ${d}, alignment ${kind === "defined" ? signed(node.a[s.k]) : kind}`);
+        if (!passes(node, s)) token.classList.add("faded");
+        if (kind === "defined" && node.a[s.k] !== null) {
+          const rgb = colour(node.a[s.k]);
+          token.style.background = `rgb(${rgb.join(",")})`;
+          token.style.color = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 140 ? "#000" : "#fff";
+        }
+      }
+      response.append(token);
+    });
+    if (rollout.more) response.append(make("span", "note", ` … and ${rollout.more} more tokens that are not shown`));
+    box.append(head, make("div", "prompt", rollout.prompt), response);
+    return box;
+  };
+
+  const show = (token) => {
+    document.querySelectorAll(".tok.chosen").forEach((e) => e.classList.remove("chosen"));
+    token.classList.add("chosen");
+    const node = byRollout[Number(token.dataset.r)].get(Number(token.dataset.d));
+    const panel = $("panel"), word = (k) => { const w = data.words[k]; return w === undefined ? `token ${k}` : w === "" ? "∅" : w; };
+    panel.replaceChildren();
+    panel.append(make("h2", "", `Token ${node.d} of the response`));
+    const list = make("table");
+    const top = make("tr");
+    ["teacher", "alignment", "predicted gain"].forEach((t) => top.append(make("th", "", t)));
+    list.append(top);
+    data.teachers.forEach((name, k) => {
+      const row = make("tr"), kind = node.u[k];
+      const cell = make("td");
+      cell.append(make("bdi", "", name));
+      row.append(cell, make("td", "", kind === "defined" ? signed(node.a[k]) : kind === "undefined" ? "undefined" : "cannot tell"), make("td", "", signed(node.g[k])));
+      list.append(row);
+    });
+    panel.append(list);
+    const table = make("table"), head = make("tr");
+    ["could stand here", "success", "student p", ...data.teachers.map((t) => `${t} q`)].forEach((t) => head.append(make("th", "", t)));
+    table.append(head);
+    node.k.forEach((id, a) => {
+      const row = make("tr"), name = make("td");
+      name.append(make("span", "word", word(id)));
+      if (a === node.t) name.append(make("span", "note", " taken"));
+      row.append(name);
+      const [mean, low, high, n] = node.s[a];
+      row.append(make("td", "", mean === null ? "not measured" : n === 0 ? `${percent(mean)} known` : `${percent(mean)} (${percent(low)} to ${percent(high)}; ${n})`));
+      row.append(make("td", "", percent(node.p[a])));
+      data.teachers.forEach((_, k) => {
+        const q = node.q[k][a], up = q > node.p[a], cell = make("td", "", percent(q));
+        if (q !== null && Math.abs(q - node.p[a]) > 1e-4) cell.append(make("span", up ? "up" : "down", up ? " ▲ pushed up" : " ▼ pushed down"));
+        row.append(cell);
+      });
+      table.append(row);
+    });
+    panel.append(table, make("p", "note", "success: share of the student's own continuations that reach it, with its 95 % interval and their number"));
+  };
+
+  $("rollouts").addEventListener("mouseover", (e) => { const t = e.target.closest("[data-d]"); if (t) show(t); });
+  $("rollouts").addEventListener("focusin", (e) => { const t = e.target.closest("[data-d]"); if (t) show(t); });
+  $("rollouts").addEventListener("keydown", (e) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
+    if (!step) return;
+    const all = [...document.querySelectorAll("#rollouts [data-d]")], next = all[all.indexOf(document.activeElement) + step];
+    if (next) { next.focus(); e.preventDefault(); }
+  });
+  ["teacher", "correct", "from", "to", "certain", "sort"].forEach((id) => ["input", "change"].forEach((kind) => $(id).addEventListener(kind, () => { limit = PAGE; draw(); })));
+  $("more").addEventListener("click", () => { limit += PAGE; draw(); });
+  draw();
+})();

@@ -1,0 +1,102 @@
+"""The report in a real browser."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+from test_page import HOSTILE, hostile, split
+
+from conftest import MakeReport
+from odp_callbacks.report import write_report
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert binary, "install Debian's package chromium"
+    assert driver, "install Debian's package chromium-driver"
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1400"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+def opened(browser: Any, path: Path) -> None:
+    browser.get(path.as_uri())
+    assert not browser.get_log("browser"), "the console must stay silent"
+
+
+def tokens(browser: Any, extra: str = "") -> list[Any]:
+    found: list[Any] = browser.find_elements(By.CSS_SELECTOR, f"#rollouts .tok[data-d]{extra}")
+    return found
+
+
+def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
+    report = make_report(split)
+    opened(browser, write_report(report, tmp_path / "report.html"))
+    assert "“near”" in browser.find_element(By.ID, "answer").text
+    assert len(tokens(browser)) == len(report.nodes)
+    ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
+    panel = browser.find_element(By.ID, "panel")
+    for text in ("could stand here", "near", "far", "pushed", "%"):
+        assert text in panel.text
+    tokens(browser)[0].send_keys(Keys.ARROW_RIGHT)
+    assert browser.switch_to.active_element == tokens(browser)[1]
+    assert f"Token {report.nodes[1].depth} " in panel.text
+
+    Select(browser.find_element(By.ID, "correct")).select_by_value("0")
+    assert len(browser.find_elements(By.CLASS_NAME, "rollout")) == sum(not r.correct for r in report.rollouts)
+    start = browser.find_element(By.ID, "from")
+    start.clear()
+    start.send_keys("3")
+    assert len(tokens(browser, ":not(.faded)")) == sum(not n.correct and n.depth >= 3 for n in report.nodes)
+    Select(browser.find_element(By.ID, "correct")).select_by_value("")
+    Select(browser.find_element(By.ID, "teacher")).select_by_value("1")
+    Select(browser.find_element(By.ID, "sort")).select_by_value("harm")
+    assert "· correct" in browser.find_element(By.CLASS_NAME, "rollout").text, "the far one harms correct rollouts"
+    Select(browser.find_element(By.ID, "sort")).select_by_value("help")
+    assert "· incorrect" in browser.find_element(By.CLASS_NAME, "rollout").text
+    browser.find_element(By.ID, "certain").click()
+    assert browser.find_element(By.ID, "count").text.endswith("rollouts")
+    assert not browser.get_log("browser")
+
+
+def test_hostile_text_does_nothing(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
+    opened(browser, write_report(hostile(make_report), tmp_path / "<img src=x>.html"))
+    for token in tokens(browser)[:12]:
+        ActionChains(browser).move_to_element(token).perform()
+    assert HOSTILE[0] in browser.find_element(By.ID, "rollouts").text
+    assert len(browser.find_elements(By.TAG_NAME, "script")) == 2
+    assert not browser.find_elements(By.TAG_NAME, "img")
+    assert not browser.get_log("browser")
+
+
+@pytest.mark.parametrize("width", [400, 1300])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_the_window_and_reads_in_both_schemes(
+    browser: Any, make_report: MakeReport, width: int, scheme: str, tmp_path: Path
+) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    many = make_report(
+        lambda c, d: tuple(0.1 * k - 0.3 for k in range(8)), teachers=tuple(f"teacher {k}" for k in range(8))
+    )
+    opened(browser, write_report(many, tmp_path / "report.html"))
+    wider = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    assert wider <= 0 or width == 400
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
