@@ -1,7 +1,8 @@
 """Tiny models, a tiny tokenizer, and a world small enough to enumerate."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -414,3 +415,42 @@ def make_report() -> MakeReport:
         return ProbeReport(teachers, ("m",), tuple(rollouts), tuple(nodes), spent, 4, 0, {"rollouts": 1.0})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    from selenium import webdriver
+
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert binary, "install Debian's package chromium"
+    assert driver, "install Debian's package chromium-driver"
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1400"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "\x00\x1b[31mred\x07", "\u202eright to left",
+    "x" * 100_000, "\ud800", "Ġâ\x80", "{{ 7 * 7 }}", "$\\frac{1}{0}$", "&amp;\u2028<!--", "",
+]  # fmt: skip
+
+
+def split(correct: bool, depth: int) -> tuple[float, ...]:
+    return (0.6, -0.4 if correct else 0.1)
+
+
+def hostile(make_report: MakeReport) -> ProbeReport:
+    report = make_report(split, questions=len(HOSTILE))
+    rollouts = tuple(
+        replace(r, question=HOSTILE[i // 2], prompt=HOSTILE[i // 2], pieces=tuple(HOSTILE), text=HOSTILE[i // 2])
+        for i, r in enumerate(report.rollouts)
+    )
+    nodes = tuple(replace(n, question=rollouts[n.rollout].question) for n in report.nodes)
+    words = dict(enumerate(HOSTILE))
+    return replace(report, rollouts=rollouts, nodes=nodes, teachers=(HOSTILE[0], HOSTILE[3]), token_text=words)

@@ -15,11 +15,11 @@ from odp_callbacks.distillation import OnPolicyDistillation
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
+from odp_callbacks.loggers import log_pictures
 from odp_callbacks.monitor import Host, Monitor
 from odp_callbacks.processes import processes
 from odp_callbacks.progress import ProbeProgress
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.tensorboard import write_tensorboard
 
 StudentLocator = str | Callable[[LightningModule], nn.Module]
 
@@ -277,10 +277,9 @@ class GradientAlignmentCallback(Callback):
         step = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
-            experiment = getattr(logger, "experiment", None) if report is not None and trainer.is_global_zero else None
-            if report is not None and hasattr(experiment, "add_histogram"):
+            if report is not None and trainer.is_global_zero:
                 try:
-                    write_tensorboard(experiment, report, step)
+                    log_pictures(logger, report, step, self.last_report)
                 except Exception as error:
                     self.monitor.say(self.host(trainer), f"no pictures of a probe: {type(error).__name__}: {error}")
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})

@@ -181,7 +181,8 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 try:
-                    write_tensorboard(callback.tb_writer, report, trainer.state.global_step)
+                    step = trainer.state.global_step
+                    write_tensorboard(callback.tb_writer, report, step, self.last_report, prefix="train/")
                 except Exception as error:
                     self.monitor.say(self.host(), f"no pictures of a probe: {type(error).__name__}: {error}")
 

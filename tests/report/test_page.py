@@ -10,33 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import MakeReport
+from conftest import HOSTILE, MakeReport, hostile, split
 from odp_callbacks.evidence import gather
-from odp_callbacks.records import ProbeReport
 from odp_callbacks.report import write_report
 from odp_callbacks.report.data import page_data, success
 from odp_callbacks.report.page import show
 from odp_callbacks.summaries import summarise
-
-HOSTILE = [
-    "<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "\x00\x1b[31mred\x07", "\u202eright to left",
-    "x" * 100_000, "\ud800", "Ġâ\x80", "{{ 7 * 7 }}", "$\\frac{1}{0}$", "&amp;\u2028<!--", "",
-]  # fmt: skip
-
-
-def split(correct: bool, depth: int) -> tuple[float, ...]:
-    return (0.6, -0.4 if correct else 0.1)
-
-
-def hostile(make_report: MakeReport) -> ProbeReport:
-    report = make_report(split, questions=len(HOSTILE))
-    rollouts = tuple(
-        replace(r, question=HOSTILE[i // 2], prompt=HOSTILE[i // 2], pieces=tuple(HOSTILE), text=HOSTILE[i // 2])
-        for i, r in enumerate(report.rollouts)
-    )
-    nodes = tuple(replace(n, question=rollouts[n.rollout].question) for n in report.nodes)
-    words = dict(enumerate(HOSTILE))
-    return replace(report, rollouts=rollouts, nodes=nodes, teachers=(HOSTILE[0], HOSTILE[3]), token_text=words)
 
 
 class Elements(HTMLParser):

@@ -1,35 +1,16 @@
 """The report in a real browser."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
-from test_page import HOSTILE, hostile, split
 
-from conftest import MakeReport
+from conftest import HOSTILE, MakeReport, hostile, split
 from odp_callbacks.report import write_report
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert binary, "install Debian's package chromium"
-    assert driver, "install Debian's package chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1400"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield found
-    found.quit()
 
 
 def opened(browser: Any, path: Path) -> None:

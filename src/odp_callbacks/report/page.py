@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from odp_callbacks import plots
 from odp_callbacks.gates.scoring import score_rules
 from odp_callbacks.inference import Figure
 from odp_callbacks.ranking import rank_analysis
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.report import plots
 from odp_callbacks.report.data import page_data, shown
 from odp_callbacks.summaries import GAP, SPLITS, Analysis, success_rate
 
@@ -67,7 +67,7 @@ def render(several: Sequence[tuple[str, ProbeReport]], title: str, confidence: f
     source = files("odp_callbacks.report")
     trend = None
     if len(several) > 1 and all(other.teachers == report.teachers for _, other in several):
-        trend = Markup(plots.over_steps([(shown(name), other) for name, other in several], confidence))
+        trend = Markup(plots.svg(plots.over_steps([(shown(name), other) for name, other in several], confidence)))
     modules = plots.by_module(analysis)
     return environment.get_template("page.html.jinja").render(
         title=title,
@@ -78,9 +78,9 @@ def render(several: Sequence[tuple[str, ProbeReport]], title: str, confidence: f
         summaries=summaries,
         rate=success_rate(report, confidence),
         rules=[] if report.free else score_rules(report, confidence=confidence),
-        gains=Markup(plots.gains(summaries, report.teachers)),
-        depth=Markup(plots.over_depth(analysis)),
-        modules=None if modules is None else Markup(modules),
+        gains=Markup(plots.svg(plots.gains(summaries, report.teachers))),
+        depth=Markup(plots.svg(plots.over_depth(analysis))),
+        modules=None if modules is None else Markup(plots.svg(modules)),
         trend=trend,
         probe=shown(several[-1][0]),
         # Both are ours; the data is made harmless for the place where it stands.

@@ -1,4 +1,4 @@
-"""The page's plots, as SVG that reads on light and on dark ground."""
+"""Plots of a probe, for TensorBoard and for the report, where they are SVG that reads on light and on dark ground."""
 
 import io
 import warnings
@@ -8,8 +8,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from odp_callbacks.estimates import DEFINED, statuses
+from odp_callbacks.evidence import gather
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.summaries import SPLITS, Analysis, ClassSummary
+from odp_callbacks.summaries import SPLITS, Analysis, ClassSummary, correlations
 
 GREY = "#808080"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
@@ -22,7 +24,7 @@ STYLE = {
 }  # fmt: skip
 
 
-def gains(summaries: Sequence[ClassSummary], teachers: Sequence[str]) -> str:
+def gains(summaries: Sequence[ClassSummary], teachers: Sequence[str]) -> Figure:
     """Predicted gain of each teacher in each class, with its interval."""
     with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 1.3 + 0.28 * len(teachers) * 3), layout="constrained")
@@ -41,10 +43,10 @@ def gains(summaries: Sequence[ClassSummary], teachers: Sequence[str]) -> str:
         axes.axvline(0, color=GREY, linewidth=1)
         axes.set_xlabel("harms  ←  predicted gain: success gained per unit step  →  helps")
         _legend(axes, teachers)
-        return _svg(figure)
+        return figure
 
 
-def over_depth(analysis: Analysis) -> str:
+def over_depth(analysis: Analysis) -> Figure:
     """Predicted gain over depth windows."""
     summaries = analysis.summaries("depth")
     names = list(dict.fromkeys(s.split for s in summaries))
@@ -53,7 +55,7 @@ def over_depth(analysis: Analysis) -> str:
     )
 
 
-def over_steps(reports: Sequence[tuple[str, ProbeReport]], confidence: float) -> str:
+def over_steps(reports: Sequence[tuple[str, ProbeReport]], confidence: float) -> Figure:
     """Predicted gain on all rollouts, probe after probe."""
     summaries = []
     for name, report in reports:
@@ -64,7 +66,7 @@ def over_steps(reports: Sequence[tuple[str, ProbeReport]], confidence: float) ->
     return _lines(summaries, reports[-1][1].teachers, names, names, "probe")
 
 
-def by_module(analysis: Analysis, most: int = 16) -> str | None:
+def by_module(analysis: Analysis, most: int = 16) -> Figure | None:
     """Predicted gain of each teacher in each LoRA module, the strongest first; None where modules are not apart."""
     report = analysis.report
     if len(report.modules) < 2:
@@ -84,12 +86,38 @@ def by_module(analysis: Analysis, most: int = 16) -> str | None:
         axes.set_xticks(np.arange(len(report.teachers)) + 0.5, list(report.teachers))
         axes.invert_yaxis()
         figure.colorbar(picture, ax=axes, label="predicted gain")
-        return _svg(figure)
+        return figure
+
+
+def against_divergence(report: ProbeReport, predictor: str = "reverse_kl", confidence: float = 0.95) -> Figure:
+    """Alignment of each token against a divergence between student and teacher there, with its correlation."""
+    evidence = gather(report.nodes, teachers=len(report.teachers))
+    status = statuses(evidence)
+    found = correlations(report, confidence)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for k, teacher in enumerate(report.teachers):
+            here = status[:, k] == DEFINED
+            x = np.array([node.predictors[predictor][k] for node in report.nodes])[here]
+            r = found[teacher, predictor]
+            told = f"{r.value:+.2f} ({r.low:+.2f} to {r.high:+.2f})" if np.isfinite(r.value) else "undefined"
+            axes.plot(
+                x, evidence.cosine[here, k], MARKERS[k % 8], color=COLOURS[k % 8], alpha=0.5, markersize=4,
+                label=f" {teacher}: correlation {told}",
+            )  # fmt: skip
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.set_ylim(-1.05, 1.05)
+        axes.set_xscale("symlog", linthresh=1e-2)
+        axes.set_xlabel(f"{predictor.replace('_', ' ')} (nats)")
+        axes.set_ylabel("alignment")
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 + (len(report.teachers) > 4))
+        return figure
 
 
 def _lines(
     summaries: Sequence[ClassSummary], teachers: Sequence[str], names: Sequence[str], labels: Sequence[str], axis: str
-) -> str:
+) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.add_subplot()
@@ -106,7 +134,7 @@ def _lines(
         axes.set_xlabel(axis)
         axes.set_ylabel("predicted gain")
         _legend(axes, teachers)
-        return _svg(figure)
+        return figure
 
 
 def _whisker(axes: object, value: float, place: float, low: float, high: float, k: int, *, horizontal: bool) -> None:
@@ -131,10 +159,12 @@ def _short(module: str) -> str:
     return module.removeprefix("model.").replace("layers.", "layer ").replace("self_attn.", "").replace("mlp.", "")
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as SVG for a page: no ground of its own, text as text."""
     out = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        with rc_context(STYLE):
+            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
