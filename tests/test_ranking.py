@@ -1,5 +1,7 @@
 """Who helps, in order and in words."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,14 @@ def test_places_are_by_predicted_gain_and_differences_on_the_same_nodes(make_rep
             if place.behind is not None and not np.isnan(place.gain.value):
                 assert place.behind.value == pytest.approx(places[0].gain.value - place.gain.value)
                 assert place.worse == (place.behind.low > 0)
+
+
+def test_where_success_never_differs_that_is_the_answer(make_report: MakeReport) -> None:
+    report = make_report(lambda correct, depth: (0.6, 0.1))
+    rollouts = tuple(replace(r, reward=0.0) for r in report.rollouts)
+    nodes = tuple(replace(n, total=0 * n.total, total_square=0 * n.total) for n in report.nodes)
+    answer = rank(replace(report, rollouts=rollouts, nodes=nodes)).answer
+    assert answer.startswith("Nothing can be told: every rollout and continuation has the reward 0.")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def diagnose(
     split: str = "train",
     questions: int = 16,
     shots: int = 2,
+    settings: dict[str, Any] = {},  # noqa: B006
     stop: list[str] = [],  # noqa: B006 (jsonargparse shows it as the default)
     measure: Measure = Measure(),  # noqa: B008
     seed: int = 0,
@@ -83,6 +84,7 @@ def diagnose(
         split: Of a dataset on the hub.
         questions: How many, the first of the dataset.
         shots: Solved examples in the prompts of a reasoning-gym task.
+        settings: Of a reasoning-gym task, such as ``{max_digits: 1}``.
         stop: Texts whose last token also ends a response, such as a line's end.
         measure: How to measure.
         seed: Of everything random.
@@ -104,7 +106,7 @@ def diagnose(
         raise ValueError(f"`questions` must be a positive integer, but {questions} was given.")
     ProbeConfig(**asdict(measure))  # refused before a model is loaded
     as_teachers({name: "base" if kind.startswith("model:") else kind for name, kind in teachers.items()})
-    rows, own = load_questions(dataset, count=questions, split=split, shots=shots, seed=seed)
+    rows, own = load_questions(dataset, count=questions, split=split, shots=shots, seed=seed, settings=settings)
     verifier = load_reward(reward, own)
     model, tokenizer = load_student(student, lambda message: console.print(escape(message)))
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Questions for a diagnosis: from a file, from Hugging Face's hub, or made by reasoning-gym; and their rewards."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,13 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 
 
 def load_questions(
-    dataset: str, *, count: int, split: str = "train", shots: int = 2, seed: int = 0
+    dataset: str,
+    *,
+    count: int,
+    split: str = "train",
+    shots: int = 2,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[list[Row], RewardFunction | None]:
     """Rows with a ``prompt``, and the verifier that comes with them, if one does.
 
@@ -26,12 +32,13 @@ def load_questions(
         split: Of a dataset on the hub.
         shots: Solved examples in each prompt of a task.
         seed: Of a task.
+        settings: Of a task, such as ``{"max_digits": 1}``.
 
     Raises:
         ValueError: If there is no such dataset, or it has no column ``prompt``.
     """
     if dataset.startswith(GYM):
-        return _gym(dataset.removeprefix(GYM), count, shots, seed)
+        return _gym(dataset.removeprefix(GYM), count, shots, seed, settings or None)
     from datasets import load_dataset
 
     path = Path(dataset)
@@ -53,15 +60,20 @@ def load_questions(
     return rows, None
 
 
-def _gym(name: str, count: int, shots: int, seed: int) -> tuple[list[Row], RewardFunction]:
+def _gym(
+    name: str, count: int, shots: int, seed: int, settings: Mapping[str, Any] | None
+) -> tuple[list[Row], RewardFunction]:
     try:
         from odp_callbacks.demo.task import make_task
     except ImportError as error:
         raise ValueError(f"`dataset` needs reasoning-gym ({error.name}): pip install 'odp-callbacks[demo]'.") from error
     try:
-        task = make_task(name, questions=4 * count, lines=0, shots=shots, seed=seed)
-    except ValueError as error:
-        raise ValueError(f"`dataset` names the task {name!r}, which reasoning-gym does not have: {error}") from error
+        task = make_task(name, questions=4 * count, lines=0, shots=shots, seed=seed, settings=settings)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"`dataset` names the task {name!r}, which reasoning-gym does not make with `settings` = "
+            f"{dict(settings or {})}: {error}"
+        ) from error
     rows = list({str(row["prompt"]): row for row in task.rows}.values())
     made: list[Row] = []
     for i, row in enumerate(rows[:count]):

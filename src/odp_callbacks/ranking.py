@@ -58,7 +58,18 @@ def rank_analysis(analysis: Analysis) -> Ranking:
             gains.setdefault(summary.split, {})[summary.teacher] = summary.figures["predicted_gain"]
     behind = {(c.split, c.teacher): c.figures["predicted_gain"] for c in analysis.contrasts()}
     classes = {split: _places(split, found, behind) for split, found in gains.items()}
-    return Ranking(classes, _answer(classes["all"]))
+    return Ranking(classes, _never(analysis.report) or _answer(classes["all"]))
+
+
+def _never(report: ProbeReport) -> str:
+    """Where success never differs there is nothing to rank by, and that is what must be said."""
+    rewards = {r.reward for r in report.rollouts} | {float(x) for n in report.nodes for x in n.total / n.count.clip(1)}
+    if len(rewards) > 1:
+        return ""
+    return (
+        f"Nothing can be told: every rollout and continuation has the reward {rewards.pop():g}. Take questions that "
+        "the student sometimes solves, or look at what the reward asks for."
+    )
 
 
 def verdict(figure: Figure) -> str:

@@ -1,7 +1,7 @@
 """The demo's questions: a reasoning-gym task as few-shot prompts, with its exact verifier."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,9 @@ class Task:
     reward: RewardFunction
 
 
-def make_task(name: str, *, questions: int, lines: int, shots: int, seed: int) -> Task:
+def make_task(
+    name: str, *, questions: int, lines: int, shots: int, seed: int, settings: Mapping[str, Any] | None = None
+) -> Task:
     """Make questions; shots, fine-tuning lines and questions are different items of one seeded stream.
 
     Args:
@@ -42,8 +44,10 @@ def make_task(name: str, *, questions: int, lines: int, shots: int, seed: int) -
         lines: How many worked lines for fine-tuning.
         shots: Solved examples in each prompt.
         seed: Of the questions.
+        settings: Of the reasoning-gym dataset; None for :data:`EASY` ones, where there are any.
     """
-    dataset = reasoning_gym.create_dataset(name, size=shots + questions + lines, seed=seed, **EASY.get(name, {}))
+    options = EASY.get(name, {}) if settings is None else settings
+    dataset = reasoning_gym.create_dataset(name, size=shots + questions + lines, seed=seed, **options)
     entries = [dataset[i] for i in range(len(dataset))]
     solved = [_question(e) + _solution(e) for e in entries]
     head = "\n".join(solved[:shots]) + "\n" if shots else ""
