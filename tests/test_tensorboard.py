@@ -47,12 +47,12 @@ def test_the_dashboard_names_scalars_that_there_are(teachers: int, make_report: 
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     known = set(events.Tags()["scalars"])
     series = [s for c in layout.category for chart in c.chart for s in chart.margin.series]
-    assert len(series) == 3 * 4 * teachers + 1
+    assert len(series) == (4 + 3 * 3) * teachers + 1
     for one in series:
         assert {one.value, one.lower, one.upper} <= known
     lines = [tag.strip("^$") for c in layout.category for chart in c.chart for tag in chart.multiline.tag]
     assert set(lines) - {"odp/probe/time_share"} <= known, "the share of time is the monitor's"
-    assert {c.title for c in layout.category} >= {"Predicted gain", "Success and cost"}
+    assert {c.title for c in layout.category} >= {"Predicted gain, all teachers", "Success and cost"}
 
 
 def test_pictures_text_and_hyperparameters(make_report: MakeReport, tmp_path: Path) -> None:

@@ -227,7 +227,9 @@ class GradientAlignmentCallback(Callback):
             first=trainer.is_global_zero,
             processes=processes(),
             context=trainer.precision_plugin.forward_context,
-            progress=lambda: ProbeProgress(trainer.is_global_zero and trainer.progress_bar_callback is not None),
+            progress=lambda: ProbeProgress(
+                trainer.is_global_zero and trainer.progress_bar_callback is not None, rank_zero_info
+            ),
             log=lambda metrics, report: self._log(trainer, metrics, report),
             warn=rank_zero_warn,
             note=rank_zero_info,

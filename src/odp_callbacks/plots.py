@@ -27,7 +27,7 @@ STYLE = {
 def gains(summaries: Sequence[ClassSummary], teachers: Sequence[str]) -> Figure:
     """Predicted gain of each teacher in each class, with its interval."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 1.3 + 0.28 * len(teachers) * 3), layout="constrained")
+        figure = Figure(figsize=(6.0, 1.3 + 0.28 * len(teachers) * 3), layout="constrained")
         axes = figure.add_subplot()
         found = {(s.teacher, s.split): s.figures["predicted_gain"] for s in summaries}
         for i, split in enumerate(SPLITS):
@@ -76,7 +76,7 @@ def by_module(analysis: Analysis, most: int = 16) -> Figure | None:
     names = sorted(report.modules, key=lambda m: -float(strength[m]))[:most]
     values = np.array([[found[t, m] for t in report.teachers] for m in names])
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 1.2 + 0.24 * len(names)), layout="constrained")
+        figure = Figure(figsize=(6.0, 1.2 + 0.24 * len(names)), layout="constrained")
         axes = figure.add_subplot()
         top = float(np.nanmax(np.abs(values))) or 1.0
         picture = axes.pcolormesh(
@@ -95,7 +95,7 @@ def against_divergence(report: ProbeReport, predictor: str = "reverse_kl", confi
     status = statuses(evidence)
     found = correlations(report, confidence)
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(6.0, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for k, teacher in enumerate(report.teachers):
             here = status[:, k] == DEFINED
@@ -119,7 +119,7 @@ def _lines(
     summaries: Sequence[ClassSummary], teachers: Sequence[str], names: Sequence[str], labels: Sequence[str], axis: str
 ) -> Figure:
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        figure = Figure(figsize=(6.0, 3.0), layout="constrained")
         axes = figure.add_subplot()
         found = {(s.teacher, s.split): s.figures["predicted_gain"] for s in summaries}
         for k, teacher in enumerate(teachers):

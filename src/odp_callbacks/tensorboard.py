@@ -14,7 +14,7 @@ from odp_callbacks.summaries import GAP, SPLITS, Analysis, summarise
 
 CHARTS = {"Predicted gain": "predicted_gain", "Alignment (gain-weighted)": "gain_weighted_alignment",
           "Alignment (token mean)": "alignment"}  # fmt: skip
-"""Categories of the dashboard, and the figure that each shows."""
+"""Titles of a teacher's charts, and the figure that each shows."""
 
 
 def write_tensorboard(
@@ -85,17 +85,17 @@ def write_dashboard(writer: Any, teachers: tuple[str, ...], prefix: str = "") ->
         ]
         return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=series))
 
-    categories = [
-        layout_pb2.Category(
-            title=title,
-            chart=[
-                margin("incorrect - correct" if split == GAP else f"{split} rollouts",
-                       [f"odp/{figure}/{teacher}/{split}" for teacher in teachers])
-                for split in (*SPLITS, GAP)
-            ],
-        )
-        for title, figure in CHARTS.items()
-    ]  # fmt: skip
+    # All of a run's series in a chart have one colour: the first page compares, and then each teacher has its own.
+    compared = [margin(_title(split), [f"odp/predicted_gain/{teacher}/{split}" for teacher in teachers])
+                for split in (*SPLITS, GAP)]  # fmt: skip
+    categories = [layout_pb2.Category(title="Predicted gain, all teachers", chart=compared)]
+    for teacher in teachers:
+        charts = [
+            margin(f"{title}, {_title(split)}", [f"odp/{figure}/{teacher}/{split}"])
+            for title, figure in CHARTS.items()
+            for split in (*SPLITS[1:], GAP)
+        ]
+        categories.append(layout_pb2.Category(title=f"Teacher: {teacher}", chart=charts))
     cost = layout_pb2.MultilineChartContent(
         tag=[f"^{prefix}{tag}$" for tag in ("odp/probe/time_share", "odp/probe/undetermined_share")]
     )
@@ -114,6 +114,10 @@ def write_dashboard(writer: Any, teachers: tuple[str, ...], prefix: str = "") ->
     kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars"))
     value = Summary.Value(tag="custom_scalars__config__", tensor=tensor, metadata=kind)
     writer._get_file_writer().add_summary(Summary(value=[value]))
+
+
+def _title(split: str) -> str:
+    return "incorrect less correct" if split == GAP else f"{split} rollouts"
 
 
 def _end(tag: str, end: str) -> str:

@@ -136,7 +136,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             first=first,
             processes=processes(),
             context=trainer.accelerator.autocast,
-            progress=lambda: ProbeProgress(first and not trainer.args.disable_tqdm),
+            progress=lambda: ProbeProgress(first and not trainer.args.disable_tqdm, log.info if first else None),
             log=self._log,
             warn=lambda message: warnings.warn(message, stacklevel=2) if first else None,
             note=lambda message: log.info(message) if first else None,
