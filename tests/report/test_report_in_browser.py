@@ -1,8 +1,10 @@
 """The report in a real browser."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -25,11 +27,14 @@ def tokens(browser: Any, extra: str = "") -> list[Any]:
 
 def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
     report = make_report(split)
+    apart = tuple(replace(n, gram=np.concatenate([0.7 * n.gram, 0.3 * n.gram])) for n in report.nodes)
+    report = replace(report, nodes=apart, modules=("layers.0.q_proj", "layers.1.q_proj"))
     opened(browser, write_report(report, tmp_path / "report.html"))
     assert "“near”" in browser.find_element(By.ID, "answer").text
     assert len(tokens(browser)) == len(report.nodes)
     ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
     panel = browser.find_element(By.ID, "panel")
+    assert "By module" in browser.find_element(By.TAG_NAME, "main").text
     for text in ("could stand here", "near", "far", "pushed", "%"):
         assert text in panel.text
     tokens(browser)[0].send_keys(Keys.ARROW_RIGHT)
