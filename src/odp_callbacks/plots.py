@@ -75,10 +75,11 @@ def by_module(analysis: Analysis, most: int = 16) -> Figure | None:
     strength = {m: np.nanmax([abs(found[t, m]) for t in report.teachers] + [0.0]) for m in report.modules}
     names = sorted(report.modules, key=lambda m: -float(strength[m]))[:most]
     values = np.array([[found[t, m] for t in report.teachers] for m in names])
+    finite = np.abs(values[np.isfinite(values)])
+    top = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     with rc_context(STYLE):
         figure = Figure(figsize=(6.0, 1.2 + 0.24 * len(names)), layout="constrained")
         axes = figure.add_subplot()
-        top = float(np.nanmax(np.abs(values))) or 1.0
         picture = axes.pcolormesh(
             np.ma.masked_invalid(values), cmap="PuOr", vmin=-top, vmax=top, edgecolor=GREY, lw=0.3
         )

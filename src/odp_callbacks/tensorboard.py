@@ -86,16 +86,17 @@ def write_dashboard(writer: Any, teachers: tuple[str, ...], prefix: str = "") ->
         return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=series))
 
     # All of a run's series in a chart have one colour: the first page compares, and then each teacher has its own.
+    # TensorBoard shows the last chart of a page first.
     compared = [margin(_title(split), [f"odp/predicted_gain/{teacher}/{split}" for teacher in teachers])
                 for split in (*SPLITS, GAP)]  # fmt: skip
-    categories = [layout_pb2.Category(title="Predicted gain, all teachers", chart=compared)]
+    categories = [layout_pb2.Category(title="Predicted gain, all teachers", chart=compared[::-1])]
     for teacher in teachers:
         charts = [
             margin(f"{title}, {_title(split)}", [f"odp/{figure}/{teacher}/{split}"])
             for title, figure in CHARTS.items()
             for split in (*SPLITS[1:], GAP)
         ]
-        categories.append(layout_pb2.Category(title=f"Teacher: {teacher}", chart=charts))
+        categories.append(layout_pb2.Category(title=f"Teacher: {teacher}", chart=charts[::-1]))
     cost = layout_pb2.MultilineChartContent(
         tag=[f"^{prefix}{tag}$" for tag in ("odp/probe/time_share", "odp/probe/undetermined_share")]
     )

@@ -110,12 +110,12 @@
       row.append(make("td", "", percent(node.p[a])));
       data.teachers.forEach((_, k) => {
         const q = node.q[k][a], up = q > node.p[a], cell = make("td", "", percent(q));
-        if (q !== null && Math.abs(q - node.p[a]) > 1e-4) cell.append(make("span", up ? "up" : "down", up ? " ▲ pushed up" : " ▼ pushed down"));
+        if (q !== null && Math.abs(q - node.p[a]) > 1e-4) cell.append(make("span", up ? "up" : "down", up ? " ▲" : " ▼"));
         row.append(cell);
       });
       table.append(row);
     });
-    panel.append(table, make("p", "note", "success: share of the student's own continuations that reach it, with its 95 % interval and their number"));
+    panel.append(table, make("p", "note", "success: share of the student's own continuations that reach it, with its 95 % interval and their number; ▲ pushed up, ▼ pushed down by the teacher"));
   };
 
   $("rollouts").addEventListener("mouseover", (e) => { const t = e.target.closest("[data-d]"); if (t) show(t); });
