@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
@@ -33,6 +34,8 @@ def run_diagnosis(
     progress: Callable[[int, int], None] | None = None,
 ) -> ProbeReport:
     """Measure questions one by one, and keep each under ``output/questions``; what is there already is not repeated.
+
+    Within a question continuations are kept as they finish, so that an interruption costs none of them.
 
     A question's random draws depend on the seed and on its place alone, so that an interrupted diagnosis ends with the
     figures of one that was not. A ``budget`` is shared out evenly.
@@ -62,7 +65,9 @@ def run_diagnosis(
     for i, row in enumerate(rows):
         folder = output / "questions" / f"{i:05d}"
         if not folder.exists():
-            save(probe.run([row], seed=seed, ids=[str(i)]), folder)
+            journal = Journal(output / "questions" / f".{i:05d}.journal")
+            save(probe.run([row], seed=seed, ids=[str(i)], journal=journal), folder)
+            journal.remove()
         parts.append(load(folder))
         if progress is not None:
             progress(i + 1, len(rows))

@@ -20,6 +20,7 @@ from odp_callbacks.engine.differentiating import Differentiator, by_question
 from odp_callbacks.engine.directions import distillation_direction
 from odp_callbacks.engine.free import from_rewards, taken_branches
 from odp_callbacks.engine.guest import guest
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.ledger import Ledger
 from odp_callbacks.engine.logits import node_logits, response_logits
 from odp_callbacks.engine.metric import Metric
@@ -132,6 +133,7 @@ class Probe:
         seconds: float | None = None,
         progress: Progress | None = None,
         metric: Metric | None = None,
+        journal: Journal | None = None,
     ) -> ProbeReport:
         """Measure on these rows.
 
@@ -147,14 +149,19 @@ class Probe:
             progress: Called with stage, done, total.
             metric: Also measure in this geometry of the LoRA parameters: the same nodes and continuations, as the
                 report's ``in_metric``.
+            journal: Keeps continuations as they finish, and gives back those of an interrupted probe with this seed,
+                these rows and this student.
         """
         if seconds is not None and self.config.adaptive:
             shorter = copy(self)
             shorter.config = replace(self.config, seconds=min(seconds, self.config.seconds or seconds))
-            return shorter.run(rows, seed=seed, ids=ids, responses=responses, progress=progress, metric=metric)
+            return shorter.run(
+                rows, seed=seed, ids=ids, responses=responses, progress=progress, metric=metric, journal=journal
+            )
         check_student(self.student)  # merged, say, since the probe was made
         with guest(self.student), closing(self._verifier):
-            return self._run(as_questions(rows, self.tokenizer, ids), seed, responses, Ledger(progress), metric)
+            questions = as_questions(rows, self.tokenizer, ids)
+            return self._run(questions, seed, responses, Ledger(progress), metric, journal)
 
     def _run(
         self,
@@ -163,6 +170,7 @@ class Probe:
         responses: Sequence[Sequence[Sequence[int]]] | None,
         ledger: Ledger,
         metric: Metric | None,
+        journal: Journal | None,
     ) -> ProbeReport:
         roots = None if metric is None else metric.roots(self.student)
         self._check_lengths(questions)
@@ -193,7 +201,7 @@ class Probe:
         if config.free:
             records = from_rewards(rollouts, records)
         else:
-            records, outcomes = self._continue(rollouts, tree, records, spent, randomness, ledger)
+            records, outcomes = self._continue(rollouts, tree, records, spent, randomness, ledger, journal)
             if config.step_alignment:
                 self._gradients.add_ideal(rollouts, records, outcomes, student_logits, steps, ledger)
         sums = [step.sums() if config.step_alignment and not config.free else None for step in steps]
@@ -341,6 +349,7 @@ class Probe:
         spent: Spent,
         randomness: Randomness,
         ledger: Ledger,
+        journal: Journal | None,
     ) -> tuple[list[NodeRecord], list[list[Outcomes]]]:
         """Targeted continuations: as many of each branch, or where they help most within a budget."""
         config = self.config
@@ -372,6 +381,7 @@ class Probe:
                     memory=config.memory,
                     spent=spent,
                     progress=progress,
+                    journal=journal,
                 )
             ledger.move("continuations", "verifier", spent.waited - waited)
 

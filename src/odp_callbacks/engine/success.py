@@ -15,6 +15,7 @@ from torch import nn
 
 from odp_callbacks.engine.branches import Branch
 from odp_callbacks.engine.decoders import Prefixes, sample_continuations
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.nodes import Node
 from odp_callbacks.engine.prefixes import Start
 from odp_callbacks.engine.randomness import Randomness
@@ -159,6 +160,7 @@ def measure_success(
     memory: float | None = None,
     spent: Spent,
     progress: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
 ) -> None:
     """Sample continuations from branches, score them, and add their rewards to the tree.
 
@@ -179,6 +181,7 @@ def measure_success(
         memory: The most bytes that they may take; None for half of what is free.
         spent: Added to.
         progress: Called with the number of finished continuations.
+        journal: Keeps continuations as they finish; those that it has already are not sampled.
     """
     starts: list[Start] = []
     owners: list[tuple[int, int]] = []
@@ -220,17 +223,31 @@ def measure_success(
         if progress is not None:
             progress(done)
 
-    sampled = sample_continuations(
+    found = {i: journal.known[key] for i, key in enumerate(keys) if key in journal.known} if journal else {}
+    take(found)
+    missing = [i for i in range(len(starts)) if i not in found]
+
+    def keep(some: dict[int, Continuation]) -> None:
+        own = {missing[j]: continuation for j, continuation in some.items()}
+        if journal is not None:
+            for i, continuation in own.items():
+                journal.put(keys[i], continuation)
+            journal.flush()
+        take(own)
+
+    drawn = sample_continuations(
         model,
         prefixes,
-        starts,
+        [starts[i] for i in missing],
         temperature=temperature,
         eos_token_ids=eos_token_ids,
-        keys=keys,
+        keys=[keys[i] for i in missing],
         batch_size=batch_size,
         memory=memory,
-        finished=take,
+        finished=keep,
     )
+    found.update(zip(missing, drawn, strict=True))
+    sampled = [found[i] for i in range(len(starts))]
     start = time.perf_counter()
     rewards = scoring.rewards()
     spent.waited += time.perf_counter() - start
