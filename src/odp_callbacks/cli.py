@@ -300,7 +300,9 @@ def _plain(value: Any) -> Any:
 
 def _text(text: object) -> str:
     """Text that a terminal shows and does not obey."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
+    from odp_callbacks.text import printable
+
+    return escape(printable(str(text)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from odp_callbacks.certainty import alignment_intervals
 from odp_callbacks.correction import correct
 from odp_callbacks.estimates import DEFINED, UNDEFINED, UNDETERMINED, statuses, teacher_advantage
 from odp_callbacks.evidence import Evidence, gather
@@ -72,6 +73,7 @@ class Analysis:
         self._advantage = np.stack([teacher_advantage(node) for node in report.nodes]) if report.nodes else None
         self.status = statuses(self.evidence)
         self._kept: dict[tuple[int, str], dict[str, Estimator]] = {}
+        self._token_intervals: tuple[Floats, Floats] | None = None
 
     def summaries(self, by: str = "correctness") -> list[ClassSummary]:
         """Figures of each teacher in each class.
@@ -103,6 +105,22 @@ class Analysis:
             for (i, first), (j, second) in combinations(enumerate(self.report.teachers), 2)
             for name, chosen in self._classes("correctness")
         ]
+
+    def token_intervals(self) -> tuple[Floats, Floats]:
+        """Ends of the interval of each token's alignment with each teacher, ``(N, K)`` each.
+
+        NaN where there is no alignment, and everywhere in the free mode: a rollout's own reward tells of the rollout.
+        """
+        if self._token_intervals is None:
+            low, high = alignment_intervals(self.evidence, self.model, self.confidence)
+            none = (self.status != DEFINED) | self.report.free
+            self._token_intervals = np.where(none, np.nan, low), np.where(none, np.nan, high)
+        return self._token_intervals
+
+    def sure(self) -> NDArray[np.bool_]:
+        """Whether a token tells on which side of 0 its alignment lies, ``(N, K)``: its interval excludes 0."""
+        low, high = self.token_intervals()
+        return (low > 0) | (high < 0)
 
     def _classes(self, by: str) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         evidence = self.evidence

@@ -13,6 +13,7 @@ from odp_callbacks.gates.scoring import RuleScore
 from odp_callbacks.inference import Figure
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.summaries import GAP, Analysis, ClassSummary, success_rate
+from odp_callbacks.text import LONGEST, shown
 
 COLUMNS = ("predicted_gain", "gain_weighted_alignment", "alignment")
 HEADS = ("predicted\ngain", "gain-weighted\nalignment", "alignment\n(token mean)")
@@ -48,7 +49,7 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
     for summary in analysis.summaries():
         gap = summary.split == GAP
         table.add_row(
-            *_cells(f"[bold]{escape(summary.teacher)}[/bold]\n{'gap' if gap else summary.split}", summary),
+            *_cells(f"[bold]{escape(shown(summary.teacher))}[/bold]\n{'gap' if gap else summary.split}", summary),
             f"{summary.nodes}\n{summary.figures['predicted_gain'].questions}",
             "" if gap else f"{_share(summary.undefined, summary.nodes)}\n{_share(summary.undetermined, summary.nodes)}",
             end_section=gap,
@@ -58,7 +59,9 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
         return Group(table)
     versus = _table("Teacher against teacher, on the same nodes", "first - second")
     for contrast in contrasts:
-        versus.add_row(*_cells(f"[bold]{escape(contrast.teacher)}[/bold]\n{verdict(contrast)}", contrast))
+        versus.add_row(
+            *_cells(f"[bold]{escape(shown(contrast.teacher, 2 * LONGEST))}[/bold]\n{verdict(contrast)}", contrast)
+        )
     return Group(table, "", versus)
 
 
@@ -88,7 +91,7 @@ def rules_table(scores: Sequence[RuleScore]) -> Table:
         ranked = sorted(of_teacher, key=lambda s: np.nan_to_num(s.predicted_gain.value, nan=-np.inf), reverse=True)
         for place, score in enumerate(ranked):
             table.add_row(
-                f"[bold]{escape(teacher)}[/bold]\n{escape(score.rule)}",
+                f"[bold]{escape(shown(teacher))}[/bold]\n{escape(score.rule)}",
                 show(score.predicted_gain),
                 "" if score.gained.low == score.gained.high == 0 else show(score.gained),
                 _percent(score.help_kept.value),

@@ -23,6 +23,8 @@ from odp_callbacks.functional.gradients import evaluating, lora_parameters
 
 Context = str | Callable[[Row], Prompt]
 """A template over the row's columns, or a function from row to prompt."""
+LONGEST_NAME = 100
+"""Characters of a teacher's name."""
 
 Policy = tuple[nn.Module, dict[str, Tensor] | None]
 """A model, and replacements for some of its parameters by name."""
@@ -238,8 +240,11 @@ def as_teachers(teachers: object) -> dict[str, Teacher]:
     if not named:
         raise ValueError("`teachers` is empty; give at least one, such as {'base': BaseTeacher()}.")
     for name in named:
-        if not name or "/" in name:
-            raise ValueError(f"a teacher's name becomes a part of metric names and must have no '/', but got {name!r}.")
+        if not name or "/" in name or not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ValueError(
+                "a teacher's name becomes a part of metric names: it must have no '/', only characters that can be "
+                f"seen, and at most {LONGEST_NAME} of them, but `teachers` got {name[: LONGEST_NAME + 1]!r}."
+            )
     return named
 
 

@@ -8,9 +8,10 @@ import numpy as np
 from odp_callbacks.estimates import statuses
 from odp_callbacks.evidence import gather
 from odp_callbacks.records import NodeRecord, ProbeReport
+from odp_callbacks.text import cut, shown
 
-LONGEST_PIECE, LONGEST_PROMPT, LONGEST_RESPONSE = 60, 2000, 4000
-"""Characters of a token and of a prompt, and tokens of a response, that are shown; what is cut is said."""
+LONGEST_PROMPT, LONGEST_RESPONSE = 2000, 4000
+"""Characters of a prompt, and tokens of a response, that are shown; what is cut is said."""
 Z = 1.959964
 """Of a 95 % interval."""
 
@@ -83,24 +84,3 @@ def number(value: float) -> float | None:
 def numbers(values: Any) -> list[float | None]:
     """:func:`number` of each."""
     return [number(float(v)) for v in np.asarray(values).ravel()]
-
-
-def shown(text: str) -> str:
-    """A piece of text with its white space and control characters visible, and no longer than a line."""
-    text = text[: LONGEST_PIECE + 1]
-    text = "".join(_sign(c) for c in text)
-    if text and not text.strip():
-        text = "␣" * len(text)
-    return text if len(text) <= LONGEST_PIECE else text[:LONGEST_PIECE] + "…"
-
-
-def cut(text: str, length: int) -> str:
-    """The end of a long text, which is where the question stands."""
-    text = "".join(c if c == "\n" else _sign(c) for c in text[-length:])
-    return text if len(text) < length else "… " + text
-
-
-def _sign(c: str) -> str:
-    if c in "\n\t":
-        return {"\n": "⏎", "\t": "⇥"}[c]
-    return c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"

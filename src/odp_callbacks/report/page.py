@@ -15,8 +15,9 @@ from odp_callbacks.gates.scoring import score_rules
 from odp_callbacks.inference import Figure
 from odp_callbacks.ranking import rank_analysis
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.report.data import page_data, shown
+from odp_callbacks.report.data import page_data
 from odp_callbacks.summaries import GAP, SPLITS, Analysis, success_rate
+from odp_callbacks.text import shown
 
 
 def write_report(

@@ -1,0 +1,62 @@
+"""Text that users and models wrote, made fit to be shown: whatever stands in it stays text of a bounded length."""
+
+import unicodedata
+
+LONGEST = 60
+"""Characters of a token or a name that are shown."""
+
+
+def shown(text: str, longest: int = LONGEST) -> str:
+    r"""A piece of text with its white space and control characters visible, and no longer than a line.
+
+    Lone surrogates, control characters and marks that reorder text become the replacement character.
+
+    Args:
+        text: Whatever.
+        longest: Characters that are kept; more are cut, which an ellipsis says.
+
+    Example:
+        >>> shown("a\nb\x1b"), shown("  "), shown("abcdef", 3)
+        ('a⏎b�', '␣␣', 'abc…')
+    """
+    text = "".join(_sign(c) for c in text[: longest + 1])
+    if text and not text.strip():
+        text = "␣" * len(text)
+    return text if len(text) <= longest else text[:longest] + "…"
+
+
+def cut(text: str, longest: int) -> str:
+    r"""The end of a long text, which is where the question stands; line breaks are kept.
+
+    Example:
+        >>> cut("first\nlast", 4)
+        '… last'
+    """
+    end = printable(text[-longest:])
+    return end if len(text) <= longest else "… " + end
+
+
+def printable(text: str) -> str:
+    r"""The same text with its line breaks and spaces, and nothing else that a screen would obey.
+
+    Example:
+        >>> printable("a\n\x1b[31mb")
+        'a\n�[31mb'
+    """
+    return "".join(c if c == "\n" else _sign(c) for c in text)
+
+
+def wide(text: str) -> int:
+    """Columns of a monospaced font that a text takes: two for each wide character of East Asia, none for marks.
+
+    Example:
+        >>> wide("ab"), wide("日本")
+        (2, 4)
+    """
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _sign(c: str) -> str:
+    if c in "\n\t":
+        return {"\n": "⏎", "\t": "⇥"}[c]
+    return c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"
