@@ -58,8 +58,9 @@ def test_the_dashboard_names_scalars_that_there_are(teachers: int, make_report: 
 def test_pictures_text_and_hyperparameters(make_report: MakeReport, tmp_path: Path) -> None:
     events = written(tmp_path, make_report(split), make_report(split, seed=1))
     tags = events.Tags()
-    images = {"odp/rollout/correct", "odp/rollout/incorrect", "odp/pictures/gain", "odp/pictures/depth"}
-    assert set(tags["images"]) >= images | {"odp/pictures/divergence"}
+    images = {"odp/rollout/correct", "odp/rollout/incorrect", "odp/pictures/gain"}
+    both = {f"odp/pictures/{what}_over_depth" for what in ("alignment", "gain")}
+    assert set(tags["images"]) == images | both | {"odp/pictures/alignment_against_divergence"}
     text = {
         tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in tags["tensors"] if "text" in tag
     }

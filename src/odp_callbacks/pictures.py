@@ -1,82 +1,80 @@
-"""Pictures of a probe, as matplotlib figures. Purple helps, orange hurts: told apart by colour-blind eyes too."""
+"""A rollout as a picture, its tokens coloured by alignment. Purple helps and orange hurts, for any eyes."""
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from odp_callbacks.estimates import DEFINED, UNDEFINED, statuses
-from odp_callbacks.evidence import gather
-from odp_callbacks.records import ProbeReport
+from odp_callbacks.estimates import DEFINED, UNDEFINED
+from odp_callbacks.summaries import Analysis
+from odp_callbacks.text import shown, wide
 
 COLOURS = "PuOr"
-LINE, MIN_LINE = 88, 36  # characters: the longest a line gets, and the shortest a picture is wide
+FRAMES = LinearSegmentedColormap.from_list("frames", ["#b35806", "#8c8c8c", "#542788"])
+"""Of the frames around tokens whose side is not sure: the same ends, and a middle that is seen on white."""
+LINE, LEAST_LINE = 88, 64
+"""Columns: the longest that a line gets, and the shortest that a picture is wide."""
+MOST_LINES, LEAST_LINES = 40, 4
+"""Lines of a picture, shared by its teachers, and how many each has at least."""
+KEY = "filled: 95 % sure of the side · coloured frame: not sure · dashed: cannot tell · dotted: no alignment here"
+
+Line = list[tuple[int, int, str]]
 
 
-def telling_rollout(report: ProbeReport, correct: bool) -> int | None:
-    """The rollout of this class with the most nodes that have an alignment; None if the class is empty."""
-    counts = {i: 0 for i, rollout in enumerate(report.rollouts) if rollout.correct == correct}
-    defined = (statuses(gather(report.nodes, teachers=len(report.teachers))) == DEFINED).sum(axis=1)
-    for node, count in zip(report.nodes, defined, strict=True):
+def telling_rollout(analysis: Analysis, correct: bool) -> int | None:
+    """The rollout of this class with the most tokens whose side is sure, then that have an alignment; None if none."""
+    report = analysis.report
+    counts = {i: (0, 0) for i, rollout in enumerate(report.rollouts) if rollout.correct == correct}
+    sure, defined = analysis.sure().sum(axis=1), (analysis.status == DEFINED).sum(axis=1)
+    for n, node in enumerate(report.nodes):
         if node.rollout in counts:
-            counts[node.rollout] += int(count)
+            before = counts[node.rollout]
+            counts[node.rollout] = before[0] + int(sure[n]), before[1] + int(defined[n])
     return max(counts, key=lambda i: counts[i]) if counts else None
 
 
-def rollout_figure(report: ProbeReport, index: int) -> Figure:
+def rollout_figure(analysis: Analysis, index: int) -> Figure:
     """One rollout, once for each teacher, each token coloured by its alignment with that teacher.
 
-    Tokens that were not measured are plain; measured ones without an alignment have a dashed frame if undetermined, a
-    dotted one if undefined.
+    A token is filled with its colour where its interval excludes 0, and only framed in it where not. One without an
+    alignment has a dashed frame if the continuations cannot tell, a dotted one if no alignment exists. Tokens that were
+    not measured are plain; of a long response only lines with measured tokens are shown.
 
     Args:
-        report: A probe's report.
+        analysis: Of a probe's report.
         index: Which of its rollouts.
     """
-    rollout = report.rollouts[index]
-    here = [n for n in report.nodes if n.rollout == index]
-    evidence = gather(here, teachers=len(report.teachers))
-    cosine, status = evidence.cosine, statuses(evidence)
-    place = {node.depth: n for n, node in enumerate(here)}
-    lines = _lines(rollout.pieces)
-    height = 0.9 + 0.3 * (len(lines) + 1) * len(report.teachers)
+    report = analysis.report
+    rollout, teachers = report.rollouts[index], report.teachers
+    place = {node.depth: n for n, node in enumerate(report.nodes) if node.rollout == index}
+    cosine, status, sure = analysis.evidence.cosine, analysis.status, analysis.sure()
+    lines, hidden = _excerpt(_lines(rollout.pieces), set(place), max(LEAST_LINES, MOST_LINES // len(teachers)))
+    rows = len(lines) + 1
     # As wide as the text: TensorBoard shrinks a picture to its card, and empty space would shrink the words.
-    columns = max([MIN_LINE, *(x + len(piece) + 1 for line in lines for x, _, piece in line)])
-    figure = Figure(figsize=(1.2 + 0.1 * columns, height), facecolor="white", layout="constrained")
+    columns = max([LEAST_LINE, *(x + wide(piece) + 1 for line in lines for x, _, piece in line)])
+    figure = Figure(figsize=(1.2 + 0.085 * columns, 1.2 + 0.3 * rows * len(teachers)), facecolor="white")
+    figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     axes.set_xlim(0, columns)
-    axes.set_ylim((len(lines) + 1) * len(report.teachers), -0.2)
+    axes.set_ylim(rows * len(teachers) + 0.4, -0.2)
     axes.axis("off")
     said = "correct" if rollout.correct else "incorrect"
-    question = rollout.prompt.strip().splitlines()[-1] if rollout.prompt.strip() else rollout.prompt
-    # A dollar sign would start matplotlib's mathematics.
-    axes.set_title(f"{said}, question {rollout.question}: {question[-70:]}".replace("$", r"\$"), loc="left", fontsize=9)
-    for k, teacher in enumerate(report.teachers):
-        top = k * (len(lines) + 1)
-        axes.text(0, top + 0.35, teacher, fontsize=9, fontweight="bold", va="center", parse_math=False)
+    asked = shown((rollout.prompt.strip() or " ").splitlines()[-1][-50:], 50)
+    title = f"{said}, question {shown(rollout.question, 16)}: {asked}"
+    axes.set_title(title, loc="left", fontsize=9, parse_math=False)
+    for k, teacher in enumerate(teachers):
+        top = k * rows
+        axes.text(0, top + 0.35, shown(teacher, 40), fontsize=9, fontweight="bold", va="center", parse_math=False)
         for row, line in enumerate(lines):
             for x, depth, piece in line:
                 n = place.get(depth)
-                box = None
-                colour = "#888888"
-                if n is not None:
-                    value, known = float(cosine[n, k]), str(status[n, k])
-                    style = {DEFINED: "-", UNDEFINED: ":"}.get(known, "--")
-                    face = colormaps[COLOURS]((value + 1) / 2) if known == DEFINED else "white"
-                    box = {"facecolor": face, "edgecolor": "#666666", "linestyle": style, "pad": 1.6, "linewidth": 0.7}
-                    colour = "white" if known == DEFINED and abs(value) > 0.6 else "black"
-                axes.text(
-                    x,
-                    top + row + 1.1,
-                    piece,
-                    fontsize=8.5,
-                    family="monospace",
-                    color=colour,
-                    bbox=box,
-                    va="center",
-                    parse_math=False,
-                )
+                known = "" if n is None else str(status[n, k])
+                value = 0.0 if n is None else float(cosine[n, k])
+                _token(axes, x, top + row + 1.1, piece, known, value, n is not None and bool(sure[n, k]))
+    more = f"; {hidden} more measured tokens are not shown" if hidden else ""
+    axes.text(0, rows * len(teachers) + 0.2, KEY + more, fontsize=7, color="#555555", va="center", parse_math=False)
     scale = ScalarMappable(Normalize(-1, 1), COLOURS)
     bar = figure.colorbar(scale, ax=axes, fraction=0.025, pad=0.01, ticks=np.linspace(-1, 1, 5))
     bar.set_label("alignment", fontsize=8)
@@ -84,16 +82,44 @@ def rollout_figure(report: ProbeReport, index: int) -> Figure:
     return figure
 
 
-def _lines(pieces: tuple[str, ...]) -> list[list[tuple[int, int, str]]]:
+def _token(axes: Axes, x: float, y: float, piece: str, known: str, value: float, sure: bool) -> None:
+    box, colour = None, "black" if known else "#888888"
+    if known == DEFINED and sure:
+        box = {"facecolor": colormaps[COLOURS]((value + 1) / 2), "edgecolor": "#444444", "linewidth": 0.7}
+        colour = "white" if abs(value) > 0.6 else "black"
+    elif known == DEFINED:
+        box = {"facecolor": "white", "edgecolor": FRAMES((value + 1) / 2), "linewidth": 1.6}
+    elif known:
+        box = {"facecolor": "white", "edgecolor": "#666666", "linewidth": 0.8}
+        box["linestyle"] = ":" if known == UNDEFINED else "--"
+    box = box and {**box, "pad": 1.6}
+    axes.text(x, y, piece, fontsize=8.5, family="monospace", color=colour, bbox=box, va="center", parse_math=False)
+
+
+def _lines(pieces: tuple[str, ...]) -> list[Line]:
     """Lay pieces out on lines: ``(column, depth, shown)``; white space is shown by its sign."""
-    lines: list[list[tuple[int, int, str]]] = [[]]
+    lines: list[Line] = [[]]
     column = 0
     for depth, piece in enumerate(pieces):
-        shown = piece.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or "∅"
-        shown = "".join(c if c.isprintable() else "�" for c in shown)[:40]
-        if column + len(shown) > LINE - 2 and lines[-1]:
+        text = shown(piece, 40).replace(" ", "·").replace("␣", "·") or "∅"
+        if column + wide(text) > LINE - 2 and lines[-1]:
             lines.append([])
             column = 0
-        lines[-1].append((column, depth, shown))
-        column += len(shown) + 1
+        lines[-1].append((column, depth, text))
+        column += wide(text) + 1
     return lines
+
+
+def _excerpt(lines: list[Line], measured: set[int], most: int) -> tuple[list[Line], int]:
+    """The lines with measured tokens, an ellipsis for each gap, and how many measured tokens did not fit."""
+    found: list[Line] = []
+    skipped, hidden = False, 0
+    for line in lines:
+        here = sum(depth in measured for _, depth, _ in line)
+        if here and len(found) + skipped < most:
+            found += [[(0, -1, "…")]] * skipped + [line]
+            skipped = False
+        else:
+            skipped = True
+            hidden += here
+    return found + [[(0, -1, "…")]] * skipped, hidden

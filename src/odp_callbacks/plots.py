@@ -3,20 +3,31 @@
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
-from odp_callbacks.estimates import DEFINED, statuses
-from odp_callbacks.evidence import gather
+from odp_callbacks.estimates import DEFINED
+from odp_callbacks.inference import Figure as Interval
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.summaries import SPLITS, Analysis, ClassSummary, correlations
+from odp_callbacks.text import shown
 
 GREY = "#808080"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
 """Told apart by colour-blind eyes; the first seven after Okabe and Ito. Every teacher has a marker of its own, too."""
 MARKERS = "osD^vPX*"
+MOST_KINDS = 12
+"""Kinds of module that a map has rows for: the strongest, where there are more."""
+MOST_POINTS = 2000
+"""Of a scatter plot: more hide each other, and make a page large."""
+LINEAR = 0.01
+"""Nats below which the axis of a divergence is linear."""
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "odp-callbacks", "font.size": 10, "text.color": GREY,
     "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
@@ -39,20 +50,19 @@ def gains(summaries: Sequence[ClassSummary], teachers: Sequence[str]) -> Figure:
             [i * (len(teachers) + 1) + (len(teachers) - 1) / 2 for i in range(len(SPLITS))],
             [f"{split} rollouts" for split in SPLITS],
         )
-        axes.invert_yaxis()
+        axes.set_ylim(len(SPLITS) * (len(teachers) + 1) - 1.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=1)
         axes.set_xlabel("harms  ←  predicted gain: success gained per unit step  →  helps")
-        _legend(axes, teachers)
+        _legend(figure, teachers)
         return figure
 
 
-def over_depth(analysis: Analysis) -> Figure:
-    """Predicted gain over depth windows."""
+def over_depth(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Figure:
+    """A figure over depth windows; see :func:`_known` for what stands where it is withheld."""
     summaries = analysis.summaries("depth")
     names = list(dict.fromkeys(s.split for s in summaries))
-    return _lines(
-        summaries, analysis.report.teachers, names, [n.removeprefix("depth ") for n in names], "response token"
-    )
+    labels = [n.removeprefix("depth ") for n in names]
+    return _lines(summaries, figure, analysis.report.teachers, names, labels, "response token")
 
 
 def over_steps(reports: Sequence[tuple[str, ProbeReport]], confidence: float) -> Figure:
@@ -63,66 +73,130 @@ def over_steps(reports: Sequence[tuple[str, ProbeReport]], confidence: float) ->
             if s.split == "all":
                 summaries.append(ClassSummary(s.teacher, name, s.figures, s.nodes, s.undefined, s.undetermined))
     names = [name for name, _ in reports]
-    return _lines(summaries, reports[-1][1].teachers, names, names, "probe")
+    return _lines(summaries, "predicted_gain", reports[-1][1].teachers, names, names, "probe")
 
 
-def by_module(analysis: Analysis, most: int = 16) -> Figure | None:
-    """Predicted gain of each teacher in each LoRA module, the strongest first; None where modules are not apart."""
+def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Figure | None:
+    """A figure in each LoRA module alone: layers across, kinds of module down, a map for each teacher.
+
+    A dot marks cells whose interval excludes 0. None where modules are not apart.
+    """
     report = analysis.report
     if len(report.modules) < 2:
         return None
-    found = {(s.teacher, s.split): s.figures["predicted_gain"].value for s in analysis.summaries("module")}
-    strength = {m: np.nanmax([abs(found[t, m]) for t in report.teachers] + [0.0]) for m in report.modules}
-    names = sorted(report.modules, key=lambda m: -float(strength[m]))[:most]
-    values = np.array([[found[t, m] for t in report.teachers] for m in names])
+    found = {(s.teacher, s.split): _known(s.figures[figure]) for s in analysis.summaries("module")}
+    places = {module: place(module) for module in report.modules}
+    layers = sorted({layer for layer, _ in places.values()})
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    if len(kinds) > MOST_KINDS:
+        strength = dict.fromkeys(kinds, 0.0)
+        for (_, module), f in found.items():
+            strength[places[module][1]] += abs(f.value) if np.isfinite(f.value) else 0.0
+        kinds = sorted(sorted(kinds, key=lambda kind: -strength[kind])[:MOST_KINDS], key=kinds.index)
+    values = np.full((len(report.teachers), len(kinds), len(layers)), np.nan)
+    certain = np.zeros(values.shape, bool)
+    for k, teacher in enumerate(report.teachers):
+        for module, (layer, kind) in places.items():
+            if kind in kinds:
+                f, at = found[teacher, module], (k, kinds.index(kind), layers.index(layer))
+                values[at], certain[at] = f.value, f.low > 0 or f.high < 0
     finite = np.abs(values[np.isfinite(values)])
-    top = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    top = 1.0 if figure != "predicted_gain" else float(finite.max(initial=0)) or 1.0
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.0, 1.2 + 0.24 * len(names)), layout="constrained")
-        axes = figure.add_subplot()
-        picture = axes.pcolormesh(
-            np.ma.masked_invalid(values), cmap="PuOr", vmin=-top, vmax=top, edgecolor=GREY, lw=0.3
-        )
-        axes.set_yticks(np.arange(len(names)) + 0.5, [_short(m) for m in names], fontsize=8)
-        axes.set_xticks(np.arange(len(report.teachers)) + 0.5, list(report.teachers))
-        axes.invert_yaxis()
-        figure.colorbar(picture, ax=axes, label="predicted gain")
-        return figure
+        size = (6.4, max(2.4, 0.9 + (0.32 + 0.22 * len(kinds)) * len(report.teachers)))
+        picture = Figure(figsize=size, layout="constrained")
+        rows = picture.subplots(len(report.teachers), sharex=True, squeeze=False)[:, 0]
+        for k, axes in enumerate(rows):
+            # The ground says where there is no figure: a hatched cell, not the white of a 0.
+            axes.add_patch(
+                Rectangle((0, 0), len(layers), len(kinds), hatch="////", fill=False, edgecolor=GREY, lw=0, alpha=0.5)
+            )
+            mesh = axes.pcolormesh(
+                np.ma.masked_invalid(values[k]), cmap="PuOr", vmin=-top, vmax=top, edgecolor=GREY, lw=0.3
+            )
+            y, x = np.nonzero(certain[k])
+            ink = ["white" if abs(values[k, i, j]) > 0.6 * top else "black" for i, j in zip(y, x, strict=True)]
+            axes.scatter(x + 0.5, y + 0.5, s=8, c=ink)
+            axes.set_yticks(np.arange(len(kinds)) + 0.5, [shown(kind, 24) for kind in kinds], fontsize=8)
+            axes.invert_yaxis()
+            axes.set_title(shown(report.teachers[k], 40), fontsize=9, loc="left", pad=3)
+        step = -(-len(layers) // 16)
+        names = ["none" if layer < 0 else str(layer) for layer in layers]
+        rows[-1].set_xticks(np.arange(0, len(layers), step) + 0.5, names[::step], fontsize=8)
+        rows[-1].set_xlabel("layer; a dot: the interval excludes 0, hatched: no figure")
+        picture.colorbar(mesh, ax=list(rows), label=_named(figure))
+        return picture
 
 
-def against_divergence(report: ProbeReport, predictor: str = "reverse_kl", confidence: float = 0.95) -> Figure:
-    """Alignment of each token against a divergence between student and teacher there, with its correlation."""
-    evidence = gather(report.nodes, teachers=len(report.teachers))
-    status = statuses(evidence)
+def place(module: str) -> tuple[int, str]:
+    """Layer and kind of a module, from its name; -1 for one outside of the layers.
+
+    Example:
+        >>> place("model.layers.3.self_attn.q_proj"), place("lm_head")
+        ((3, 'self_attn.q_proj'), (-1, 'lm_head'))
+    """
+    parts = module.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return int(part), ".".join(parts[i + 1 :])
+    return -1, module
+
+
+def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Figure:
+    """Alignment of each token against a divergence between student and teacher there, with its correlation.
+
+    Filled where the token's interval excludes 0.
+    """
+    report, confidence = analysis.report, analysis.confidence
+    cosine, sure = analysis.evidence.cosine, analysis.sure()
     found = correlations(report, confidence)
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.0 + 0.2 * len(report.teachers)), layout="constrained")
         axes = figure.add_subplot()
+        most, labels = LINEAR, []
+        every = -(-len(report.nodes) * len(report.teachers) // MOST_POINTS) or 1
+        drawn = np.arange(len(report.nodes)) % every == 0
         for k, teacher in enumerate(report.teachers):
-            here = status[:, k] == DEFINED
-            x = np.array([node.predictors[predictor][k] for node in report.nodes])[here]
+            x = np.array([node.predictors[predictor][k] for node in report.nodes])
+            here = (analysis.status[:, k] == DEFINED) & np.isfinite(x)
+            most = max(most, float(x[here].max(initial=0)))
             r = found[teacher, predictor]
             told = f"{r.value:+.2f} ({r.low:+.2f} to {r.high:+.2f})" if np.isfinite(r.value) else "undefined"
-            axes.plot(
-                x, evidence.cosine[here, k], MARKERS[k % 8], color=COLOURS[k % 8], alpha=0.5, markersize=4,
-                label=f" {teacher}: correlation {told}",
-            )  # fmt: skip
+            for certain in (False, True):
+                chosen = here & drawn & (sure[:, k] == certain)
+                axes.plot(
+                    x[chosen], cosine[chosen, k], MARKERS[k % 8], color=COLOURS[k % 8], alpha=0.6, markersize=4,
+                    markerfacecolor=COLOURS[k % 8] if certain else "none", zorder=2 + certain,
+                )  # fmt: skip
+            labels.append(f"{shown(teacher, 24)}: correlation {told}")
         axes.axhline(0, color=GREY, linewidth=1)
         axes.set_ylim(-1.05, 1.05)
-        axes.set_xscale("symlog", linthresh=1e-2)
-        axes.set_xlabel(f"{predictor.replace('_', ' ')} (nats)")
+        # Linear near 0, where tokens on which both agree lie; logarithmic beyond.
+        axes.set_xscale("symlog", linthresh=LINEAR)
+        axes.set_xlim(-LINEAR / 20, 1.3 * most)
+        ticks = [0.0, *(10.0**e for e in range(round(np.log10(LINEAR)), 3) if 10.0**e <= 1.3 * most)]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(
+            f"{predictor.replace('_', ' ')} (nats); filled: {confidence:.0%} sure{f'; one in {every} tokens' if every > 1 else ''}"
+        )
         axes.set_ylabel("alignment")
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 + (len(report.teachers) > 4))
+        _legend(figure, report.teachers, labels)
         return figure
 
 
 def _lines(
-    summaries: Sequence[ClassSummary], teachers: Sequence[str], names: Sequence[str], labels: Sequence[str], axis: str
+    summaries: Sequence[ClassSummary],
+    figure: str,
+    teachers: Sequence[str],
+    names: Sequence[str],
+    labels: Sequence[str],
+    axis: str,
 ) -> Figure:
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.0, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        found = {(s.teacher, s.split): s.figures["predicted_gain"] for s in summaries}
+        picture = Figure(figsize=(6.4, 2.8 + 0.2 * -(-len(teachers) // 4)), layout="constrained")
+        axes = picture.add_subplot()
+        found = {(s.teacher, s.split): _known(s.figures[figure]) for s in summaries}
         for k, teacher in enumerate(teachers):
             offset = (k - (len(teachers) - 1) / 2) * min(0.12, 0.6 / len(teachers))
             xs = [i + offset for i, name in enumerate(names) if (teacher, name) in found]
@@ -131,33 +205,50 @@ def _lines(
             for x, f in zip(xs, ys, strict=True):
                 _whisker(axes, f.value, x, f.low, f.high, k, horizontal=False)
         axes.axhline(0, color=GREY, linewidth=1)
-        axes.set_xticks(range(len(names)), labels, rotation=30 if max(map(len, labels), default=0) > 8 else 0)
+        if figure != "predicted_gain":
+            axes.set_ylim(-1.05, 1.05)
+        labels = [shown(label, 20) for label in labels]
+        crowded = max(map(len, labels), default=0) * len(labels) > 70
+        axes.set_xticks(range(len(names)), labels, rotation=30 if crowded else 0, ha="right" if crowded else "center")
         axes.set_xlabel(axis)
-        axes.set_ylabel("predicted gain")
-        _legend(axes, teachers)
+        axes.set_ylabel(_named(figure))
+        _legend(picture, teachers)
+        return picture
+
+
+def _known(figure: Interval) -> Interval:
+    """A figure; where its correction for noise is withheld, what it is without, which has no interval."""
+    if np.isfinite(figure.value) or not np.isfinite(figure.uncorrected):
         return figure
+    return replace(figure, value=figure.uncorrected, low=np.nan, high=np.nan)
 
 
-def _whisker(axes: object, value: float, place: float, low: float, high: float, k: int, *, horizontal: bool) -> None:
+def _named(figure: str) -> str:
+    return figure.replace("_", " ").replace("gain weighted", "gain-weighted")
+
+
+def _whisker(axes: Axes, value: float, place: float, low: float, high: float, k: int, *, horizontal: bool) -> None:
     ends = [[max(0.0, value - low)], [max(0.0, high - value)]] if np.isfinite([value, low, high]).all() else None
     x, y = (value, place) if horizontal else (place, value)
-    error = {"xerr" if horizontal else "yerr": ends}
-    axes.errorbar(  # type: ignore[attr-defined]
-        [x], [y], **error, fmt=MARKERS[k % 8], color=COLOURS[k % 8], capsize=3, markersize=6,
+    axes.errorbar(
+        [x],
+        [y],
+        xerr=ends if horizontal else None,
+        yerr=None if horizontal else ends,
+        fmt=MARKERS[k % 8],
+        color=COLOURS[k % 8],
+        capsize=3,
+        markersize=6,
         markerfacecolor=COLOURS[k % 8] if ends else "none",
-    )  # fmt: skip
-
-
-def _legend(axes: object, teachers: Sequence[str]) -> None:
-    for k, teacher in enumerate(teachers):
-        axes.plot([], [], MARKERS[k % 8], color=COLOURS[k % 8], label=f" {teacher}")  # type: ignore[attr-defined]
-    axes.legend(  # type: ignore[attr-defined]
-        frameon=False, ncols=min(4, len(teachers)), loc="lower center", bbox_to_anchor=(0.5, 1.0)
     )
 
 
-def _short(module: str) -> str:
-    return module.removeprefix("model.").replace("layers.", "layer ").replace("self_attn.", "").replace("mlp.", "")
+def _legend(figure: Figure, teachers: Sequence[str], labels: Sequence[str] = ()) -> None:
+    """Above the axes, in as many columns as there is room for."""
+    labels = labels or [shown(teacher, 24) for teacher in teachers]
+    handles = [Line2D([], [], ls="", marker=MARKERS[k % 8], color=COLOURS[k % 8]) for k in range(len(labels))]
+    columns = max(1, min(4, len(labels), 80 // (max(map(len, labels)) + 6)))
+    figure.legend(handles, labels, frameon=False, fontsize=9, ncols=columns, loc="outside upper left")
 
 
 def svg(figure: Figure) -> str:

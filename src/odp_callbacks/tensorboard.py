@@ -3,7 +3,8 @@
 import io
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ import numpy as np
 from odp_callbacks.evidence import gather
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.summaries import GAP, SPLITS, Analysis, summarise
+from odp_callbacks.text import printable, shown
 
 CHARTS = {"Predicted gain": "predicted_gain", "Alignment (gain-weighted)": "gain_weighted_alignment",
           "Alignment (token mean)": "alignment"}  # fmt: skip
 """Titles of a teacher's charts, and the figure that each shows."""
+LONGEST_TAG = 100
+"""Characters of a name in a tag."""
 
 
 def write_tensorboard(
@@ -31,7 +35,7 @@ def write_tensorboard(
     """
     if previous is None:
         write_dashboard(writer, report.teachers, prefix)
-        write_hyperparameters(writer, report)
+        write_hyperparameters(writer, report, prefix)
     evidence = gather(report.nodes, teachers=len(report.teachers))
     cosine = evidence.cosine
     for k, teacher in enumerate(report.teachers):
@@ -39,7 +43,7 @@ def write_tensorboard(
             values = cosine[evidence.correct == wanted, k]
             values = values[~np.isnan(values)]
             if values.size:
-                writer.add_histogram(f"odp/alignment_histogram/{teacher}/{split}", values, step)
+                writer.add_histogram(f"odp/alignment_histogram/{tagged(teacher)}/{split}", values, step)
     writer.add_text("odp/table", as_code(table_text(report)), step)
     if previous is not None and previous.teachers == report.teachers:
         writer.add_text("odp/changed", as_code(changes(previous, report)), step)
@@ -48,25 +52,43 @@ def write_tensorboard(
 
 
 def pictures(report: ProbeReport) -> Iterator[tuple[str, Any]]:
-    """Names and matplotlib figures, drawn one by one; none where matplotlib is missing."""
+    """Names and matplotlib figures, drawn one by one; none where matplotlib is missing.
+
+    One that cannot be drawn is left out with a warning, and the others come.
+    """
     try:
         from odp_callbacks import plots
         from odp_callbacks.pictures import rollout_figure, telling_rollout
     except ImportError:  # matplotlib belongs to the extra `tensorboard`
         return
-    with warnings.catch_warnings():
-        # A script that matplotlib's font lacks shows as boxes; that is no news for the training log.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        for split, wanted in (("correct", True), ("incorrect", False)):
-            index = telling_rollout(report, wanted)
-            if index is not None:
-                yield f"rollout/{split}", rollout_figure(report, index)
-        analysis = Analysis(report)
-        yield "pictures/gain", plots.gains(analysis.summaries(), report.teachers)
-        yield "pictures/depth", plots.over_depth(analysis)
-        if (modules := plots.by_module(analysis)) is not None:
-            yield "pictures/modules", modules
-        yield "pictures/divergence", plots.against_divergence(report)
+    analysis = Analysis(report)
+    drawings: dict[str, Callable[[], Any]] = {}
+    for split, wanted in (("correct", True), ("incorrect", False)):
+        index = telling_rollout(analysis, wanted)
+        if index is not None:
+            drawings[f"rollout/{split}"] = partial(rollout_figure, analysis, index)
+    drawings["pictures/gain"] = partial(plots.gains, analysis.summaries(), report.teachers)
+    for what, figure in (("alignment", "gain_weighted_alignment"), ("gain", "predicted_gain")):
+        drawings[f"pictures/{what}_over_depth"] = partial(plots.over_depth, analysis, figure)
+        drawings[f"pictures/{what}_by_module"] = partial(plots.by_module, analysis, figure)
+    drawings["pictures/alignment_against_divergence"] = partial(plots.against_divergence, analysis)
+    for name, draw in drawings.items():
+        with warnings.catch_warnings():
+            # A script that matplotlib's font lacks shows as boxes; that is no news for the training log.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            try:
+                drawn = draw()
+            except Exception as error:
+                warnings.warn(f"odp-callbacks: no picture {name}: {type(error).__name__}: {error}", stacklevel=2)
+                continue
+            # Inside: it is the writing that misses a glyph.
+            if drawn is not None:
+                yield name, drawn
+
+
+def tagged(teacher: str) -> str:
+    """A teacher's name as a part of a tag: names are checked before training, but records may hold any."""
+    return shown(teacher, LONGEST_TAG).replace("/", "_")
 
 
 def write_dashboard(writer: Any, teachers: tuple[str, ...], prefix: str = "") -> None:
@@ -85,6 +107,7 @@ def write_dashboard(writer: Any, teachers: tuple[str, ...], prefix: str = "") ->
         ]
         return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=series))
 
+    teachers = tuple(map(tagged, teachers))
     # All of a run's series in a chart have one colour: the first page compares, and then each teacher has its own.
     # TensorBoard shows the last chart of a page first.
     compared = [margin(_title(split), [f"odp/predicted_gain/{teacher}/{split}" for teacher in teachers])
@@ -129,7 +152,7 @@ def _end(tag: str, end: str) -> str:
     return "/".join([first, f"{figure}_{end}", *rest])
 
 
-def write_hyperparameters(writer: Any, report: ProbeReport) -> None:
+def write_hyperparameters(writer: Any, report: ProbeReport, prefix: str = "") -> None:
     """How the probes measure, in TensorBoard's page of hyperparameters."""
     from torch.utils.tensorboard.summary import hparams
 
@@ -138,7 +161,7 @@ def write_hyperparameters(writer: Any, report: ProbeReport) -> None:
         for name, value in report.settings.items()
         if name != "seed"
     }
-    metrics = {f"odp/predicted_gain/{teacher}/all": None for teacher in report.teachers}
+    metrics = {f"{prefix}odp/predicted_gain/{teacher}/all": None for teacher in map(tagged, report.teachers)}
     for part in hparams(dict(plain), metrics):
         writer._get_file_writer().add_summary(part)
 
@@ -181,5 +204,4 @@ def as_code(text: str) -> str:
         >>> as_code("a\n<b>")
         '    a\n    <b>'
     """
-    clean = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return "\n".join(f"    {line}" for line in clean.split("\n"))
+    return "\n".join(f"    {line}" for line in printable(text).split("\n"))

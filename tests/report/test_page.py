@@ -15,7 +15,7 @@ from odp_callbacks.evidence import gather
 from odp_callbacks.report import write_report
 from odp_callbacks.report.data import page_data, success
 from odp_callbacks.report.page import show
-from odp_callbacks.summaries import summarise
+from odp_callbacks.summaries import Analysis, summarise
 
 
 class Elements(HTMLParser):
@@ -71,7 +71,7 @@ def test_the_page_s_numbers_are_the_library_s(make_report: MakeReport, tmp_path:
     text = write_report(report, tmp_path / "report.html").read_text("utf-8")
     for summary in summarise(report):
         assert show(summary.figures["predicted_gain"]) in text
-    data, evidence = page_data(report), gather(report.nodes, teachers=2)
+    data, evidence = page_data(Analysis(report)), gather(report.nodes, teachers=2)
     for n, node in enumerate(data["nodes"]):
         np.testing.assert_allclose(np.array(node["a"], dtype=float), evidence.cosine[n], rtol=1e-3)
         np.testing.assert_allclose(np.array(node["g"], dtype=float), evidence.gain[n], rtol=1e-3)

@@ -13,6 +13,7 @@ from selenium.webdriver.support.ui import Select
 
 from conftest import HOSTILE, MakeReport, hostile, split
 from odp_callbacks.report import write_report
+from odp_callbacks.summaries import Analysis
 
 
 def opened(browser: Any, path: Path) -> None:
@@ -34,7 +35,7 @@ def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: 
     assert len(tokens(browser)) == len(report.nodes)
     ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
     panel = browser.find_element(By.ID, "panel")
-    assert "By module" in browser.find_element(By.TAG_NAME, "main").text
+    assert "Alignment by layer and module" in browser.find_element(By.TAG_NAME, "main").text
     for text in ("could stand here", "near", "far", "pushed", "%"):
         assert text in panel.text
     tokens(browser)[0].send_keys(Keys.ARROW_RIGHT)
@@ -54,8 +55,24 @@ def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: 
     Select(browser.find_element(By.ID, "sort")).select_by_value("help")
     assert "· incorrect" in browser.find_element(By.CLASS_NAME, "rollout").text
     browser.find_element(By.ID, "certain").click()
-    assert browser.find_element(By.ID, "count").text.endswith("rollouts")
+    sure = int(Analysis(report).sure()[[n.depth >= 3 for n in report.nodes], 1].sum())
+    assert browser.find_element(By.ID, "count").text == f"{sure} measured tokens in {len(report.rollouts)} rollouts"
+    assert len(tokens(browser, ":not(.faded)")) == sure
     assert not browser.get_log("browser")
+
+
+def test_tokens_whose_side_is_not_sure_look_it(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
+    report = make_report(split)
+    doubtful = tuple(replace(n, total=np.array([2.0, 2.5])) if i % 2 else n for i, n in enumerate(report.nodes))
+    report = replace(report, nodes=doubtful)
+    sure = Analysis(report).sure()[:, 0]
+    assert 0 < sure.sum() < len(sure)
+    opened(browser, write_report(report, tmp_path / "report.html"))
+    for token, certain in zip(tokens(browser), sure, strict=True):
+        assert ("sure" in token.get_attribute("class").split()) == certain
+        assert (token.value_of_css_property("background-color") == "rgba(0, 0, 0, 0)") == (not certain)
+    ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
+    assert "true one" in browser.find_element(By.ID, "panel").text
 
 
 def test_hostile_text_does_nothing(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:

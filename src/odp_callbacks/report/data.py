@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from odp_callbacks.estimates import statuses
-from odp_callbacks.evidence import gather
-from odp_callbacks.records import NodeRecord, ProbeReport
+from odp_callbacks.records import NodeRecord
+from odp_callbacks.summaries import Analysis
 from odp_callbacks.text import cut, shown
 
 LONGEST_PROMPT, LONGEST_RESPONSE = 2000, 4000
@@ -16,13 +15,13 @@ Z = 1.959964
 """Of a 95 % interval."""
 
 
-def page_data(report: ProbeReport) -> dict[str, Any]:
+def page_data(analysis: Analysis) -> dict[str, Any]:
     """Rollouts and nodes as JSON can hold them; a number that does not exist is null.
 
     Tables, columns first: a node's ``p``, ``q`` and so on are lists over its branches.
     """
-    evidence = gather(report.nodes, teachers=len(report.teachers))
-    cosine, status = evidence.cosine, statuses(evidence)
+    report, evidence, status = analysis.report, analysis.evidence, analysis.status
+    low, high = analysis.token_intervals()
     texts = report.token_text
     return {
         "teachers": [shown(name) for name in report.teachers],
@@ -49,7 +48,9 @@ def page_data(report: ProbeReport) -> dict[str, Any]:
                 "p": numbers(node.probability),
                 "q": [numbers(row) for row in node.teacher_probability],
                 "s": [success(node, a) for a in range(len(node.tokens))],
-                "a": numbers(cosine[n]),
+                "a": numbers(evidence.cosine[n]),
+                "l": numbers(low[n]),
+                "h": numbers(high[n]),
                 "g": numbers(evidence.gain[n]),
                 "u": [str(kind) for kind in status[n]],
             }

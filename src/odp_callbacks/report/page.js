@@ -4,6 +4,7 @@
   const $ = (id) => document.getElementById(id);
   const PAGE = 40;
   const SCALE = [[127, 59, 8], [224, 130, 20], [254, 224, 182], [247, 247, 247], [216, 218, 235], [128, 115, 172], [45, 0, 75]];
+  const FRAMES = [[196, 106, 22], [140, 140, 140], [128, 100, 190]];
   const byRollout = data.rollouts.map(() => new Map());
   data.nodes.forEach((node) => byRollout[node.r].set(node.d, node));
   let limit = PAGE;
@@ -14,10 +15,10 @@
     if (text !== undefined) e.textContent = text;
     return e;
   };
-  const colour = (value) => {
-    const x = ((value + 1) / 2) * (SCALE.length - 1);
-    const i = Math.min(SCALE.length - 2, Math.floor(x));
-    return SCALE[i].map((c, j) => Math.round(c + (x - i) * (SCALE[i + 1][j] - c)));
+  const colour = (value, scale) => {
+    const x = ((value + 1) / 2) * (scale.length - 1);
+    const i = Math.min(scale.length - 2, Math.floor(x));
+    return scale[i].map((c, j) => Math.round(c + (x - i) * (scale[i + 1][j] - c)));
   };
   const percent = (x) => (x === null ? "–" : x < 0.0005 && x > 0 ? "<0.1 %" : (100 * x).toFixed(1) + " %");
   const signed = (x) => (x === null ? "undefined" : (x >= 0 ? "+" : "−") + Math.abs(x).toFixed(3));
@@ -25,7 +26,8 @@
     k: Number($("teacher").value), correct: $("correct").value, from: Number($("from").value || 0),
     to: $("to").value === "" ? Infinity : Number($("to").value), certain: $("certain").checked, sort: $("sort").value,
   });
-  const passes = (node, s) => node.d >= s.from && node.d <= s.to && (!s.certain || node.u[s.k] === "defined");
+  const sure = (node, k) => node.l[k] !== null && (node.l[k] > 0 || node.h[k] < 0);
+  const passes = (node, s) => node.d >= s.from && node.d <= s.to && (!s.certain || sure(node, s.k));
 
   const chosenRollouts = (s) => {
     const found = data.rollouts.map((r, i) => i).filter((i) => s.correct === "" || data.rollouts[i].correct === (s.correct === "1"));
@@ -63,12 +65,18 @@
         token.dataset.d = d;
         token.tabIndex = 0;
         token.setAttribute("role", "button");
-        token.setAttribute("aria-label", `${piece}, token ${d}, alignment ${kind === "defined" ? signed(node.a[s.k]) : kind}`);
+        token.setAttribute("aria-label", `${piece}, token ${d}, alignment ${kind === "defined" ? signed(node.a[s.k]) + (sure(node, s.k) ? ", side sure" : ", side not sure") : kind}`);
         if (!passes(node, s)) token.classList.add("faded");
         if (kind === "defined" && node.a[s.k] !== null) {
-          const rgb = colour(node.a[s.k]);
-          token.style.background = `rgb(${rgb.join(",")})`;
-          token.style.color = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 140 ? "#000" : "#fff";
+          if (sure(node, s.k)) {
+            const rgb = colour(node.a[s.k], SCALE);
+            token.classList.add("sure");
+            token.style.background = `rgb(${rgb.join(",")})`;
+            token.style.color = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 140 ? "#000" : "#fff";
+          } else {
+            token.classList.add("unsure");
+            token.style.borderColor = `rgb(${colour(node.a[s.k], FRAMES).join(",")})`;
+          }
         }
       }
       response.append(token);
@@ -93,7 +101,7 @@
       const row = make("tr"), kind = node.u[k];
       const cell = make("td");
       cell.append(make("bdi", "", name));
-      row.append(cell, make("td", "", kind === "defined" ? signed(node.a[k]) : kind === "undefined" ? "undefined" : "cannot tell"), make("td", "", signed(node.g[k])));
+      row.append(cell, make("td", "", kind === "defined" ? signed(node.a[k]) + (node.l[k] === null ? "" : ` (true one ${signed(node.l[k])} to ${signed(node.h[k])})`) : kind === "undefined" ? "undefined" : "cannot tell"), make("td", "", signed(node.g[k])));
       list.append(row);
     });
     panel.append(list);

@@ -82,12 +82,13 @@ def render(several: Sequence[tuple[str, ProbeReport]], title: str, confidence: f
         gains=Markup(plots.svg(plots.gains(summaries, report.teachers))),
         depth=Markup(plots.svg(plots.over_depth(analysis))),
         modules=None if modules is None else Markup(plots.svg(modules)),
+        divergence=Markup(plots.svg(plots.against_divergence(analysis))),
         trend=trend,
         probe=shown(several[-1][0]),
         # Both are ours; the data is made harmless for the place where it stands.
         style=Markup(source.joinpath("page.css").read_text("utf-8")),
         script=Markup(source.joinpath("page.js").read_text("utf-8")),
-        data=Markup(as_script(page_data(report))),
+        data=Markup(as_script(page_data(analysis))),
     )
 
 
