@@ -41,7 +41,7 @@ class Log:
             first=True,
             processes=Processes(),
             context=nullcontext,
-            progress=lambda: nullcontext(lambda stage, done, total: None),
+            progress=lambda last: nullcontext(lambda stage, done, total: None),
             log=lambda metrics, report: self.logged.append((step, metrics)),
             warn=self.warned.append,
             note=lambda message: None,

@@ -18,7 +18,7 @@ from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.loggers import log_pictures
 from odp_callbacks.monitor import Host, Monitor
 from odp_callbacks.processes import processes
-from odp_callbacks.progress import ProbeProgress
+from odp_callbacks.progress import ProbeProgress, beside
 from odp_callbacks.records import ProbeReport
 
 StudentLocator = str | Callable[[LightningModule], nn.Module]
@@ -227,8 +227,8 @@ class GradientAlignmentCallback(Callback):
             first=trainer.is_global_zero,
             processes=processes(),
             context=trainer.precision_plugin.forward_context,
-            progress=lambda: ProbeProgress(
-                trainer.is_global_zero and trainer.progress_bar_callback is not None, rank_zero_info
+            progress=lambda last: ProbeProgress(
+                beside(trainer.progress_bar_callback) if trainer.is_global_zero else None, rank_zero_info, last
             ),
             log=lambda metrics, report: self._log(trainer, metrics, report),
             warn=rank_zero_warn,

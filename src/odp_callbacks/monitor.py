@@ -1,7 +1,7 @@
 """What any trainer needs of a probe: when, of which questions, at what price, and where the outcome goes."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -37,7 +37,8 @@ class Host:
         first: Whether this is the process that writes files and pictures.
         processes: Those that train together; they share each probe's questions.
         context: The precision that the student is trained in.
-        progress: Gives, when entered, a function of a stage's name, what is done of it and how much there is.
+        progress: Of what each stage took in the last probe, in seconds; gives, when entered, a function of a stage's
+            name, what is done of it and how much there is.
         log: Takes figures, and the report of a probe if there is one to be drawn, to the trainer's loggers.
         warn: Says something that the user should change, in the first process only.
         note: Says something worth knowing, in the first process only.
@@ -48,7 +49,7 @@ class Host:
     first: bool
     processes: Processes
     context: Callable[[], AbstractContextManager[Any]]
-    progress: Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]
+    progress: Callable[[Mapping[str, float]], AbstractContextManager[Callable[[str, int, int], None]]]
     log: Callable[[dict[str, float], ProbeReport | None], None]
     warn: Callable[[str], None]
     note: Callable[[str], None]
@@ -301,7 +302,8 @@ class Monitor:
             ids, rows = self.next_rows(batch, host.processes)
             if not rows:
                 return None
-            with host.context(), host.progress() as progress:
+            last = {} if self.last_report is None else self.last_report.seconds
+            with host.context(), host.progress(last) as progress:
                 metric = self._metric(host)
                 return probe.run(rows, seed=seed, ids=ids, seconds=seconds, progress=progress, metric=metric)
 

@@ -177,9 +177,8 @@ def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Fig
         ticks = [0.0, *(10.0**e for e in range(round(np.log10(LINEAR)), 3) if 10.0**e <= 1.3 * most)]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel(
-            f"{predictor.replace('_', ' ')} (nats); filled: {confidence:.0%} sure{f'; one in {every} tokens' if every > 1 else ''}"
-        )
+        thinned = f"; one in {every} tokens" if every > 1 else ""
+        axes.set_xlabel(f"{predictor.replace('_', ' ')} (nats); filled: {confidence:.0%} sure of the side{thinned}")
         axes.set_ylabel("alignment")
         _legend(figure, report.teachers, labels)
         return figure

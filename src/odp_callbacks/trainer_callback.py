@@ -23,7 +23,7 @@ from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.monitor import Host, Monitor
 from odp_callbacks.processes import processes
-from odp_callbacks.progress import ProbeProgress
+from odp_callbacks.progress import Bar, ProbeProgress
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.tensorboard import write_tensorboard
 
@@ -136,7 +136,9 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             first=first,
             processes=processes(),
             context=trainer.accelerator.autocast,
-            progress=lambda: ProbeProgress(first and not trainer.args.disable_tqdm, log.info if first else None),
+            progress=lambda last: ProbeProgress(
+                Bar() if first and not trainer.args.disable_tqdm else None, log.info if first else None, last
+            ),
             log=self._log,
             warn=lambda message: warnings.warn(message, stacklevel=2) if first else None,
             note=lambda message: log.info(message) if first else None,

@@ -588,6 +588,17 @@ def test_responses_of_one_token(student, limit):
     assert report.continuations == 0
 
 
+def test_progress_never_goes_back(student):
+    told = []
+    config = ProbeConfig(max_new_tokens=5, budget=400)
+    Probe(student, word_tokenizer(), lottery, "base", config).run(ROWS, seed=7, progress=lambda *s: told.append(s))
+    for stage in ("rollouts", "verifier", "branches", "teachers", "gradients", "continuations", "step_gradients"):
+        done = [d for name, d, _ in told if name == stage]
+        assert done == sorted(done), stage
+        assert len(set(done)) > 1, stage
+        assert all(d <= total for name, d, total in told if name == stage), stage
+
+
 def test_every_end_token_ends(student):
     student.generation_config.eos_token_id = [EOS, WORDS.index("a")]
     try:

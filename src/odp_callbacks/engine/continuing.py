@@ -129,6 +129,13 @@ def spend(
         sample(more)
 
 
+def planned(config: ProbeConfig, spent: Spent, seconds: float) -> int:
+    """How many continuations there will be in all, as far as it is known; an interval may be narrow enough before."""
+    if not spent.tokens:
+        return 0
+    return round(_total(config, spent, seconds) / spent.tokens * spent.continuations)
+
+
 def _total(config: ProbeConfig, spent: Spent, seconds: float) -> float:
     """The budget in tokens, as far as it is known."""
     limits = []

@@ -65,11 +65,11 @@ class Differentiator:
         """
         records: list[NodeRecord] = []
         in_metric: list[Floats] = []
-        done = 0
+        asked = 0
         for indices, depths in by_question(rollouts, nodes):
             responses = [rollouts[i].response_ids for i in indices]
             question = rollouts[indices[0]].question
-            with ledger.stage("teachers", len(indices)):
+            with ledger.stage("teachers", len(rollouts), range(asked, asked + len(indices))):
                 teachers = [
                     teacher_logits(
                         teacher,
@@ -80,9 +80,10 @@ class Differentiator:
                     )
                     for teacher in self.teachers.values()
                 ]
+            asked += len(indices)
             for place, i in enumerate(indices):
-                with ledger.stage("gradients", len(nodes)) as progress:
-                    here = range(len(records), len(records) + len(depths[place]))
+                here = range(len(records), len(records) + len(depths[place]))
+                with ledger.stage("gradients", len(nodes), here):
                     found, grams = self._rollout_nodes(
                         rollouts[i],
                         [nodes[n] for n in here],
@@ -95,8 +96,6 @@ class Differentiator:
                     )
                     records += found
                     in_metric += grams
-                    done += len(here)
-                    progress(done)
         return records, in_metric
 
     def _rollout_nodes(
@@ -173,8 +172,9 @@ class Differentiator:
     ) -> None:
         """Sum the ideal gradients: one more forward and one batched backward for each rollout."""
         tau = self.config.temperature
-        with ledger.stage("gradients", len(records)):
+        with ledger.stage("step_gradients", len(rollouts)) as progress:
             for i, rollout in enumerate(rollouts):
+                progress(i)
                 here = [n for n, record in enumerate(records) if record.rollout == i]
                 if not here:
                     continue

@@ -21,15 +21,22 @@ class Ledger:
         self.seconds[other] = self.seconds.get(other, 0.0) + seconds
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Time a stage; gives the function to report what is done of it."""
+    def stage(self, name: str, total: int, part: range | None = None) -> Iterator[Callable[[int], None]]:
+        """Time a stage, or a part of it; gives the function to report what is done of that.
+
+        Args:
+            name: Of the stage.
+            total: How much the whole stage has.
+            part: What of it is done here; None for all of it.
+        """
         start = time.perf_counter()
+        part = range(total) if part is None else part
 
         def report(done: int) -> None:
             if self.progress is not None:
-                self.progress(name, done, total)
+                self.progress(name, part.start + done, total)
 
         report(0)
         yield report
-        report(total)
+        report(len(part))
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

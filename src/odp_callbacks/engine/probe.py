@@ -1,5 +1,6 @@
 """The probe: from rows to a report, in one pass through the stages."""
 
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.branches import Branch, choose_branches
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.continuing import look, remaining_length, spend, thin
+from odp_callbacks.engine.continuing import look, planned, remaining_length, spend, thin
 from odp_callbacks.engine.decoders import read_prefixes
 from odp_callbacks.engine.decoding import Progress
 from odp_callbacks.engine.differentiating import Differentiator, by_question
@@ -363,9 +364,15 @@ class Probe:
             [place[id(r.question)] for r in rollouts],
         )
 
+        begun, asked = time.perf_counter(), 0
+
         def sample(allocation: Any) -> None:
-            waited = spent.waited
-            with ledger.stage("continuations", int(sum(map(sum, allocation)))) as progress:
+            nonlocal asked
+            waited, before = spent.waited, asked
+            asked += int(sum(map(sum, allocation)))
+            here = range(before, asked)
+            total = max(here.stop, planned(config, spent, time.perf_counter() - begun))
+            with ledger.stage("continuations", total, here) as progress:
                 measure_success(
                     self.student,
                     self.tokenizer,
