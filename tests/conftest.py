@@ -376,8 +376,9 @@ def node_with_gain(gains: tuple[float, ...], success: tuple[float, float] = (0.2
     return NodeRecord(**{**record.__dict__, "gram": gram[None], "logit_gram": gram})
 
 
-@pytest.fixture
-def make_report() -> MakeReport:
+def report_maker() -> MakeReport:
+    """What the fixture ``make_report`` gives, for fixtures of a wider scope."""
+
     def make(
         gains: Callable[[bool, int], tuple[float, ...]],
         *,
@@ -415,6 +416,20 @@ def make_report() -> MakeReport:
         return ProbeReport(teachers, ("m",), tuple(rollouts), tuple(nodes), spent, 4, 0, {"rollouts": 1.0})
 
     return make
+
+
+def in_modules(report: ProbeReport, layers: int = 2) -> ProbeReport:
+    """The same gradients, split over modules of several layers."""
+    modules = tuple(f"model.layers.{i}.self_attn.{m}_proj" for i in range(layers) for m in "qv")
+    share = np.arange(1.0, len(modules) + 1)
+    grams = [np.stack([s * n.gram[0] for s in share / share.sum()]) for n in report.nodes]
+    nodes = tuple(replace(n, gram=gram) for n, gram in zip(report.nodes, grams, strict=True))
+    return replace(report, nodes=nodes, modules=modules)
+
+
+@pytest.fixture
+def make_report() -> MakeReport:
+    return report_maker()
 
 
 @pytest.fixture(scope="session")

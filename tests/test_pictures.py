@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.patches import FancyBboxPatch
 
-from conftest import HOSTILE, MakeReport, hostile, split
+from conftest import HOSTILE, MakeReport, hostile, in_modules, split
 from odp_callbacks import plots
 from odp_callbacks.estimates import DEFINED, UNDETERMINED
 from odp_callbacks.pictures import KEY, rollout_figure, telling_rollout
-from odp_callbacks.records import ProbeReport
 from odp_callbacks.summaries import Analysis
 from odp_callbacks.tensorboard import pictures
 
@@ -21,15 +20,6 @@ def boxes(figure: matplotlib.figure.Figure) -> list[tuple[str, FancyBboxPatch]]:
     """Tokens with a frame: text and patch."""
     found = [(text.get_text(), text.get_bbox_patch()) for text in figure.axes[0].texts]
     return [(text, patch) for text, patch in found if patch is not None]
-
-
-def in_modules(report: ProbeReport, layers: int = 2) -> ProbeReport:
-    """The same gradients, split over modules of several layers."""
-    modules = tuple(f"model.layers.{i}.self_attn.{m}_proj" for i in range(layers) for m in "qv")
-    share = np.arange(1.0, len(modules) + 1)
-    grams = [np.stack([s * n.gram[0] for s in share / share.sum()]) for n in report.nodes]
-    nodes = tuple(replace(n, gram=gram) for n, gram in zip(report.nodes, grams, strict=True))
-    return replace(report, nodes=nodes, modules=modules)
 
 
 def test_sure_tokens_are_filled_and_the_others_only_framed(make_report: MakeReport) -> None:
@@ -127,6 +117,6 @@ def test_a_picture_that_fails_does_not_take_the_others_along(
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(plots, "gains", broken)
-    with pytest.warns(UserWarning, match="no picture pictures/gain: RuntimeError: no ink"):
+    with pytest.warns(UserWarning, match="no picture summary/gain: RuntimeError: no ink"):
         names = [name for name, _ in pictures(make_report(split))]
-    assert "pictures/alignment_over_depth" in names
+    assert "summary/alignment_over_depth" in names

@@ -67,11 +67,11 @@ def pictures(report: ProbeReport) -> Iterator[tuple[str, Any]]:
         index = telling_rollout(analysis, wanted)
         if index is not None:
             drawings[f"rollout/{split}"] = partial(rollout_figure, analysis, index)
-    drawings["pictures/gain"] = partial(plots.gains, analysis.summaries(), report.teachers)
+    drawings["summary/gain"] = partial(plots.gains, analysis.summaries(), report.teachers)
     for what, figure in (("alignment", "gain_weighted_alignment"), ("gain", "predicted_gain")):
-        drawings[f"pictures/{what}_over_depth"] = partial(plots.over_depth, analysis, figure)
-        drawings[f"pictures/{what}_by_module"] = partial(plots.by_module, analysis, figure)
-    drawings["pictures/alignment_against_divergence"] = partial(plots.against_divergence, analysis)
+        drawings[f"summary/{what}_over_depth"] = partial(plots.over_depth, analysis, figure)
+        drawings[f"summary/{what}_by_module"] = partial(plots.by_module, analysis, figure)
+    drawings["summary/alignment_against_divergence"] = partial(plots.against_divergence, analysis)
     for name, draw in drawings.items():
         with warnings.catch_warnings():
             # A script that matplotlib's font lacks shows as boxes; that is no news for the training log.

@@ -15,6 +15,8 @@ from conftest import HOSTILE, MakeReport, hostile, split
 from odp_callbacks.report import write_report
 from odp_callbacks.summaries import Analysis
 
+pytestmark = pytest.mark.browser
+
 
 def opened(browser: Any, path: Path) -> None:
     browser.get(path.as_uri())
