@@ -39,7 +39,7 @@ def report(page: Path, window: webdriver.Chrome) -> None:
 
 
 def tensorboard(folder: Path, window: webdriver.Chrome) -> None:
-    """The dashboard."""
+    """The dashboard, and the rollouts with coloured tokens."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -47,8 +47,9 @@ def tensorboard(folder: Path, window: webdriver.Chrome) -> None:
     with subprocess.Popen([*command, "--load_fast=false"], stderr=subprocess.DEVNULL) as process:
         time.sleep(15)
         window.set_window_size(1500, 1100)
-        for tab in ("custom_scalars", "images"):
-            window.get(f"http://127.0.0.1:{port}/#{tab}")
+        for tab, query in (("custom_scalars", ""), ("images", "&tagFilter=odp%2F")):
+            window.get("about:blank")
+            window.get(f"http://127.0.0.1:{port}/#{tab}{query}")
             time.sleep(10)
             window.save_screenshot(str(HERE / f"tensorboard_{tab}.png"))
         process.terminate()
