@@ -72,6 +72,7 @@ def test_a_bar_shows_stage_and_time_left_and_goes() -> None:
         assert not told(Bar())
     said = screen.getvalue()
     assert "probe: continuations 50/100" in said
+    assert "None" not in said
     assert "continuations done in about 50 s" in said
     assert not said.split("\r")[-1].strip()
     assert not said.split("\r")[-2].strip(), "the line is cleared"

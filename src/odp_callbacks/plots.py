@@ -22,6 +22,8 @@ GREY = "#808080"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
 """Told apart by colour-blind eyes; the first seven after Okabe and Ito. Every teacher has a marker of its own, too."""
 MARKERS = "osD^vPX*"
+WIDTH = 5.0
+"""Inches: TensorBoard shrinks a picture to its card, and with it the words."""
 MOST_KINDS = 12
 """Kinds of module that a map has rows for: the strongest, where there are more."""
 MOST_POINTS = 2000
@@ -38,7 +40,7 @@ STYLE = {
 def gains(summaries: Sequence[ClassSummary], teachers: Sequence[str]) -> Figure:
     """Predicted gain of each teacher in each class, with its interval."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.0, 1.3 + 0.28 * len(teachers) * 3), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.3 + 0.28 * len(teachers) * 3), layout="constrained")
         axes = figure.add_subplot()
         found = {(s.teacher, s.split): s.figures["predicted_gain"] for s in summaries}
         for i, split in enumerate(SPLITS):
@@ -52,7 +54,7 @@ def gains(summaries: Sequence[ClassSummary], teachers: Sequence[str]) -> Figure:
         )
         axes.set_ylim(len(SPLITS) * (len(teachers) + 1) - 1.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=1)
-        axes.set_xlabel("harms  ←  predicted gain: success gained per unit step  →  helps")
+        axes.set_xlabel("harms  ←  0  →  helps\npredicted gain: success per unit step")
         _legend(figure, teachers)
         return figure
 
@@ -103,7 +105,7 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
     finite = np.abs(values[np.isfinite(values)])
     top = 1.0 if figure != "predicted_gain" else float(finite.max(initial=0)) or 1.0
     with rc_context(STYLE):
-        size = (6.4, max(2.4, 0.9 + (0.32 + 0.22 * len(kinds)) * len(report.teachers)))
+        size = (WIDTH, max(2.4, 0.9 + (0.32 + 0.22 * len(kinds)) * len(report.teachers)))
         picture = Figure(figsize=size, layout="constrained")
         rows = picture.subplots(len(report.teachers), sharex=True, squeeze=False)[:, 0]
         for k, axes in enumerate(rows):
@@ -120,10 +122,10 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
             axes.set_yticks(np.arange(len(kinds)) + 0.5, [shown(kind, 24) for kind in kinds], fontsize=8)
             axes.invert_yaxis()
             axes.set_title(shown(report.teachers[k], 40), fontsize=9, loc="left", pad=3)
-        step = -(-len(layers) // 16)
+        step = -(-len(layers) // 12)
         names = ["none" if layer < 0 else str(layer) for layer in layers]
         rows[-1].set_xticks(np.arange(0, len(layers), step) + 0.5, names[::step], fontsize=8)
-        rows[-1].set_xlabel("layer; a dot: the interval excludes 0, hatched: no figure")
+        rows[-1].set_xlabel("layer; dot: interval excludes 0; hatched: no figure")
         picture.colorbar(mesh, ax=list(rows), label=_named(figure))
         return picture
 
@@ -151,7 +153,7 @@ def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Fig
     cosine, sure = analysis.evidence.cosine, analysis.sure()
     found = correlations(report, confidence)
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.0 + 0.2 * len(report.teachers)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.0 + 0.2 * len(report.teachers)), layout="constrained")
         axes = figure.add_subplot()
         most, labels = LINEAR, []
         every = -(-len(report.nodes) * len(report.teachers) // MOST_POINTS) or 1
@@ -193,7 +195,7 @@ def _lines(
     axis: str,
 ) -> Figure:
     with rc_context(STYLE):
-        picture = Figure(figsize=(6.4, 2.8 + 0.2 * -(-len(teachers) // 4)), layout="constrained")
+        picture = Figure(figsize=(WIDTH, 2.8 + 0.2 * -(-len(teachers) // 4)), layout="constrained")
         axes = picture.add_subplot()
         found = {(s.teacher, s.split): _known(s.figures[figure]) for s in summaries}
         for k, teacher in enumerate(teachers):
@@ -207,7 +209,7 @@ def _lines(
         if figure != "predicted_gain":
             axes.set_ylim(-1.05, 1.05)
         labels = [shown(label, 20) for label in labels]
-        crowded = max(map(len, labels), default=0) * len(labels) > 70
+        crowded = max(map(len, labels), default=0) * len(labels) > 50
         axes.set_xticks(range(len(names)), labels, rotation=30 if crowded else 0, ha="right" if crowded else "center")
         axes.set_xlabel(axis)
         axes.set_ylabel(_named(figure))
@@ -246,7 +248,7 @@ def _legend(figure: Figure, teachers: Sequence[str], labels: Sequence[str] = ())
     """Above the axes, in as many columns as there is room for."""
     labels = labels or [shown(teacher, 24) for teacher in teachers]
     handles = [Line2D([], [], ls="", marker=MARKERS[k % 8], color=COLOURS[k % 8]) for k in range(len(labels))]
-    columns = max(1, min(4, len(labels), 80 // (max(map(len, labels)) + 6)))
+    columns = max(1, min(4, len(labels), 62 // (max(map(len, labels)) + 6)))
     figure.legend(handles, labels, frameon=False, fontsize=9, ncols=columns, loc="outside upper left")
 
 

@@ -36,10 +36,11 @@ class Bar:
 
     def show(self, stage: str, done: int, total: int, left: str) -> None:
         """Draw."""
+        said = f"probe: {stage}"
         if self.bar is None:
             layout = "{desc} {n}/{total} {bar} {elapsed}{postfix}"
-            self.bar = tqdm(file=self.file, leave=False, dynamic_ncols=True, bar_format=layout)
-        self.bar.set_description_str(f"probe: {stage}", refresh=False)
+            self.bar = tqdm(desc=said, total=total, file=self.file, leave=False, dynamic_ncols=True, bar_format=layout)
+        self.bar.set_description_str(said, refresh=False)
         self.bar.set_postfix_str(left, refresh=False)
         self.bar.total, self.bar.n = total, done
         self.bar.refresh()
