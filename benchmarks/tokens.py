@@ -12,7 +12,6 @@ from scipy import stats
 from odp_callbacks.certainty import alignment_intervals
 from odp_callbacks.evidence import gather, norm
 from odp_callbacks.records import Floats, NodeRecord
-from odp_callbacks.success_model import fit_success_model
 from odp_callbacks.summaries import PREDICTORS
 
 BRANCHES, SIZE = 4, 12
@@ -52,7 +51,8 @@ def node(success: Floats, count: int, question: int, rng: np.random.Generator) -
 def main() -> None:
     """Print a row for each world and number of continuations."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=4000)
+    parser.add_argument("--nodes", type=int, default=100, help="of a probe")
+    parser.add_argument("--probes", type=int, default=40)
     parser.add_argument("--continuations", type=int, nargs="+", default=[2, 4, 8, 32])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -61,21 +61,25 @@ def main() -> None:
     for name, world in WORLDS.items():
         for count in options.continuations:
             rng = np.random.default_rng(options.seed)
-            truth = np.stack([world(rng) for _ in range(options.nodes)])
-            evidence = gather([node(row, count, i, rng) for i, row in enumerate(truth)])
-            offset = truth - truth[:, :1]
-            true = np.einsum("nka,na->nk", evidence.gain_form, offset) / norm(evidence.norm_form, offset)[:, None]
-            low, high = alignment_intervals(evidence, fit_success_model(evidence))
-            inside = (low <= true) & (true <= high)
+            inside, sure, wrong, plain = (np.zeros(0, bool) for _ in range(4))
+            for _ in range(options.probes):
+                truth = np.stack([world(rng) for _ in range(options.nodes)])
+                evidence = gather([node(row, count, i, rng) for i, row in enumerate(truth)])
+                offset = truth - truth[:, :1]
+                length = norm(evidence.norm_form, offset)[:, None]
+                true = np.einsum("nka,na->nk", evidence.gain_form, offset) / length
+                low, high = alignment_intervals(evidence)
+                side = (low > 0) | (high < 0)
+                other = np.sign(evidence.cosine) != np.sign(true)
+                inside = np.append(inside, (low <= true) & (true <= high))
+                sure = np.append(sure, side)
+                wrong = np.append(wrong, side & (np.sign(low + high) != np.sign(true)))
+                plain = np.append(plain, other[np.isfinite(evidence.cosine)])
             ends = stats.binomtest(int(inside.sum()), inside.size).proportion_ci(method="wilson")
-            sure = (low > 0) | (high < 0)
-            wrong = int((sure & (np.sign(low + high) != np.sign(true))).sum())
-            there = np.isfinite(evidence.cosine)
-            plain = (np.sign(evidence.cosine) != np.sign(true))[there].mean()
-            share = f"{wrong / sure.sum():.1%} ({wrong} of {sure.sum()})" if sure.any() else "none"
+            share = f"{wrong.sum() / sure.sum():.1%} ({wrong.sum()} of {sure.sum()})" if sure.any() else "none"
             print(
                 f"| {name} | {count} | {inside.mean():.3f} ({ends.low:.3f} to {ends.high:.3f}) | {sure.mean():.0%} | "
-                f"{share} | {plain:.0%} |",
+                f"{share} | {plain.mean():.0%} |",
                 flush=True,
             )
 

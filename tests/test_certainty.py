@@ -9,7 +9,6 @@ from conftest import MakeReport, split, synthetic
 from odp_callbacks.certainty import alignment_intervals
 from odp_callbacks.evidence import Evidence, gather, norm
 from odp_callbacks.records import Floats
-from odp_callbacks.success_model import fit_success_model
 from odp_callbacks.summaries import Analysis
 
 Draw = Callable[[np.random.Generator], Floats]
@@ -45,15 +44,15 @@ def drawn(world: Draw, count: int, nodes: int) -> tuple[Evidence, Floats]:
 @pytest.mark.parametrize("world", list(WORLDS))
 def test_the_truth_lies_inside_and_sure_tokens_are_right(world: str, count: int) -> None:
     evidence, true = drawn(WORLDS[world], count, 2000)
-    low, high = alignment_intervals(evidence, fit_success_model(evidence))
+    low, high = alignment_intervals(evidence)
     inside = ((low <= true) & (true <= high)).mean()
     # Of 4,000 intervals, two of each node; the model of success is fitted, so a little less than 95 % is fair.
-    assert 0.92 < inside < 0.97
+    assert 0.92 < inside < 0.98
     sure = (low > 0) | (high < 0)
     wrong = sure & (np.sign(low + high) != np.sign(true))
     assert wrong.sum() <= 0.03 * sure.sum() + 3
     if world == "lead":
-        assert sure.mean() > 0.5, "where one token is clearly right, most alignments have a side"
+        assert sure.mean() > (0.2 if count == 4 else 0.7), "where one token is clearly right"
     plain = (np.sign(evidence.cosine) != np.sign(true))[np.isfinite(evidence.cosine)].mean()
     assert plain > 5 * wrong.sum() / max(sure.sum(), 1), "the sign of every token is not worth as much"
 
@@ -62,13 +61,25 @@ def test_more_continuations_make_it_narrower_and_knowledge_makes_it_a_point() ->
     widths = []
     for count in (2, 8, 32):
         evidence, _ = drawn(WORLDS["spread"], count, 300)
-        low, high = alignment_intervals(evidence, fit_success_model(evidence))
+        low, high = alignment_intervals(evidence)
         widths.append((high - low).mean())
     assert widths[0] > 1.2 * widths[1] > 1.5 * widths[2]
     known = gather([synthetic((0.25, 0.75, 0.5), exact=True).record])
-    low, high = alignment_intervals(known, fit_success_model(known))
+    low, high = alignment_intervals(known)
     np.testing.assert_allclose(low, known.cosine, atol=1e-12)
     np.testing.assert_array_equal(low, high)
+
+
+def test_only_a_token_s_own_rewards_make_it_sure() -> None:
+    """Elsewhere the first token always wins; here two continuations against two say little, and so it is shown."""
+    clear = [
+        synthetic((1.0, 0.0, 0.0), count=8, total_square=[8.0, 0, 0], seed=i, question=str(i)).record for i in range(60)
+    ]
+    doubtful = synthetic((0.5, 0.0, 0.0), count=2, total_square=[1.0, 0, 0], seed=99, question="last").record
+    low, high = alignment_intervals(gather([*clear, doubtful]))
+    sure = (low > 0) | (high < 0)
+    assert sure[:-1].mean() > 0.8
+    assert not sure[-1].any()
 
 
 def test_a_token_without_an_alignment_has_no_interval(make_report: MakeReport) -> None:

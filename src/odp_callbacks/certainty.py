@@ -3,21 +3,22 @@ r"""How sure the alignment of one token is: an interval of the true cosine, give
 The cosine of a token is that of an *estimated* ideal gradient. Draws of the branches' true successes from
 :mod:`~odp_callbacks.success_model` give draws of the true ideal gradient, and so of the true cosine: an empirical Bayes
 credible interval. Where it holds 0, the token does not even tell whether the teacher pulls towards success or away.
+
+The model is the symmetric one. That the student's likeliest token leads elsewhere in the probe is true information, but
+a user who points at two continuations without success against two with it must not read "sure" there.
 """
 
 import numpy as np
 
 from odp_callbacks.evidence import NOISE, Evidence, norm
 from odp_callbacks.records import Floats
-from odp_callbacks.success_model import SuccessModel
+from odp_callbacks.success_model import SuccessModel, fit_success_model
 
 CHUNK = 2048
 """Nodes that are drawn at a time: the draws of a whole probe need not fit memory together."""
 
 
-def alignment_intervals(
-    evidence: Evidence, model: SuccessModel, confidence: float = 0.95, draws: int = 256
-) -> tuple[Floats, Floats]:
+def alignment_intervals(evidence: Evidence, confidence: float = 0.95, draws: int = 256) -> tuple[Floats, Floats]:
     """Equal-tailed credible interval of the true alignment of each node with each teacher.
 
     A draw without a direction (all successes equal) counts as 0: it is for neither side. One token's interval is about
@@ -25,7 +26,6 @@ def alignment_intervals(
 
     Args:
         evidence: ``N`` nodes, ``K`` teachers.
-        model: Fitted to them.
         confidence: In (0, 1).
         draws: Of each node's successes; the same evidence gives the same ones.
 
@@ -34,11 +34,10 @@ def alignment_intervals(
 
     Example:
         >>> from odp_callbacks.evidence import gather
-        >>> from odp_callbacks.success_model import fit_success_model
-        >>> nothing = gather([])
-        >>> alignment_intervals(nothing, fit_success_model(nothing))[0].shape
+        >>> alignment_intervals(gather([]))[0].shape
         (0, 0)
     """
+    model = fit_success_model(evidence, symmetric=True)
     nodes, teachers = evidence.teacher_norm.shape
     ends = np.full((2, nodes, teachers), np.nan)
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]

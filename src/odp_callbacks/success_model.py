@@ -53,7 +53,7 @@ class SuccessModel:
         """
         generator = np.random.default_rng(seed)
         nodes = len(self.wins)
-        cumulative = _normalise(self.log_likelihood.sum(axis=1) + np.log(self.prior)).cumsum(axis=1)
+        cumulative = _normalise(self.log_likelihood.sum(axis=1) + self._log_prior()).cumsum(axis=1)
         # Stratified over the mixture: fewer draws for the same precision.
         level = (generator.random((nodes, draws)) + np.arange(draws)) / draws
         point = np.zeros((nodes, draws), dtype=np.int64)
@@ -81,7 +81,7 @@ class SuccessModel:
         elsewhere = _sum_by(question, logs) - _sum_by(group, logs)
         count = np.bincount(question)[question] - np.bincount(group)[group]
         elsewhere /= np.maximum(count, 1)[:, None]
-        weight = _normalise(others + elsewhere[:, None] + np.log(self.prior))
+        weight = _normalise(others + elsewhere[:, None] + self._log_prior())
         mean = self._means()
         variance = mean * (1 - mean) * _CONCENTRATION / (1 + _CONCENTRATION)  # (A, G)
         spread: Floats = np.sqrt((weight * variance).sum(axis=-1))
@@ -89,11 +89,14 @@ class SuccessModel:
 
     def mean(self, evidence: Evidence) -> Floats:
         """Posterior mean of each branch's success, ``(N, A)``."""
-        weight = _normalise(self.log_likelihood.sum(axis=1) + np.log(self.prior))  # (N, G)
+        weight = _normalise(self.log_likelihood.sum(axis=1) + self._log_prior())  # (N, G)
         wins, losses = self.wins[..., None], self.losses[..., None]
         prior = self._means() * _CONCENTRATION  # (A, G)
         mean = ((prior + wins) / (_CONCENTRATION + wins + losses) * weight[:, None]).sum(axis=-1)
         return np.where(evidence.exact | ~evidence.real, evidence.success, mean)
+
+    def _log_prior(self) -> Floats:
+        return np.log(self.prior, out=np.full_like(self.prior, -np.inf), where=self.prior > 0)
 
     def _means(self) -> Floats:
         """Prior mean of each branch, ``(A, G)``."""
@@ -111,12 +114,14 @@ def _branch_means(branches: int) -> Floats:
     return _BOTH[np.minimum(np.arange(branches), 1)]
 
 
-def fit_success_model(evidence: Evidence, iterations: int = 60) -> SuccessModel:
+def fit_success_model(evidence: Evidence, iterations: int = 60, symmetric: bool = False) -> SuccessModel:
     """Fit the model to a probe's nodes, each weighted by its tokens.
 
     Args:
         evidence: ``N`` nodes.
         iterations: Of EM.
+        symmetric: Without leads: before its rewards are seen, no branch of a node is better than another. Not what
+            fits best, but then only a node's own rewards tell which of its tokens are better.
 
     Example:
         >>> from odp_callbacks.evidence import gather
@@ -127,7 +132,9 @@ def fit_success_model(evidence: Evidence, iterations: int = 60) -> SuccessModel:
     wins = np.where(evidence.real, evidence.total * certainty, 0)
     losses = np.where(evidence.real, (evidence.count - evidence.total).clip(min=0) * certainty, 0)
     log_likelihood = _log_likelihood(wins, losses)
-    prior = np.full(len(_MEAN), 1 / len(_MEAN))
+    possible = _LEAD == 0 if symmetric else np.ones(len(_LEAD), bool)
+    flat = possible / possible.sum()
+    prior = flat
     if len(wins):
         logs = log_likelihood.sum(axis=1)
         likelihood = np.exp(logs - logs.max(axis=1, keepdims=True))
@@ -136,7 +143,7 @@ def fit_success_model(evidence: Evidence, iterations: int = 60) -> SuccessModel:
             posterior = likelihood * prior
             prior = (share / posterior.sum(axis=1)) @ posterior
             # Nothing is impossible, however the nodes seen so far came out.
-            prior = 0.999 * prior / prior.sum() + 0.001 / len(prior)
+            prior = 0.999 * prior / prior.sum() + 0.001 * flat
     return SuccessModel(prior, log_likelihood, wins, losses)
 
 

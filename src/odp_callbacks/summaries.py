@@ -112,7 +112,7 @@ class Analysis:
         NaN where there is no alignment, and everywhere in the free mode: a rollout's own reward tells of the rollout.
         """
         if self._token_intervals is None:
-            low, high = alignment_intervals(self.evidence, self.model, self.confidence)
+            low, high = alignment_intervals(self.evidence, self.confidence)
             none = (self.status != DEFINED) | self.report.free
             self._token_intervals = np.where(none, np.nan, low), np.where(none, np.nan, high)
         return self._token_intervals

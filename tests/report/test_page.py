@@ -82,6 +82,16 @@ def test_the_page_s_numbers_are_the_library_s(make_report: MakeReport, tmp_path:
             assert count == (0 if record.exact[a] else record.count[a])
 
 
+def test_sure_tokens_are_counted_for_and_against(make_report: MakeReport, tmp_path: Path) -> None:
+    report = make_report(split, success=(0.0, 1.0))
+    text = write_report(report, tmp_path / "report.html").read_text("utf-8")
+    rows = re.findall(r"<tr><td>(\w*)</td><td><bdi>(\w+)</bdi></td>.*?>(\d+) · (\d+)</td></tr>", text)
+    found = {(teacher, int(a), int(b)) for _, teacher, a, b in rows}
+    nodes = len(report.nodes)
+    assert ("near", nodes, 0) in found, "towards success on every token"
+    assert ("far", nodes // 2, nodes // 2) in found, "and against it on correct rollouts"
+
+
 def test_success_has_wilsons_interval(make_report: MakeReport) -> None:
     node = make_report(split).nodes[0]
     some = replace(node, count=np.array([10, 0]), total=np.array([3.0, 0.0]), exact=np.array([False, False]))
