@@ -1,5 +1,7 @@
 """A rollout as a picture, its tokens coloured by alignment. Purple helps and orange hurts, for any eyes."""
 
+import re
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -19,6 +21,9 @@ LINE, LEAST_LINE = 88, 64
 MOST_LINES, LEAST_LINES = 40, 4
 """Lines of a picture, shared by its teachers, and how many each has at least."""
 KEY = "filled: 95 % sure of the side · coloured frame: not sure · dashed: cannot tell · dotted: no alignment here"
+
+MARK = re.compile(r"<[^<>\s]{1,40}>")
+ROLES = {"assistant", "user", "system", "model"}
 
 Line = list[tuple[int, int, str]]
 
@@ -49,7 +54,7 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
     report = analysis.report
     rollout, teachers = report.rollouts[index], report.teachers
     place = {node.depth: n for n, node in enumerate(report.nodes) if node.rollout == index}
-    cosine, status, sure = analysis.evidence.cosine, analysis.status, analysis.sure()
+    alignment, status, sure = analysis.token_alignment(), analysis.status, analysis.sure()
     lines, hidden = _excerpt(_lines(rollout.pieces), set(place), max(LEAST_LINES, MOST_LINES // len(teachers)))
     rows = len(lines) + 1
     # As wide as the text: TensorBoard shrinks a picture to its card, and empty space would shrink the words.
@@ -61,7 +66,7 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
     axes.set_ylim(rows * len(teachers) + 0.4, -0.2)
     axes.axis("off")
     said = "correct" if rollout.correct else "incorrect"
-    asked = shown((rollout.prompt.strip() or " ").splitlines()[-1][-50:], 50)
+    asked = shown(question_of(rollout.prompt)[-50:], 50)
     title = f"{said}, question {shown(rollout.question, 16)}: {asked}"
     axes.set_title(title, loc="left", fontsize=9, parse_math=False)
     for k, teacher in enumerate(teachers):
@@ -71,7 +76,7 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
             for x, depth, piece in line:
                 n = place.get(depth)
                 known = "" if n is None else str(status[n, k])
-                value = 0.0 if n is None else float(cosine[n, k])
+                value = 0.0 if n is None else float(alignment[n, k])
                 _token(axes, x, top + row + 1.1, piece, known, value, n is not None and bool(sure[n, k]))
     more = f"; {hidden} more measured tokens are not shown" if hidden else ""
     axes.text(0, rows * len(teachers) + 0.2, KEY + more, fontsize=7, color="#555555", va="center", parse_math=False)
@@ -82,10 +87,22 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
     return figure
 
 
+def question_of(prompt: str) -> str:
+    r"""The last line of a prompt that is not only a chat template's mark.
+
+    Example:
+        >>> question_of("<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n")
+        'What is 1 + 1?'
+    """
+    lines = [line.strip() for line in MARK.sub("", prompt).splitlines()]
+    said = [line for line in lines if line and line not in ROLES]
+    return said[-1] if said else ""
+
+
 def _token(axes: Axes, x: float, y: float, piece: str, known: str, value: float, sure: bool) -> None:
     box, colour = None, "black" if known else "#888888"
     if known == DEFINED and sure:
-        box = {"facecolor": colormaps[COLOURS]((value + 1) / 2), "edgecolor": "#444444", "linewidth": 0.7}
+        box = {"facecolor": colormaps[COLOURS]((value + 1) / 2), "edgecolor": "#222222", "linewidth": 1.0}
         colour = "white" if abs(value) > 0.6 else "black"
     elif known == DEFINED:
         box = {"facecolor": "white", "edgecolor": FRAMES((value + 1) / 2), "linewidth": 1.6}

@@ -26,6 +26,8 @@ WIDTH = 5.0
 """Inches: TensorBoard shrinks a picture to its card, and with it the words."""
 MOST_KINDS = 12
 """Kinds of module that a map has rows for: the strongest, where there are more."""
+MOST_LABELS = 12
+"""On an axis."""
 MOST_POINTS = 2000
 """Of a scatter plot: more hide each other, and make a page large."""
 LINEAR = 0.01
@@ -70,23 +72,26 @@ def over_depth(analysis: Analysis, figure: str = "gain_weighted_alignment") -> F
 def over_steps(reports: Sequence[tuple[str, ProbeReport]], confidence: float) -> Figure:
     """Predicted gain on all rollouts, probe after probe."""
     summaries = []
-    for name, report in reports:
+    keys = [str(i) for i in range(len(reports))]  # names may repeat
+    for key, (_, report) in zip(keys, reports, strict=True):
         for s in Analysis(report, confidence).summaries():
             if s.split == "all":
-                summaries.append(ClassSummary(s.teacher, name, s.figures, s.nodes, s.undefined, s.undetermined))
+                summaries.append(ClassSummary(s.teacher, key, s.figures, s.nodes, s.undefined, s.undetermined))
     names = [name for name, _ in reports]
-    return _lines(summaries, "predicted_gain", reports[-1][1].teachers, names, names, "probe")
+    return _lines(summaries, "predicted_gain", reports[-1][1].teachers, keys, names, "probe")
 
 
 def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Figure | None:
     """A figure in each LoRA module alone: layers across, kinds of module down, a map for each teacher.
 
-    A dot marks cells whose interval excludes 0. None where modules are not apart.
+    A dot marks cells whose interval excludes 0; where the figure is withheld, a striped cell shows it uncorrected. None
+    where modules are not apart.
     """
     report = analysis.report
     if len(report.modules) < 2:
         return None
-    found = {(s.teacher, s.split): _known(s.figures[figure]) for s in analysis.summaries("module")}
+    summaries = {(s.teacher, s.split): s.figures[figure] for s in analysis.summaries("module")}
+    found = {key: _known(f) for key, f in summaries.items()}
     places = {module: place(module) for module in report.modules}
     layers = sorted({layer for layer, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
@@ -96,12 +101,13 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
             strength[places[module][1]] += abs(f.value) if np.isfinite(f.value) else 0.0
         kinds = sorted(sorted(kinds, key=lambda kind: -strength[kind])[:MOST_KINDS], key=kinds.index)
     values = np.full((len(report.teachers), len(kinds), len(layers)), np.nan)
-    certain = np.zeros(values.shape, bool)
+    certain, rough = np.zeros(values.shape, bool), np.zeros(values.shape, bool)
     for k, teacher in enumerate(report.teachers):
         for module, (layer, kind) in places.items():
             if kind in kinds:
                 f, at = found[teacher, module], (k, kinds.index(kind), layers.index(layer))
                 values[at], certain[at] = f.value, f.low > 0 or f.high < 0
+                rough[at] = np.isfinite(f.value) and not np.isfinite(summaries[teacher, module].value)
     finite = np.abs(values[np.isfinite(values)])
     top = 1.0 if figure != "predicted_gain" else float(finite.max(initial=0)) or 1.0
     with rc_context(STYLE):
@@ -109,13 +115,11 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
         picture = Figure(figsize=size, layout="constrained")
         rows = picture.subplots(len(report.teachers), sharex=True, squeeze=False)[:, 0]
         for k, axes in enumerate(rows):
-            # The ground says where there is no figure: a hatched cell, not the white of a 0.
-            axes.add_patch(
-                Rectangle((0, 0), len(layers), len(kinds), hatch="////", fill=False, edgecolor=GREY, lw=0, alpha=0.5)
-            )
             mesh = axes.pcolormesh(
                 np.ma.masked_invalid(values[k]), cmap="PuOr", vmin=-top, vmax=top, edgecolor=GREY, lw=0.3
             )
+            for i, j in zip(*np.nonzero(rough[k]), strict=True):
+                axes.add_patch(Rectangle((j, i), 1, 1, hatch="////", fill=False, edgecolor=GREY, lw=0, alpha=0.7))
             y, x = np.nonzero(certain[k])
             ink = ["white" if abs(values[k, i, j]) > 0.6 * top else "black" for i, j in zip(y, x, strict=True)]
             axes.scatter(x + 0.5, y + 0.5, s=8, c=ink)
@@ -125,7 +129,7 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
         step = -(-len(layers) // 12)
         names = ["none" if layer < 0 else str(layer) for layer in layers]
         rows[-1].set_xticks(np.arange(0, len(layers), step) + 0.5, names[::step], fontsize=8)
-        rows[-1].set_xlabel("layer; dot: interval excludes 0; hatched: no figure")
+        rows[-1].set_xlabel("layer · dot: interval excludes 0" + (" · striped: not corrected" if rough.any() else ""))
         picture.colorbar(mesh, ax=list(rows), label=_named(figure))
         return picture
 
@@ -150,7 +154,7 @@ def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Fig
     Filled where the token's interval excludes 0.
     """
     report, confidence = analysis.report, analysis.confidence
-    cosine, sure = analysis.evidence.cosine, analysis.sure()
+    alignment, sure = analysis.token_alignment(), analysis.sure()
     found = correlations(report, confidence)
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.0 + 0.2 * len(report.teachers)), layout="constrained")
@@ -167,7 +171,7 @@ def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Fig
             for certain in (False, True):
                 chosen = here & drawn & (sure[:, k] == certain)
                 axes.plot(
-                    x[chosen], cosine[chosen, k], MARKERS[k % 8], color=COLOURS[k % 8], alpha=0.6, markersize=4,
+                    x[chosen], alignment[chosen, k], MARKERS[k % 8], color=COLOURS[k % 8], alpha=0.6, markersize=4,
                     markerfacecolor=COLOURS[k % 8] if certain else "none", zorder=2 + certain,
                 )  # fmt: skip
             labels.append(f"{shown(teacher, 24)}: correlation {told}")
@@ -209,9 +213,14 @@ def _lines(
         if figure != "predicted_gain":
             axes.set_ylim(-1.05, 1.05)
         labels = [shown(label, 20) for label in labels]
-        crowded = max(map(len, labels), default=0) * len(labels) > 50
-        axes.set_xticks(range(len(names)), labels, rotation=30 if crowded else 0, ha="right" if crowded else "center")
-        axes.set_xlabel(axis)
+        every = -(-len(labels) // MOST_LABELS)
+        some = labels[::every]
+        crowded = max(map(len, some), default=0) * len(some) > 50
+        places = range(0, len(labels), every or 1)
+        axes.set_xticks(places, some, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+        bare = any(np.isfinite(f.value) and not np.isfinite(f.low) for f in found.values())
+        why = "no interval" if figure == "predicted_gain" else "not corrected for noise"
+        axes.set_xlabel(f"{axis} (hollow: {why})" if bare else axis)
         axes.set_ylabel(_named(figure))
         _legend(picture, teachers)
         return picture

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
 from tqdm.auto import tqdm
@@ -122,7 +123,8 @@ class ProbeProgress:
 
     def __exit__(self, *_: object) -> None:
         if self.display is not None:
-            self.display.close()
+            with suppress(Exception):  # as with drawing it
+                self.display.close()
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Take notice of a stage, of what is done of it, and of how much there is."""
@@ -151,7 +153,10 @@ class ProbeProgress:
         """What can be said of the time that is left."""
         here = self._left(self.stage)
         if self.last:
-            parts = [self._left(stage) for stage in {*self.last, *self.now}]
+            order = list(self.last)
+            # A stage that was passed by does not come any more: no continuation was needed, say.
+            passed = order[: order.index(self.stage)] if self.stage in self.last else []
+            parts = [self._left(s) for s in {*order, *self.now} if s in self.now or s not in passed]
             return f"about {sum(part for part in parts if part is not None):.0f} s left"
         return "" if here is None else f"{self.stage.replace('_', ' ')} done in about {here:.0f} s"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from odp_callbacks.inference import Figure
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.summaries import SPLITS, Analysis
+from odp_callbacks.text import shown
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _answer(places: list[Place]) -> str:
 
 
 def _list(names: list[str]) -> str:
-    names = [f"“{name}”" for name in names]
+    names = [f"“{shown(name)}”" for name in names]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -117,6 +117,15 @@ class Analysis:
             self._token_intervals = np.where(none, np.nan, low), np.where(none, np.nan, high)
         return self._token_intervals
 
+    def token_alignment(self) -> Floats:
+        """Each token's alignment with each teacher as it is shown, ``(N, K)``: the estimate, cut to its interval.
+
+        The estimate is noisier than the interval, which knows of the other branches and nodes, and may lie outside.
+        """
+        low, high = self.token_intervals()
+        cosine = self.evidence.cosine
+        return np.where(np.isnan(low), cosine, cosine.clip(low, high))
+
     def sure(self) -> NDArray[np.bool_]:
         """Whether a token tells on which side of 0 its alignment lies, ``(N, K)``: its interval excludes 0."""
         low, high = self.token_intervals()

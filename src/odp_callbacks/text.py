@@ -2,6 +2,9 @@
 
 import unicodedata
 
+SIGNS = {"\n": "⏎", "\t": "⇥"}
+JOINERS = "\u200c\u200d"
+"""Invisible, but they make one emoji or one word of several signs."""
 LONGEST = 60
 """Characters of a token or a name that are shown."""
 
@@ -57,6 +60,8 @@ def wide(text: str) -> int:
 
 
 def _sign(c: str) -> str:
-    if c in "\n\t":
-        return {"\n": "⏎", "\t": "⇥"}[c]
-    return c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"
+    if c in SIGNS:
+        return SIGNS[c]
+    if c.isprintable() or c in JOINERS:
+        return c
+    return "␣" if unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import HOSTILE, MakeReport, hostile, split
+from odp_callbacks import plots
 from odp_callbacks.evidence import gather
 from odp_callbacks.report import write_report
 from odp_callbacks.report.data import page_data, success
@@ -112,6 +113,12 @@ def test_probes_of_a_run_are_shown_as_it_went(make_report: MakeReport, tmp_path:
     text = write_report(several, tmp_path / "report.html").read_text("utf-8")
     assert "As training went" in text
     assert "step 1" in text
+    trend = text[text.index("As training went") :]
+    low, high = make_report(lambda c, d: (0.1, 0.1), noise=0.0), make_report(lambda c, d: (0.9, 0.9), noise=0.0)
+    figure = plots.over_steps([("same", low), ("same", high)], 0.95)
+    first, second, *_ = figure.axes[0].containers
+    assert first[0].get_ydata() < second[0].get_ydata(), "two probes of one name are still two"
+    assert trend.index("step 0") < trend.index("step 2")
     assert "As training went" not in write_report(several[0][1], tmp_path / "one.html").read_text("utf-8")
 
 

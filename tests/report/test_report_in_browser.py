@@ -29,7 +29,7 @@ def tokens(browser: Any, extra: str = "") -> list[Any]:
 
 
 def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
-    report = make_report(split)
+    report = make_report(split, success=(0.0, 1.0))
     apart = tuple(replace(n, gram=np.concatenate([0.7 * n.gram, 0.3 * n.gram])) for n in report.nodes)
     report = replace(report, nodes=apart, modules=("layers.0.q_proj", "layers.1.q_proj"))
     opened(browser, write_report(report, tmp_path / "report.html"))
@@ -44,6 +44,14 @@ def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: 
     assert browser.switch_to.active_element == tokens(browser)[1]
     assert f"Token {report.nodes[1].depth} " in panel.text
 
+    assert len(browser.find_elements(By.CSS_SELECTOR, '#rollouts [tabindex="0"]')) == 1, "one stop for all tokens"
+    tokens(browser)[2].click()
+    ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
+    assert f"Token {report.nodes[2].depth} " in panel.text, "held"
+    tokens(browser)[2].click()
+    ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
+    assert f"Token {report.nodes[0].depth} " in panel.text, "let go"
+
     Select(browser.find_element(By.ID, "correct")).select_by_value("0")
     assert len(browser.find_elements(By.CLASS_NAME, "rollout")) == sum(not r.correct for r in report.rollouts)
     start = browser.find_element(By.ID, "from")
@@ -57,9 +65,16 @@ def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: 
     Select(browser.find_element(By.ID, "sort")).select_by_value("help")
     assert "· incorrect" in browser.find_element(By.CLASS_NAME, "rollout").text
     browser.find_element(By.ID, "certain").click()
-    sure = int(Analysis(report).sure()[[n.depth >= 3 for n in report.nodes], 1].sum())
-    assert browser.find_element(By.ID, "count").text == f"{sure} measured tokens in {len(report.rollouts)} rollouts"
-    assert len(tokens(browser, ":not(.faded)")) == sure
+    deep = [n for n, node in enumerate(report.nodes) if node.depth >= 3]
+    sure = [report.nodes[n].rollout for n in deep if Analysis(report).sure()[n, 1]]
+    assert len(sure) > 0
+    told = f"{len(sure)} measured tokens in {len(set(sure))} rollouts"
+    assert browser.find_element(By.ID, "count").text == told
+    assert len(tokens(browser, ":not(.faded)")) == len(sure)
+    start.clear()
+    start.send_keys("999")
+    assert browser.find_element(By.ID, "count").text == "0 measured tokens in 0 rollouts"
+    assert not browser.find_elements(By.CLASS_NAME, "rollout")
     assert not browser.get_log("browser")
 
 
@@ -75,6 +90,16 @@ def test_tokens_whose_side_is_not_sure_look_it(browser: Any, make_report: MakeRe
         assert (token.value_of_css_property("background-color") == "rgba(0, 0, 0, 0)") == (not certain)
     ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
     assert "true one" in browser.find_element(By.ID, "panel").text
+
+
+def test_the_free_mode_shows_rewards_and_no_continuation(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
+    opened(browser, write_report(replace(make_report(split), free=True), tmp_path / "report.html"))
+    ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
+    panel = browser.find_element(By.ID, "panel").text
+    assert "no continuation was sampled" in panel
+    assert "reward" in panel
+    assert "success with" not in panel
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#panel tr.q")) == 1, "the token that was taken"
 
 
 def test_hostile_text_does_nothing(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
@@ -101,7 +126,17 @@ def test_it_fits_the_window_and_reads_in_both_schemes(
     )
     opened(browser, write_report(many, tmp_path / "report.html"))
     wider = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-    assert wider <= 0 or width == 400
+    assert wider <= 0
+    found = tokens(browser)
+    middle = found[len(found) // 2]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", middle)
+    middle.click()
+    place = browser.execute_script("return document.getElementById('panel').getBoundingClientRect()")
+    assert 0 <= place["top"] < 900
+    assert place["bottom"] <= 900
+    assert place["right"] <= width
+    inner = browser.execute_script("const p = document.getElementById('panel'); return p.scrollWidth - p.clientWidth")
+    assert inner <= 0, "nothing of eight teachers is cut off at the side"
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -22,6 +22,7 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
     """
     report, evidence, status = analysis.report, analysis.evidence, analysis.status
     low, high = analysis.token_intervals()
+    alignment = analysis.token_alignment()
     texts = report.token_text
     return {
         "teachers": [shown(name) for name in report.teachers],
@@ -48,7 +49,7 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
                 "p": numbers(node.probability),
                 "q": [numbers(row) for row in node.teacher_probability],
                 "s": [success(node, a) for a in range(len(node.tokens))],
-                "a": numbers(evidence.cosine[n]),
+                "a": numbers(alignment[n]),
                 "l": numbers(low[n]),
                 "h": numbers(high[n]),
                 "g": numbers(evidence.gain[n]),

@@ -7,7 +7,7 @@
   const FRAMES = [[196, 106, 22], [140, 140, 140], [128, 100, 190]];
   const byRollout = data.rollouts.map(() => new Map());
   data.nodes.forEach((node) => byRollout[node.r].set(node.d, node));
-  let limit = PAGE;
+  let limit = PAGE, pinned = null;
 
   const make = (tag, cls, text) => {
     const e = document.createElement(tag);
@@ -30,7 +30,9 @@
   const passes = (node, s) => node.d >= s.from && node.d <= s.to && (!s.certain || sure(node, s.k));
 
   const chosenRollouts = (s) => {
-    const found = data.rollouts.map((r, i) => i).filter((i) => s.correct === "" || data.rollouts[i].correct === (s.correct === "1"));
+    const some = s.certain || s.from > 0 || s.to < Infinity;
+    const found = data.rollouts.map((r, i) => i).filter((i) => (s.correct === "" || data.rollouts[i].correct === (s.correct === "1"))
+      && (!some || [...byRollout[i].values()].some((node) => passes(node, s))));
     if (s.sort === "order") return found;
     const sign = s.sort === "harm" ? 1 : -1;
     const total = (i) => {
@@ -50,6 +52,11 @@
     order.slice(0, limit).forEach((i) => place.append(drawRollout(i, s)));
     $("count").textContent = `${count} measured tokens in ${order.length} rollouts`;
     $("more").hidden = order.length <= limit;
+    // The question stands at a prompt's end.
+    document.querySelectorAll("#rollouts .prompt").forEach((e) => { e.scrollTop = e.scrollHeight; });
+    const first = place.querySelector(".tok[data-d]:not(.faded)");
+    if (first) first.tabIndex = 0;
+    pinned = null;
   };
   const drawRollout = (i, s) => {
     const rollout = data.rollouts[i], box = make("article", "rollout"), head = make("header");
@@ -63,7 +70,7 @@
         token.classList.add(kind);
         token.dataset.r = i;
         token.dataset.d = d;
-        token.tabIndex = 0;
+        token.tabIndex = -1;  // one stop for all tokens: the arrow keys go on from there
         token.setAttribute("role", "button");
         token.setAttribute("aria-label", `${piece}, token ${d}, alignment ${kind === "defined" ? signed(node.a[s.k]) + (sure(node, s.k) ? ", side sure" : ", side not sure") : kind}`);
         if (!passes(node, s)) token.classList.add("faded");
@@ -106,32 +113,54 @@
     });
     panel.append(list);
     const table = make("table"), head = make("tr");
-    ["could stand here", "success", "student p", ...data.teachers.map((t) => `${t} q`)].forEach((t) => head.append(make("th", "", t)));
+    ["could stand here", data.free ? "reward" : "success", "student p"].forEach((t) => head.append(make("th", "", t)));
     table.append(head);
     node.k.forEach((id, a) => {
+      if (data.free && a !== node.t) return;  // the other branch is what the reward is compared with
       const row = make("tr"), name = make("td");
       name.append(make("span", "word", word(id)));
       if (a === node.t) name.append(make("span", "note", " taken"));
       row.append(name);
       const [mean, low, high, n] = node.s[a];
-      row.append(make("td", "", mean === null ? "not measured" : n === 0 ? `${percent(mean)} known` : `${percent(mean)} (${percent(low)} to ${percent(high)}; ${n})`));
+      if (data.free) row.append(make("td", "", String(data.rollouts[node.r].reward)));
+      else row.append(make("td", "", mean === null ? "not measured" : n === 0 ? `${percent(mean)} known` : `${percent(mean)} (${percent(low)} to ${percent(high)}; ${n})`));
       row.append(make("td", "", percent(node.p[a])));
-      data.teachers.forEach((_, k) => {
-        const q = node.q[k][a], up = q > node.p[a], cell = make("td", "", percent(q));
-        if (q !== null && Math.abs(q - node.p[a]) > 1e-4) cell.append(make("span", up ? "up" : "down", up ? " ▲" : " ▼"));
-        row.append(cell);
-      });
       table.append(row);
+      // A line of its own: with many teachers a column for each would not fit.
+      const line = make("tr", "q"), cell = make("td");
+      cell.colSpan = 3;
+      data.teachers.forEach((name, k) => {
+        const q = node.q[k][a], up = q > node.p[a], part = make("span", "one");
+        part.append(make("bdi", "", name), ` ${percent(q)}`);
+        if (q !== null && Math.abs(q - node.p[a]) > 1e-4) part.append(make("span", up ? "up" : "down", up ? " ▲" : " ▼"));
+        cell.append(part, " ");
+      });
+      line.append(cell);
+      table.append(line);
     });
-    panel.append(table, make("p", "note", "success: share of the student's own continuations that reach it, with its 95 % interval and their number; ▲ pushed up, ▼ pushed down by the teacher"));
+    panel.append(table, make("p", "note", data.free ? "Free mode: no continuation was sampled, and the rollout's own reward stands for the success of its tokens; ▲ pushed up, ▼ pushed down by the teacher, whose probability q is given" : "success: share of the student's own continuations that reach it, with its 95 % interval and their number; ▲ pushed up, ▼ pushed down by the teacher, whose probability q is given. Click a token to hold this, click it again to let go."));
   };
 
-  $("rollouts").addEventListener("mouseover", (e) => { const t = e.target.closest("[data-d]"); if (t) show(t); });
-  $("rollouts").addEventListener("focusin", (e) => { const t = e.target.closest("[data-d]"); if (t) show(t); });
+  $("rollouts").addEventListener("mouseover", (e) => { const t = e.target.closest("[data-d]"); if (t && !pinned) show(t); });
+  $("rollouts").addEventListener("click", (e) => {
+    const t = e.target.closest("[data-d]");
+    if (!t) return;
+    pinned = pinned === t ? null : t;
+    document.querySelectorAll(".tok.pinned").forEach((o) => o.classList.remove("pinned"));
+    if (pinned) t.classList.add("pinned");
+    show(t);
+  });
+  $("rollouts").addEventListener("focusin", (e) => {
+    const t = e.target.closest("[data-d]");
+    if (!t) return;
+    document.querySelectorAll('#rollouts [tabindex="0"]').forEach((o) => { o.tabIndex = -1; });
+    t.tabIndex = 0;
+    if (!pinned) show(t);
+  });
   $("rollouts").addEventListener("keydown", (e) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
     if (!step) return;
-    const all = [...document.querySelectorAll("#rollouts [data-d]")], next = all[all.indexOf(document.activeElement) + step];
+    const all = [...document.querySelectorAll("#rollouts [data-d]:not(.faded)")], next = all[all.indexOf(document.activeElement) + step];
     if (next) { next.focus(); e.preventDefault(); }
   });
   ["teacher", "correct", "from", "to", "certain", "sort"].forEach((id) => ["input", "change"].forEach((kind) => $(id).addEventListener(kind, () => { limit = PAGE; draw(); })));
