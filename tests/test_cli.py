@@ -1,6 +1,7 @@
 """The command line, on a tiny student in a local folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,10 @@ def test_a_printed_configuration_is_one_to_start_from(
         ({"measure.nodes": "some"}, "`nodes` must be one of"),
         ({"teachers": '{"x": "nothing"}'}, "`teachers` knows 'base' and templates"),
         ({"teachers": '{"x": "{hint} {prompt}"}'}, "names the column 'hint'"),
+        ({"teachers": '{"x": "{prompt"}'}, "`teachers` has 'x', whose context does not fit"),
+        ({"teachers": '{"base": "base", "big": "model:./no/such/folder"}'}, "`teachers` names './no/such/folder'"),
+        ({"student": "./no/such/folder"}, "`student` names './no/such/folder'"),
+        ({"stop": '[""]'}, "`stop` has ''"),
         ({"confidence": 2}, "`confidence` must lie in (0, 1)"),
     ],
 )
@@ -144,6 +149,47 @@ def test_bad_arguments_end_with_2_and_say_what_would_work(
     with pytest.raises(SystemExit) as ended:
         main(["diagnose", "--no_such_flag=1"])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "reward", "message"),
+    [
+        ("", "odd", "which is empty"),
+        ('{"prompt": "a"', "odd", "cannot be read as .jsonl"),
+        ('{"question": "a"}', "odd", "must have a column 'prompt'"),
+        (
+            '{"prompt": "a"}',
+            "exact",
+            "`reward` is 'exact', which reads a column 'answer', but `dataset` has ['prompt']",
+        ),
+    ],
+)
+def test_a_bad_dataset_is_refused_before_a_model_is_loaded(
+    text: str, reward: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    changes = {"reward": reward, "teachers": '{"base": "base"}'}
+    assert main(arguments("no/model", str(path), tmp_path / "out", **changes)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_records_of_one_name_are_told_apart_and_a_demo_s_folder_is_known(
+    student: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        assert main(arguments(student, dataset, tmp_path / name, questions=1)) == 0
+    page = tmp_path / "both.html"
+    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(page)]) == 0
+    text = page.read_text("utf-8")
+    assert "As training went" in text
+    assert ">one<" in text
+    assert ">two<" in text
+    demo = tmp_path / "odp-demo" / "records"
+    for name in ("step-00000000", "step-00000006"):
+        shutil.copytree(tmp_path / "one" / "records", demo / name)
+    assert main(["report", str(demo.parent), "--output", str(page), "--json"]) == 0
+    assert "step-00000006" in page.read_text("utf-8")
 
 
 def test_a_folder_without_records_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

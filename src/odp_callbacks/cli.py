@@ -95,20 +95,27 @@ def diagnose(
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    from odp_callbacks.demo.student import load_student
     from odp_callbacks.diagnosis import run_diagnosis
     from odp_callbacks.engine.config import ProbeConfig
     from odp_callbacks.engine.teachers import ModelTeacher, as_teachers
     from odp_callbacks.questions import load_questions, load_reward
 
     console = Console(stderr=as_json)
+    # All that can be refused is, before a model is loaded.
     if questions < 1:
         raise ValueError(f"`questions` must be a positive integer, but {questions} was given.")
-    ProbeConfig(**asdict(measure))  # refused before a model is loaded
-    as_teachers({name: "base" if kind.startswith("model:") else kind for name, kind in teachers.items()})
+    _check_confidence(confidence)
+    ProbeConfig(**asdict(measure))
+    named = as_teachers({name: "base" if kind.startswith("model:") else kind for name, kind in teachers.items()})
     rows, own = load_questions(dataset, count=questions, split=split, shots=shots, seed=seed, settings=settings)
-    verifier = load_reward(reward, own)
-    model, tokenizer = load_student(student, lambda message: console.print(escape(message)))
+    verifier = load_reward(reward, own, rows)
+    for name, teacher in named.items():
+        for row in rows:
+            try:
+                teacher.prompt(row)
+            except (ValueError, LookupError, AttributeError) as error:
+                raise ValueError(f"`teachers` has {name!r}, whose context does not fit: {error}") from error
+    model, tokenizer = _model("student", student, lambda message: console.print(escape(message)))
     torch.manual_seed(seed)
     pupil: Any = (
         get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM"))
@@ -119,9 +126,11 @@ def diagnose(
     for name, kind in teachers.items():
         made[name] = kind
         if kind.startswith("model:"):
-            external, its_tokenizer = load_student(kind.removeprefix("model:"), lambda message: None)
+            external, its_tokenizer = _model("teachers", kind.removeprefix("model:"), lambda message: None)
             made[name] = ModelTeacher(external, tokenizer=its_tokenizer)
-    ends = tuple(sorted({tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in stop}))
+    ends = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in stop}
+    if empty := [text for text, ids in ends.items() if not ids]:
+        raise ValueError(f"`stop` has {empty[0]!r}, which is no token; give texts such as '\\n', or none.")
     bar = iter(track(range(len(rows)), "questions", console=console, transient=True))
     folder = Path(output)
 
@@ -135,7 +144,9 @@ def diagnose(
         verifier,
         made,
         folder,
-        config=ProbeConfig(**asdict(measure), eos_token_ids=ends, step_alignment=False),
+        config=ProbeConfig(
+            **asdict(measure), eos_token_ids=tuple(sorted({ids[-1] for ids in ends.values()})), step_alignment=False
+        ),
         seed=seed,
         about={"student": student, "adapter": adapter, "lora_rank": lora_rank, "reward": reward, "teachers": teachers},
         progress=step,
@@ -148,11 +159,12 @@ def report(records: list[str], output: str = "report.html", confidence: float = 
 
     Args:
         records: Folders of records; several are the probes of one run, in this order. A folder that holds folders of
-            records stands for all of them.
+            records, as that of a demo does, stands for all of them.
         output: The HTML file.
         confidence: Level of the intervals.
         as_json: Print the ranking as JSON, and nothing else.
     """
+    _check_confidence(confidence)
     return _tell(Console(stderr=as_json), _load(records), Path(output), confidence, as_json)
 
 
@@ -167,6 +179,7 @@ def compare(first: str, second: str, confidence: float = 0.95, as_json: bool = F
     """
     from odp_callbacks.summaries import SPLITS, summarise
 
+    _check_confidence(confidence)
     found = []
     for folder in (first, second):
         _, one = _load([folder])[-1]
@@ -228,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from odp_callbacks.demo.run import DemoConfig
 
         demo = ArgumentParser(description="Distil a real student on two cores and see which teacher helps.")
+        demo.add_argument("--config", action="config", help="A YAML file with these arguments.")
         demo.add_class_arguments(DemoConfig)
         commands.add_subcommand("demo", demo)
     except ImportError:
@@ -252,23 +266,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"odp-callbacks {command}: {_text(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nodp-callbacks: interrupted; the same command goes on from here.", file=sys.stderr)
+        on = "; the same command goes on from here" if command == "diagnose" else ""
+        print(f"\nodp-callbacks: interrupted{on}.", file=sys.stderr)
         return 130
 
 
 def _load(folders: Sequence[str]) -> list[tuple[str, Any]]:
     from odp_callbacks.storage import load
 
-    found = []
+    found: list[Path] = []
     for folder in map(Path, folders):
-        inside = sorted(p.parent for p in folder.glob("*/nodes.parquet"))
-        whole = [folder] if (folder / "nodes.parquet").exists() else inside
-        if not whole and (folder / "records" / "nodes.parquet").exists():
-            whole = [folder / "records"]
+        here = [folder, folder / "records"]
+        whole = [one for one in here if (one / "nodes.parquet").exists()][:1]
+        for pattern in ("*/nodes.parquet", "records/*/nodes.parquet"):
+            whole = whole or sorted(path.parent for path in folder.glob(pattern))
         if not whole:
             raise ValueError(f"`records` names {str(folder)!r}, where there are no records of odp-callbacks.")
-        found += [(one.name, load(one)) for one in whole]
-    return found
+        found += whole
+    return [(name, load(one)) for name, one in zip(_names(found), found, strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Names that tell folders apart: the last part of their paths in which they differ, and what follows."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return [name.removesuffix("/records") for name in names]
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
+
+
+def _model(argument: str, name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
+    """A model and its tokenizer; where there is none, the argument's name is in the error."""
+    from odp_callbacks.demo.student import load_student
+
+    try:
+        return load_student(name, say)
+    except (OSError, ValueError) as error:
+        if name is None:
+            raise
+        raise ValueError(
+            f"`{argument}` names {name!r}, which is neither a folder with a model nor to be had from the hub "
+            f"({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _tell(console: Console, several: list[tuple[str, Any]], page: Path, confidence: float, as_json: bool) -> int:

@@ -1,6 +1,7 @@
 """A rollout as a picture, its tokens coloured by alignment. Purple helps and orange hurts, for any eyes."""
 
 import re
+from functools import cache
 
 import numpy as np
 from matplotlib import colormaps
@@ -8,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from odp_callbacks.estimates import DEFINED, UNDEFINED
 from odp_callbacks.summaries import Analysis
@@ -22,6 +24,11 @@ MOST_LINES, LEAST_LINES = 40, 4
 """Lines of a picture, shared by its teachers, and how many each has at least."""
 KEY = "filled: 95 % sure of the side · coloured frame: not sure · dashed: cannot tell · dotted: no alignment here"
 
+OTHERS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Noto Sans Arabic",
+    "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS",
+)  # fmt: skip
+"""Fonts of other scripts, by preference."""
 MARK = re.compile(r"<[^<>\s]{1,40}>")
 ROLES = {"assistant", "user", "system", "model"}
 
@@ -58,20 +65,29 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
     lines, hidden = _excerpt(_lines(rollout.pieces), set(place), max(LEAST_LINES, MOST_LINES // len(teachers)))
     rows = len(lines) + 1
     # As wide as the text: TensorBoard shrinks a picture to its card, and empty space would shrink the words.
-    columns = max([LEAST_LINE, *(x + wide(piece) + 1 for line in lines for x, _, piece in line)])
+    said = "correct" if rollout.correct else "incorrect"
+    asked = shown(question_of(rollout.prompt)[-50:], 50)
+    title = f"{said}, question {shown(rollout.question, 16)}: {asked}"
+    columns = max([LEAST_LINE, wide(title), *(x + wide(piece) + 1 for line in lines for x, _, piece in line)])
     figure = Figure(figsize=(1.2 + 0.085 * columns, 1.2 + 0.3 * rows * len(teachers)), facecolor="white")
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     axes.set_xlim(0, columns)
     axes.set_ylim(rows * len(teachers) + 0.4, -0.2)
     axes.axis("off")
-    said = "correct" if rollout.correct else "incorrect"
-    asked = shown(question_of(rollout.prompt)[-50:], 50)
-    title = f"{said}, question {shown(rollout.question, 16)}: {asked}"
-    axes.set_title(title, loc="left", fontsize=9, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=9, parse_math=False, family=fonts("DejaVu Sans"))
     for k, teacher in enumerate(teachers):
         top = k * rows
-        axes.text(0, top + 0.35, shown(teacher, 40), fontsize=9, fontweight="bold", va="center", parse_math=False)
+        axes.text(
+            0,
+            top + 0.35,
+            shown(teacher, 40),
+            fontsize=9,
+            fontweight="bold",
+            va="center",
+            parse_math=False,
+            family=fonts("DejaVu Sans"),
+        )
         for row, line in enumerate(lines):
             for x, depth, piece in line:
                 n = place.get(depth)
@@ -85,6 +101,13 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
     bar.set_label("alignment", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
+
+
+@cache
+def fonts(first: str) -> list[str]:
+    """A font, and what is installed for scripts that it lacks."""
+    there = {font.name for font in fontManager.ttflist}
+    return [first, *(name for name in OTHERS if name in there)]
 
 
 def question_of(prompt: str) -> str:
@@ -110,7 +133,8 @@ def _token(axes: Axes, x: float, y: float, piece: str, known: str, value: float,
         box = {"facecolor": "white", "edgecolor": "#666666", "linewidth": 0.8}
         box["linestyle"] = ":" if known == UNDEFINED else "--"
     box = box and {**box, "pad": 1.6}
-    axes.text(x, y, piece, fontsize=8.5, family="monospace", color=colour, bbox=box, va="center", parse_math=False)
+    family = fonts("DejaVu Sans Mono")
+    axes.text(x, y, piece, fontsize=8.5, family=family, color=colour, bbox=box, va="center", parse_math=False)
 
 
 def _lines(pieces: tuple[str, ...]) -> list[Line]:

@@ -1,7 +1,7 @@
 """Questions for a diagnosis: from a file, from Hugging Face's hub, or made by reasoning-gym; and their rewards."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,13 @@ def load_questions(
     if path.suffix in FORMATS:
         if not path.exists():
             raise ValueError(f"`dataset` is {dataset!r}, but there is no such file.")
-        found: Any = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        if not path.stat().st_size:
+            raise ValueError(f"`dataset` is {dataset!r}, which is empty; give a file with rows.")
+        try:
+            found: Any = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:
+            why = error.__cause__ or error
+            raise ValueError(f"`dataset` is {dataset!r}, which cannot be read as {path.suffix}: {why}") from error
     else:
         try:
             found = load_dataset(dataset, split=split)
@@ -56,6 +62,8 @@ def load_questions(
             ) from error
     if "prompt" not in found.column_names:
         raise ValueError(f"`dataset` must have a column 'prompt', but {dataset!r} has {sorted(found.column_names)}.")
+    if not len(found):
+        raise ValueError(f"`dataset` is {dataset!r}, which has no rows.")
     rows: list[Row] = [dict(found[i]) for i in range(min(count, len(found)))]
     return rows, None
 
@@ -83,16 +91,17 @@ def _gym(
     return made, task.reward
 
 
-def load_reward(name: str, own: RewardFunction | None) -> RewardFunction:
+def load_reward(name: str, own: RewardFunction | None, rows: Sequence[Row] = ()) -> RewardFunction:
     """A reward function by its name.
 
     Args:
         name: ``"task"`` for the one that came with the questions, ``"exact"``, ``"math-verify"``, or the import path of
             a TRL reward function, as in ``my_package.rewards.correct``.
         own: The one that came with the questions.
+        rows: The questions, which must have the columns that it reads.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none of that name, or a column is missing.
 
     Example:
         >>> load_reward("exact", None)(["1+1="], [" 2 "], answer=["2"])
@@ -103,6 +112,10 @@ def load_reward(name: str, own: RewardFunction | None) -> RewardFunction:
             raise ValueError("`reward` is 'task', but this dataset brings none; give 'exact', 'math-verify' or a path.")
         return own
     if name in REWARDS:
+        if name in ANSWERED and (bare := [row for row in rows if "answer" not in row]):
+            raise ValueError(
+                f"`reward` is {name!r}, which reads a column 'answer', but `dataset` has {sorted(bare[0])}."
+            )
         return REWARDS[name]
     module, _, function = name.rpartition(".")
     try:
@@ -130,6 +143,7 @@ def math_verify(prompts: list[Any], completions: list[Any], answer: list[Any], *
 
 
 REWARDS: dict[str, Callable[..., list[float]]] = {"exact": exact, "math-verify": math_verify}
+ANSWERED = frozenset(REWARDS)
 
 
 def _text(completion: Any) -> str:
