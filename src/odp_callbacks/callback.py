@@ -83,7 +83,7 @@ class GradientAlignmentCallback(Callback):
     Raises:
         ValueError: Before training, if an argument is of no use: it says which, what was given and what would work.
 
-    Example:
+    Examples:
         >>> from odp_callbacks import GradientAlignmentCallback, Teacher
         >>> def reward(prompts, completions, answer):
         ...     return [float(c.strip() == a) for c, a in zip(completions, answer)]

@@ -32,7 +32,7 @@ def alignment_intervals(evidence: Evidence, confidence: float = 0.95, draws: int
     Returns:
         Lower and upper ends, each ``(N, K)`` in [-1, 1]; NaN where the teacher's gradient is zero or infinite.
 
-    Example:
+    Examples:
         >>> from odp_callbacks.evidence import gather
         >>> alignment_intervals(gather([]))[0].shape
         (0, 0)

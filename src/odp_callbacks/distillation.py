@@ -69,7 +69,7 @@ class OnPolicyDistillation(LightningModule):
         ValueError: If an option is out of range, there is no end-of-sequence token, several teachers have no gate that
             chooses among them, or the gate needs what training does not know.
 
-    Example:
+    Examples:
         >>> from odp_callbacks import OnPolicyDistillation
         >>> OnPolicyDistillation.__mro__[1].__name__
         'LightningModule'

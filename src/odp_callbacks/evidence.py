@@ -124,7 +124,7 @@ def gather(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool 
         logits: Take gradients on the logits instead.
         teachers: How many teachers there are, where no node says so.
 
-    Example:
+    Examples:
         >>> gather([]).gain.shape
         (0, 0)
     """

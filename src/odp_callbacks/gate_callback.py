@@ -33,7 +33,7 @@ class GateCallback(Callback):
     Raises:
         ValueError: At the first batch, if it is no mapping, has no mask, or the gate needs what is not there.
 
-    Example:
+    Examples:
         >>> from odp_callbacks import GateCallback, IncorrectRolloutGate
         >>> GateCallback(IncorrectRolloutGate(), mask="completion_mask").key
         'loss_weights'

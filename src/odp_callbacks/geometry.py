@@ -36,7 +36,7 @@ def adam_metric(optimizers: Optimizer | Sequence[Optimizer], student: nn.Module)
     Raises:
         ValueError: If a LoRA parameter is trained by another optimizer or by none, or is two parameters in one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from transformers import GPT2Config, GPT2LMHeadModel

@@ -112,7 +112,7 @@ def jackknife(estimator: Estimator, confidence: float = 0.95) -> Figure:
         estimator: The figure.
         confidence: In (0, 1).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> values = np.array([0.0, 1.0, 2.0])
         >>> f = jackknife(Estimator(lambda w: w @ values / w.sum(-1), np.ones(3, bool), nodes=3))

@@ -29,7 +29,7 @@ class GradientAlignment(Metric):
 
     Source: arXiv:2605.10889.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metric = GradientAlignment()
         >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]]))

@@ -22,7 +22,7 @@ class Overhead:
         costs: What a whole probe of each kind takes, by the last one: seconds, and of these on continuations.
         skipped: How many probes were left out.
 
-    Example:
+    Examples:
         >>> overhead = Overhead(0.1, run=90.0, probes=0.0)
         >>> round(overhead.allowance, 6)
         10.0

@@ -113,7 +113,7 @@ def fonts(first: str) -> list[str]:
 def question_of(prompt: str) -> str:
     r"""The last line of a prompt that is not only a chat template's mark.
 
-    Example:
+    Examples:
         >>> question_of("<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n")
         'What is 1 + 1?'
     """

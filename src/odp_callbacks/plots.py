@@ -137,7 +137,7 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
 def place(module: str) -> tuple[int, str]:
     """Layer and kind of a module, from its name; -1 for one outside of the layers.
 
-    Example:
+    Examples:
         >>> place("model.layers.3.self_attn.q_proj"), place("lm_head")
         ((3, 'self_attn.q_proj'), (-1, 'lm_head'))
     """

@@ -22,7 +22,7 @@ class Processes:
         group: A process group on the CPU, of this library's own: it stands in nobody's way, and objects of any kind
             pass through it whatever the training uses.
 
-    Example:
+    Examples:
         >>> Processes().gather("alone"), Processes().share([1, 2, 3])
         (['alone'], [1, 2, 3])
     """
@@ -50,7 +50,7 @@ class Processes:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part: neighbours, as many as anybody else's, to within one; none may be left for some.
 
-        Example:
+        Examples:
             >>> [list(Processes(rank, 2).share("abc")) for rank in range(2)], list(Processes(3, 4).share("abc"))
             ([['a', 'b'], ['c']], [])
         """

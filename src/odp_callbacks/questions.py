@@ -103,7 +103,7 @@ def load_reward(name: str, own: RewardFunction | None, rows: Sequence[Row] = ())
     Raises:
         ValueError: If there is none of that name, or a column is missing.
 
-    Example:
+    Examples:
         >>> load_reward("exact", None)(["1+1="], [" 2 "], answer=["2"])
         [1.0]
     """

@@ -123,7 +123,7 @@ def fit_success_model(evidence: Evidence, iterations: int = 60, symmetric: bool 
         symmetric: Without leads: before its rewards are seen, no branch of a node is better than another. Not what
             fits best, but then only a node's own rewards tell which of its tokens are better.
 
-    Example:
+    Examples:
         >>> from odp_callbacks.evidence import gather
         >>> fit_success_model(gather([])).prior.sum().round(6)
         np.float64(1.0)

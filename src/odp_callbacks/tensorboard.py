@@ -200,7 +200,7 @@ def changes(before: ProbeReport, now: ProbeReport) -> str:
 def as_code(text: str) -> str:
     r"""Text for TensorBoard, which reads Markdown: indented, it is shown as it is.
 
-    Example:
+    Examples:
         >>> as_code("a\n<b>")
         '    a\n    <b>'
     """

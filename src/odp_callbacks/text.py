@@ -18,7 +18,7 @@ def shown(text: str, longest: int = LONGEST) -> str:
         text: Whatever.
         longest: Characters that are kept; more are cut, which an ellipsis says.
 
-    Example:
+    Examples:
         >>> shown("a\nb\x1b"), shown("  "), shown("abcdef", 3)
         ('a⏎b�', '␣␣', 'abc…')
     """
@@ -31,7 +31,7 @@ def shown(text: str, longest: int = LONGEST) -> str:
 def cut(text: str, longest: int) -> str:
     r"""The end of a long text, which is where the question stands; line breaks are kept.
 
-    Example:
+    Examples:
         >>> cut("first\nlast", 4)
         '… last'
     """
@@ -42,7 +42,7 @@ def cut(text: str, longest: int) -> str:
 def printable(text: str) -> str:
     r"""The same text with its line breaks and spaces, and nothing else that a screen would obey.
 
-    Example:
+    Examples:
         >>> printable("a\n\x1b[31mb")
         'a\n�[31mb'
     """
@@ -52,7 +52,7 @@ def printable(text: str) -> str:
 def wide(text: str) -> int:
     """Columns of a monospaced font that a text takes: two for each wide character of East Asia, none for marks.
 
-    Example:
+    Examples:
         >>> wide("ab"), wide("日本")
         (2, 4)
     """

@@ -58,7 +58,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         ValueError: If something that is given cannot work, before training.
         TypeError: If an argument is of the wrong kind.
 
-    Example:
+    Examples:
         ::
 
             trainer = DistillationTrainer(model=student, teacher_model=teacher, ...)
@@ -203,7 +203,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
 def to_text(state: dict[str, Any]) -> str:
     """A state with tensors, as JSON can hold it.
 
-    Example:
+    Examples:
         >>> from_text(to_text({"order": [2, 1], "stream": torch.arange(3)}))
         {'order': [2, 1], 'stream': tensor([0, 1, 2])}
     """

@@ -53,7 +53,7 @@ def gate_trainer(
         ValueError: If the trainer has no loss that can be gated, or the gate needs what the trainer does not know.
         ImportError: If TRL is missing or too old.
 
-    Example:
+    Examples:
         ::
 
             trainer = DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=rows)

@@ -65,7 +65,7 @@ def allocate(
         tokens: To spend, in expectation.
         generator: Rounds: the expected numbers are met, so that small needs are not always rounded away.
 
-    Example:
+    Examples:
         >>> allocate(np.array([[3.0, 1.0]]), np.ones((1, 2)), np.ones((1, 2)), 6, np.random.default_rng(0))
         array([[5, 1]])
     """

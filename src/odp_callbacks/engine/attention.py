@@ -220,7 +220,7 @@ def attend(
     Returns:
         ``(G, H, N, D')`` in the dtype of ``value``, and ``(G, H, N)`` float32, float64 for float64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> q, k, v = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 4, 2), torch.arange(8.0).view(1, 1, 4, 2)
         >>> out, total = attend(q, k, v, 1.0)
@@ -257,7 +257,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], sink: Tensor | None = None) ->
     Returns:
         ``(…, N, D)``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> k, v = torch.randn(1, 1, 5, 2), torch.randn(1, 1, 5, 2)
         >>> q = torch.randn(1, 1, 3, 2)

@@ -47,7 +47,7 @@ def choose_branches(
         tail_draws: At least 1.
         generator: Random stream on the CPU.
 
-    Example:
+    Examples:
         >>> import torch
         >>> p = torch.tensor([0.1, 0.6, 0.3])
         >>> [b.token for b in choose_branches(p, [1], mass=0.9, most=4, tail_draws=1, generator=torch.Generator())]

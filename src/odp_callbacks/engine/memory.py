@@ -14,7 +14,7 @@ def free_bytes(device: torch.device, limit: float | None = None) -> int:
         device: Where the model is.
         limit: The most that the user allows, in bytes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> free_bytes(torch.device("cpu"), 1000)
         1000

@@ -39,7 +39,7 @@ def exponential_windows(rollout: Rollout, generator: torch.Generator) -> list[tu
     The last window ends with the response. The number of nodes grows with the logarithm of the length, and so does
     the cost. Source: arXiv:2605.10889.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from odp_callbacks.engine.prompts import Question
         >>> rollout = Rollout(Question("0", {}, torch.tensor([1])), tuple(range(6)), "", False)
@@ -68,7 +68,7 @@ class UniformNodes:
     Attributes:
         count: At least 1; shorter responses are taken whole.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from odp_callbacks.engine.prompts import Question
         >>> rollout = Rollout(Question("0", {}, torch.tensor([1])), tuple(range(8)), "", False)
@@ -128,7 +128,7 @@ def inclusion_probabilities(share: torch.Tensor, count: int) -> torch.Tensor:
         share: ``(T,)``, positive.
         count: How many are wanted; all of them if it reaches ``T``.
 
-    Example:
+    Examples:
         >>> inclusion_probabilities(torch.tensor([6.0, 1.0, 1.0]), 2)
         tensor([1.0000, 0.5000, 0.5000])
     """

@@ -128,7 +128,7 @@ def worthwhile(
         positions: Of each sequence's nodes.
         directions: How many each node has.
 
-    Example:
+    Examples:
         >>> worthwhile(256, [550], [range(50, 550)], [[7] * 500])
         True
         >>> worthwhile(256, [550], [[60, 100, 300, 549]], [[7] * 4])

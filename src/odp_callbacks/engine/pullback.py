@@ -97,7 +97,7 @@ def segment_ends(positions: Sequence[int], directions: Sequence[int], overhead: 
     Returns:
         Ends of the segments, each one after a node; the last after the last node.
 
-    Example:
+    Examples:
         >>> segment_ends([10, 500, 501], [4, 4, 4], overhead=32)
         [11, 502]
         >>> segment_ends([10, 500, 501], [4, 4, 4], overhead=5000)
@@ -270,7 +270,7 @@ def _sum_last(rows: Sequence[Tensor], heard: Tensor, factor: Tensor, count: int,
 def lora_modules(names: Sequence[str]) -> list[str]:
     """Module of each LoRA parameter, in order and without repetition.
 
-    Example:
+    Examples:
         >>> lora_modules(["layers.0.q_proj.lora_A.default.weight", "layers.0.q_proj.lora_B.default.weight"])
         ['layers.0.q_proj']
     """

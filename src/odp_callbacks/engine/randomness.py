@@ -23,7 +23,7 @@ class Randomness:
     Attributes:
         seed: Of all of them.
 
-    Example:
+    Examples:
         >>> Randomness(0).key("question 3", "rollout", 1) == Randomness(0).key("question 3", "rollout", 1)
         True
     """
@@ -59,7 +59,7 @@ def uniforms(keys: Tensor, counters: Tensor, columns: int) -> Tensor:
     Returns:
         ``(B, columns)`` float64, on the device of ``keys``.
 
-    Example:
+    Examples:
         >>> keys = torch.tensor([7, 7, 8])
         >>> u = uniforms(keys, torch.tensor([0, 1, 0]), 2)
         >>> bool((u[0] == uniforms(keys[:1], torch.tensor([0]), 2)[0]).all()), len(u.unique())

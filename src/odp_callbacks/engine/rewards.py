@@ -38,7 +38,7 @@ def score(
     Raises:
         RewardError: If the result has another length or holds something else.
 
-    Example:
+    Examples:
         >>> import torch
         >>> question = Question("0", {"prompt": "1+1=", "answer": "2"}, torch.tensor([5]))
         >>> def exact(prompts, completions, answer):

@@ -39,7 +39,7 @@ def sample_tokens(
         ``(B,)`` int64, and ``(B,)`` bool: whether the row's logits were a distribution. Where they were not (a NaN),
         the token means nothing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tokens, sound = sample_tokens(torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]]), 1.0)
         >>> tokens.tolist(), sound.tolist()

@@ -42,7 +42,7 @@ class Teacher:
             message, and ``{prompt}`` stands for that message's text. A function takes the row and returns a prompt
             (string or messages). None: the row's own prompt.
 
-    Example:
+    Examples:
         >>> Teacher("The answer is {answer}. {prompt}").prompt({"prompt": "1 + 1 =", "answer": "2"})
         'The answer is 2. 1 + 1 ='
     """

@@ -28,7 +28,7 @@ def gradient_alignment(a: Tensor, b: Tensor) -> Tensor:
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If the last dimensions differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> gradient_alignment(torch.tensor([1.0, 0.0]), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
         tensor([1., nan])

@@ -52,7 +52,7 @@ def distillation_loss(
         TypeError: If the logits are not floating-point tensors.
         ValueError: If shapes differ, or an option is missing, out of range or of no use for this divergence.
 
-    Example:
+    Examples:
         >>> import torch
         >>> distillation_loss(torch.zeros(2), torch.tensor([0.0, 1.0]), "forward_kl")
         tensor(0.1109)
@@ -88,13 +88,11 @@ def distillation_logit_gradient(
 
     With :math:`p, q` the softmax of the logits over :math:`\tau`, :math:`\rho_k = \ln q_k - \ln p_k`:
 
-    ============== ==========================================================================
-    reverse KL     :math:`\frac1\tau\, p_k (\rho_k - \sum_j p_j \rho_j)`
-    forward KL     :math:`\frac1\tau\, (q_k - p_k)`
-    JSD            :math:`\frac1\tau\, p_k (h_k - \sum_j p_j h_j)`,
-                   :math:`h_k = (1-\beta) \ln(\beta e^{\rho_k} + 1 - \beta)`
-    sampled token  :math:`\frac1\tau\, \rho_y (1[k = y] - p_k)`
-    ============== ==========================================================================
+    - reverse KL: :math:`\frac1\tau\, p_k (\rho_k - \sum_j p_j \rho_j)`
+    - forward KL: :math:`\frac1\tau\, (q_k - p_k)`
+    - JSD: :math:`\frac1\tau\, p_k (h_k - \sum_j p_j h_j)` with
+      :math:`h_k = (1-\beta) \ln(\beta e^{\rho_k} + 1 - \beta)`
+    - sampled token: :math:`\frac1\tau\, \rho_y (1[k = y] - p_k)`
 
     Where the teacher's logits equal the student's, or differ by a constant, up to the rounding of their dtype, the
     direction is exactly zero: such a teacher says nothing, and its alignment is undefined.
@@ -104,7 +102,7 @@ def distillation_logit_gradient(
     Returns:
         ``(..., V)``, dtype of ``student_logits``, in nats per unit of logit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> distillation_logit_gradient(torch.zeros(2), torch.tensor([0.0, 1.0]), "forward_kl")
         tensor([-0.2311,  0.2311])
@@ -147,7 +145,7 @@ def node_predictors(student_logits: Tensor, teacher_logits: Tensor, temperature:
         divergence), ``cosine`` of :math:`p` and :math:`q`, ``student_entropy``, ``teacher_entropy``: each ``(...)``,
         nats, at least float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> node_predictors(torch.zeros(4), torch.zeros(4))["student_entropy"]
         tensor(1.3863)

@@ -144,7 +144,7 @@ def lora_gradients(model: nn.Module, input_ids: Tensor, positions: Tensor, cotan
     Raises:
         ValueError: If there are no LoRA parameters, or the shapes or positions do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from transformers import GPT2Config, GPT2LMHeadModel

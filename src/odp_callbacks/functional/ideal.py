@@ -30,7 +30,7 @@ def ideal_logit_gradient(student_logits: Tensor, success: Tensor, temperature: f
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If the last dimensions differ or ``temperature`` is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ideal_logit_gradient(torch.zeros(2), torch.tensor([1.0, 0.0]))
         tensor([ 0.2500, -0.2500])

@@ -47,7 +47,7 @@ class AlignmentGate:
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from odp_callbacks.gates import tokens_of
         >>> gate = AlignmentGate(floor=0.1)

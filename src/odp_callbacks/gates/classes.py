@@ -28,7 +28,7 @@ Class = tuple[bool, int]
 def class_name(key: Class, windows: Sequence[int] = WINDOWS) -> str:
     """How a class is called in logs and tables.
 
-    Example:
+    Examples:
         >>> class_name((False, 3)), class_name((True, WHOLE))
         ('incorrect depth 4-7', 'correct')
     """

@@ -18,7 +18,7 @@ class IncorrectRolloutGate:
     Raises:
         ValueError: If the weight is negative or not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from odp_callbacks.gates import tokens_of
         >>> gate = IncorrectRolloutGate(correct_weight=0.25)

@@ -47,7 +47,7 @@ def gate_loss(
     Raises:
         ValueError: If shapes do not fit, or a weight is negative or not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from odp_callbacks.gates import IncorrectRolloutGate, tokens_of
         >>> losses, mask = torch.tensor([[4.0, 2.0], [3.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])

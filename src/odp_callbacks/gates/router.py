@@ -36,7 +36,7 @@ class TeacherRouter(AlignmentGate):
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from odp_callbacks.gates import tokens_of
         >>> router = TeacherRouter(explore=0.0)

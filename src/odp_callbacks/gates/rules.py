@@ -33,7 +33,7 @@ def high_entropy(tokens: Tokens, share: float = 0.2) -> Tensor:
     Raises:
         ValueError: If ``share`` is not in (0, 1].
 
-    Example:
+    Examples:
         >>> import torch
         >>> from odp_callbacks.gates import tokens_of
         >>> tokens = tokens_of(torch.ones(1, 2)).with_policies(
@@ -79,7 +79,7 @@ def position(tokens: Tokens, power: float = 1.0) -> Tensor:
 
     In the spirit of arXiv:2605.21606, which raises later tokens, and of its opposites; the form is ours.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from odp_callbacks.gates import tokens_of
         >>> position(tokens_of(torch.ones(1, 4))).tolist()

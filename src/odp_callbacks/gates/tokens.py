@@ -141,7 +141,7 @@ def tokens_of(
     Raises:
         ValueError: If the number of rewards or questions is not that of the rollouts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tokens = tokens_of(torch.tensor([[1, 1], [1, 0]]), rewards=[1.0, 0.0], questions=["a", "a"])
         >>> tokens.depth.tolist(), tokens.correct.tolist(), tokens.pass_rate.tolist()
@@ -184,7 +184,7 @@ def policy_features(
         taken: ``(N,)`` int64.
         temperature: Of both policies.
 
-    Example:
+    Examples:
         >>> import torch
         >>> found = policy_features(torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([2]))
         >>> round(float(found["student_entropy"]), 4), float(found["reverse_kl"])

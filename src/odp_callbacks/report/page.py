@@ -109,7 +109,7 @@ def sides(analysis: Analysis) -> dict[tuple[str, str], tuple[int, int]]:
 def as_script(data: Any) -> str:
     r"""JSON for a script element: nothing in it can end the element, or be read as markup.
 
-    Example:
+    Examples:
         >>> as_script({"piece": "</script>&"})
         '{"piece":"\\u003c/script\\u003e\\u0026"}'
     """
