@@ -18,11 +18,11 @@ from odp_callbacks.text import shown, wide
 COLOURS = "PuOr"
 FRAMES = LinearSegmentedColormap.from_list("frames", ["#b35806", "#8c8c8c", "#542788"])
 """Of the frames around tokens whose side is not sure: the same ends, and a middle that is seen on white."""
-LINE, LEAST_LINE = 88, 64
+LINE, LEAST_LINE = 88, 40
 """Columns: the longest that a line gets, and the shortest that a picture is wide."""
 MOST_LINES, LEAST_LINES = 40, 4
 """Lines of a picture, shared by its teachers, and how many each has at least."""
-KEY = "filled: 95 % sure of the side · coloured frame: not sure · dashed: cannot tell · dotted: no alignment here"
+KEY = "filled: 95 % sure of the side · coloured frame: not sure\ndashed: cannot tell · dotted: no alignment here"
 
 OTHERS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Noto Sans Arabic",
@@ -73,7 +73,7 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     axes.set_xlim(0, columns)
-    axes.set_ylim(rows * len(teachers) + 0.4, -0.2)
+    axes.set_ylim(rows * len(teachers) + 0.7, -0.2)
     axes.axis("off")
     axes.set_title(title, loc="left", fontsize=9, parse_math=False, family=fonts("DejaVu Sans"))
     for k, teacher in enumerate(teachers):
@@ -95,7 +95,7 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
                 value = 0.0 if n is None else float(alignment[n, k])
                 _token(axes, x, top + row + 1.1, piece, known, value, n is not None and bool(sure[n, k]))
     more = f"; {hidden} more measured tokens are not shown" if hidden else ""
-    axes.text(0, rows * len(teachers) + 0.2, KEY + more, fontsize=7, color="#555555", va="center", parse_math=False)
+    axes.text(0, rows * len(teachers) + 0.3, KEY + more, fontsize=7, color="#555555", va="center", parse_math=False)
     scale = ScalarMappable(Normalize(-1, 1), COLOURS)
     bar = figure.colorbar(scale, ax=axes, fraction=0.025, pad=0.01, ticks=np.linspace(-1, 1, 5))
     bar.set_label("alignment", fontsize=8)
