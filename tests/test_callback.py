@@ -462,3 +462,27 @@ def test_probes_that_would_exceed_the_overhead_are_left_out(tmp_path, capsys):
 def test_an_overhead_that_is_no_share(share):
     with pytest.raises(ValueError, match=r"`max_overhead` must lie in \(0, 1\) or be None"):
         make_callback(max_overhead=share)
+
+
+class Picky(CSVLogger):
+    """A logger that refuses some names, as MLflow refuses brackets."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any("(" in name for name in metrics):
+            raise ValueError("invalid metric name")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_refuses_costs_no_run_and_no_other_logger(tmp_path: Path) -> None:
+    callback = make_callback(teachers={"large (7B)": BaseTeacher()}, strict=False)
+    kept = CSVLogger(tmp_path, name="kept")
+    trainer = make_trainer(callback, logger=[Picky(tmp_path, name="picky"), kept])
+    with pytest.warns(UserWarning, match="Picky took no figures: ValueError: invalid metric name") as told:
+        trainer.fit(make_module(), loader())
+    assert trainer.global_step == 4
+    assert sum("took no figures" in str(one.message) for one in told) == 1
+    kept.save()
+    assert "odp/predicted_gain/large (7B)/all" in (Path(kept.log_dir) / "metrics.csv").read_text()
+    strict = make_callback(teachers={"large (7B)": BaseTeacher()})
+    with pytest.raises(ValueError, match="invalid metric name"):
+        make_trainer(strict, logger=[Picky(tmp_path, name="strict")]).fit(make_module(), loader())

@@ -277,11 +277,17 @@ class GradientAlignmentCallback(Callback):
     def _log(self, trainer: Trainer, metrics: dict[str, float], report: ProbeReport | None) -> None:
         """To every logger at the optimizer's step, and where other callbacks look."""
         step = trainer.global_step
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            try:
+                logger.log_metrics(metrics, step=step)
+            except Exception as error:
+                if self.monitor.strict:
+                    raise
+                name = type(logger).__name__
+                self.monitor.say(self.host(trainer), f"{name} took no figures: {type(error).__name__}: {error}")
             if report is not None and trainer.is_global_zero:
                 try:
                     log_pictures(logger, report, step, self.last_report)
                 except Exception as error:
                     self.monitor.say(self.host(trainer), f"no pictures of a probe: {type(error).__name__}: {error}")
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})

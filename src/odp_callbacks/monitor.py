@@ -268,7 +268,7 @@ class Monitor:
         self.overhead.book("probe", time.perf_counter() - start, spent.get("continuations", 0.0), seconds is not None)
         metrics["odp/probe/time_share"] = self.overhead.time_share
         metrics["odp/probe/left_out"] = float(self.overhead.skipped)
-        host.log(metrics, report)
+        self._log(host, metrics, report)
         if report is not None and self.records is not None and host.first:
             try:
                 save(report, self.records / f"step-{host.step:08d}", overwrite=True)
@@ -360,7 +360,7 @@ class Monitor:
         self.overhead.tick()
         logged["odp/free/seconds"] = time.perf_counter() - start
         self.overhead.book("free look", logged["odp/free/seconds"])
-        host.log(logged, None)
+        self._log(host, logged, None)
 
     def _together(self, host: Host, measure: Callable[[], ProbeReport | None]) -> ProbeReport | None:
         """What all processes measured, as one report, the same in all of them; None if nobody had a question.
@@ -428,6 +428,15 @@ class Monitor:
         assert self.probe is not None
         for teacher in self.teachers.values():
             teacher.update(self.probe.student, step)
+
+    def _log(self, host: Host, metrics: dict[str, float], report: ProbeReport | None) -> None:
+        """To the trainer's loggers, which may refuse: a name, say, or a connection."""
+        try:
+            host.log(metrics, report)
+        except Exception as error:
+            if self.strict:
+                raise
+            self.say(host, f"figures of a probe were not logged: {type(error).__name__}: {error}")
 
     def say(self, host: Host, message: str) -> None:
         """Warn once."""
