@@ -11,7 +11,7 @@ ROOT = Path(odp_callbacks.__file__).parent
 TRAINERS = {"lightning", "pytorch_lightning", "torchmetrics", "trl", "matplotlib", "tensorboard"}
 ALLOWED = {
     "functional": {"functional"},
-    "engine": {"engine", "functional", "records", "evidence", "success_model", "figures"},
+    "engine": {"engine", "functional", "records", "evidence", "success_model", "figures", "text"},
     "records.py": set(),
     "evidence.py": {"records"},
     "success_model.py": {"evidence", "records"},

@@ -1,13 +1,11 @@
-"""The pictures, the table and the command line's own checks."""
+"""The table, and the checks of the demo's arguments."""
 
-import warnings
 from dataclasses import replace
 from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from conftest import MakeReport, tiny, word_tokenizer
@@ -15,7 +13,6 @@ from odp_callbacks import Teacher, diagnose
 from odp_callbacks.cli import main
 from odp_callbacks.demo.task import make_task
 from odp_callbacks.gates import score_rules
-from odp_callbacks.pictures import rollout_figure, telling_rollout
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.table import rules_table, summary_table
 
@@ -29,26 +26,6 @@ def report() -> ProbeReport:
 
     teachers = {"answer": Teacher("{answer} {prompt}"), "self": Teacher()}
     return diagnose(tiny("llama").float(), word_tokenizer(), rows, reward, teachers, max_new_tokens=8, continuations=4)
-
-
-def drawn(report: ProbeReport, index: int) -> np.ndarray[Any, Any]:
-    canvas = FigureCanvasAgg(rollout_figure(report, index))
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
-
-
-def test_a_rollout_is_drawn_with_colours_where_it_was_measured(report: ProbeReport) -> None:
-    index = next(i for i in (telling_rollout(report, True), telling_rollout(report, False)) if i is not None)
-    plain = replace(report, nodes=())
-    assert (drawn(report, index) != drawn(plain, index)).any()
-
-
-@pytest.mark.parametrize("piece", ["$\\frac{", "<script>alert(1)</script>", "\x00\x1b[31m", "שלום", "x" * 100_000, ""])
-def test_hostile_tokens_change_nothing_but_text(report: ProbeReport, piece: str) -> None:
-    rollout = replace(report.rollouts[0], pieces=(piece,) * 30, prompt=f"{piece}\n{piece}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        assert drawn(replace(report, rollouts=(rollout, *report.rollouts[1:])), 0).size
 
 
 def test_the_table_shows_every_class_with_intervals_in_eighty_columns(report: ProbeReport) -> None:

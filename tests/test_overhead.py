@@ -74,3 +74,13 @@ def test_state():
     other = Overhead(0.1)
     other.load_state_dict(one.state_dict())
     assert other == one
+
+
+def test_what_a_probe_takes_to_log_and_draw_counts_as_the_probe_s() -> None:
+    overhead = Overhead(0.1, run=100.0)
+    overhead.book("probe", 4.0, 3.0)
+    overhead.extend("probe", 2.0)
+    assert overhead.probes == 6.0
+    assert overhead.costs["probe"] == (6.0, 3.0)
+    overhead.extend("probe", 1.0)
+    assert overhead.time_share == pytest.approx(0.07)

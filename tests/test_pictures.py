@@ -53,7 +53,7 @@ def test_of_a_long_response_the_lines_with_measured_tokens_are_shown(make_report
         "the fourth does not fit, and that is said"
     )
     assert said.count("…") == 3 * 8
-    assert said[-1] == f"{KEY}; 1 more measured tokens are not shown"
+    assert said[-1] == f"{KEY.format(sure=95)}; 1 more measured tokens are not shown"
     alone = rollout_figure(Analysis(replace(make_report(split, depths=(0, 700, 1500, 4000)), rollouts=long)), 0)
     assert [text for text, _ in boxes(alone)] == ["w0", "w700", "w1500", "w4000"] * 2
 
@@ -74,6 +74,21 @@ def test_layers_stand_across_and_modules_down(make_report: MakeReport, teachers:
     wanted = [[summaries[f"model.layers.{i}.self_attn.{m}_proj"] for i in range(3)] for m in "qv"]
     np.testing.assert_allclose(shown, wanted)
     assert plots.by_module(Analysis(report)) is None
+
+
+def test_layers_of_two_towers_are_told_apart(make_report: MakeReport) -> None:
+    report = in_modules(make_report(split))
+    names = tuple(f"{tower}.layers.0.{m}_proj" for tower in ("vision", "language") for m in "qv")
+    figure = plots.by_module(Analysis(replace(report, modules=names)))
+    assert figure is not None
+    kinds = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [kind[:6] for kind in kinds] == ["vision", "vision", "langua", "langua"]
+    assert np.asarray(figure.axes[0].collections[0].get_array()).shape == (4, 1)
+
+
+def test_a_probe_without_nodes_has_pictures_too(make_report: MakeReport) -> None:
+    names = [name for name, _ in pictures(replace(make_report(split), nodes=()))]
+    assert "summary/alignment_over_depth" in names
 
 
 def test_a_withheld_alignment_is_shown_hollow_and_uncorrected(make_report: MakeReport) -> None:

@@ -58,8 +58,8 @@ def test_from_the_second_probe_on_the_time_left_is_that_of_the_whole_probe() -> 
     assert not told(screen, {"gradients": 60.0, "continuations": 100.0, "verifier": 5.0})
     left = {(stage, done): said for stage, done, _, said in screen.seen}
     assert left["gradients", 10] == "about 155 s left", "50 of gradients, 100 of continuations, 5 of the verifier"
-    assert left["continuations", 50] == "about 75 s left"
-    assert left["gradients", 60] == "about 5 s left"
+    assert left["continuations", 50] == "about 70 s left", "what the verifier keeps waiting is in it"
+    assert left["gradients", 60] == "about 0 s left"
     assert screen.closed
     slower = Screen()
     told(slower, {"gradients": 30.0, "continuations": 50.0})

@@ -4,8 +4,9 @@ The cosine of a token is that of an *estimated* ideal gradient. Draws of the bra
 :mod:`~odp_callbacks.success_model` give draws of the true ideal gradient, and so of the true cosine: an empirical Bayes
 credible interval. Where it holds 0, the token does not even tell whether the teacher pulls towards success or away.
 
-The model is the symmetric one. That the student's likeliest token leads elsewhere in the probe is true information, but
-a user who points at two continuations without success against two with it must not read "sure" there.
+The model is the symmetric one: that the student's likeliest token leads elsewhere in the probe makes no token sure
+whose own rewards do not differ. How much a difference is worth is learned from all nodes: where every branch always
+came out the same, two continuations against two may suffice, and where branches hardly differ, thirty may not.
 """
 
 import numpy as np
@@ -22,7 +23,8 @@ def alignment_intervals(evidence: Evidence, confidence: float = 0.95, draws: int
     """Equal-tailed credible interval of the true alignment of each node with each teacher.
 
     A draw without a direction (all successes equal) counts as 0: it is for neither side. One token's interval is about
-    one token: of many that exclude 0, some are wrong about the side, as often as ``confidence`` says at the most.
+    one token, and holds the truth with this probability on average over tokens like those of the probe: of many that
+    exclude 0 a few are wrong about the side, most of them where tokens hardly differ.
 
     Args:
         evidence: ``N`` nodes, ``K`` teachers.

@@ -268,6 +268,7 @@ class Monitor:
         self.overhead.book("probe", time.perf_counter() - start, spent.get("continuations", 0.0), seconds is not None)
         metrics["odp/probe/time_share"] = self.overhead.time_share
         metrics["odp/probe/left_out"] = float(self.overhead.skipped)
+        measured = time.perf_counter()
         self._log(host, metrics, report)
         if report is not None and self.records is not None and host.first:
             try:
@@ -276,6 +277,7 @@ class Monitor:
                 if self.strict:
                     raise
                 self.say(host, f"records of a probe were not kept: {type(error).__name__}: {error}")
+        self.overhead.extend("probe", time.perf_counter() - measured)
         self.last_report = report
 
     def _plan(self, host: Host, kind: str) -> tuple[bool, float | None]:

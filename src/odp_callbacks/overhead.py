@@ -75,6 +75,13 @@ class Overhead:
         usual = self.costs[kind][1] if limited else continuations
         self.costs[kind] = seconds - continuations + usual, usual
 
+    def extend(self, kind: str, seconds: float) -> None:
+        """The last probe of this kind took so much more: to log, draw and keep what it found."""
+        self.tick()
+        self.probes += seconds
+        whole, continuations = self.costs[kind]
+        self.costs[kind] = whole + seconds, continuations
+
     def plan(self, kind: str, flexible: bool) -> tuple[bool, float | None]:
         """Whether to probe now, and for how many seconds to sample continuations (None: as configured).
 

@@ -22,7 +22,7 @@ LINE, LEAST_LINE = 88, 40
 """Columns: the longest that a line gets, and the shortest that a picture is wide."""
 MOST_LINES, LEAST_LINES = 40, 4
 """Lines of a picture, shared by its teachers, and how many each has at least."""
-KEY = "filled: 95 % sure of the side · coloured frame: not sure\ndashed: cannot tell · dotted: no alignment here"
+KEY = "filled: {sure:g} % sure of the side · coloured frame: not sure\ndashed: cannot tell · dotted: no alignment here"
 
 OTHERS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Noto Sans Arabic",
@@ -94,8 +94,9 @@ def rollout_figure(analysis: Analysis, index: int) -> Figure:
                 known = "" if n is None else str(status[n, k])
                 value = 0.0 if n is None else float(alignment[n, k])
                 _token(axes, x, top + row + 1.1, piece, known, value, n is not None and bool(sure[n, k]))
+    key = KEY.format(sure=100 * analysis.confidence)
     more = f"; {hidden} more measured tokens are not shown" if hidden else ""
-    axes.text(0, rows * len(teachers) + 0.3, KEY + more, fontsize=7, color="#555555", va="center", parse_math=False)
+    axes.text(0, rows * len(teachers) + 0.3, key + more, fontsize=7, color="#555555", va="center", parse_math=False)
     scale = ScalarMappable(Normalize(-1, 1), COLOURS)
     bar = figure.colorbar(scale, ax=axes, fraction=0.025, pad=0.01, ticks=np.linspace(-1, 1, 5))
     bar.set_label("alignment", fontsize=8)

@@ -16,7 +16,7 @@ from odp_callbacks.estimates import DEFINED
 from odp_callbacks.inference import Figure as Interval
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.summaries import SPLITS, Analysis, ClassSummary, correlations
-from odp_callbacks.text import shown
+from odp_callbacks.text import middle, shown
 
 GREY = "#808080"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
@@ -93,6 +93,9 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
     summaries = {(s.teacher, s.split): s.figures[figure] for s in analysis.summaries("module")}
     found = {key: _known(f) for key, f in summaries.items()}
     places = {module: place(module) for module in report.modules}
+    if len(set(places.values())) < len(places):
+        # Layers of several towers: what stands before the number tells them apart.
+        places = {module: (layer, f"{before(module)}{kind}") for module, (layer, kind) in places.items()}
     layers = sorted({layer for layer, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     if len(kinds) > MOST_KINDS:
@@ -113,16 +116,18 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
     with rc_context(STYLE):
         size = (WIDTH, max(2.4, 0.9 + (0.32 + 0.22 * len(kinds)) * len(report.teachers)))
         picture = Figure(figsize=size, layout="constrained")
+        # Between many narrow cells there is no room for lines, and but little for dots.
+        edge, dot = (GREY, 8.0) if len(layers) <= 40 else ("face", 320.0 / len(layers))
         rows = picture.subplots(len(report.teachers), sharex=True, squeeze=False)[:, 0]
         for k, axes in enumerate(rows):
             mesh = axes.pcolormesh(
-                np.ma.masked_invalid(values[k]), cmap="PuOr", vmin=-top, vmax=top, edgecolor=GREY, lw=0.3
+                np.ma.masked_invalid(values[k]), cmap="PuOr", vmin=-top, vmax=top, edgecolor=edge, lw=0.3
             )
             for i, j in zip(*np.nonzero(rough[k]), strict=True):
                 axes.add_patch(Rectangle((j, i), 1, 1, hatch="////", fill=False, edgecolor=GREY, lw=0, alpha=0.7))
             y, x = np.nonzero(certain[k])
             ink = ["white" if abs(values[k, i, j]) > 0.6 * top else "black" for i, j in zip(y, x, strict=True)]
-            axes.scatter(x + 0.5, y + 0.5, s=8, c=ink)
+            axes.scatter(x + 0.5, y + 0.5, s=dot, c=ink)
             axes.set_yticks(np.arange(len(kinds)) + 0.5, [shown(kind, 24) for kind in kinds], fontsize=8)
             axes.invert_yaxis()
             axes.set_title(shown(report.teachers[k], 40), fontsize=9, loc="left", pad=3)
@@ -146,6 +151,17 @@ def place(module: str) -> tuple[int, str]:
         if part.isdecimal():
             return int(part), ".".join(parts[i + 1 :])
     return -1, module
+
+
+def before(module: str) -> str:
+    """What stands before the number of a layer.
+
+    Examples:
+        >>> before("vision.layers.0.q"), before("lm_head")
+        ('vision.layers.', '')
+    """
+    layer, kind = place(module)
+    return "" if layer < 0 else module.removesuffix(f"{layer}.{kind}")
 
 
 def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Figure:
@@ -174,7 +190,7 @@ def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Fig
                     x[chosen], alignment[chosen, k], MARKERS[k % 8], color=COLOURS[k % 8], alpha=0.6, markersize=4,
                     markerfacecolor=COLOURS[k % 8] if certain else "none", zorder=2 + certain,
                 )  # fmt: skip
-            labels.append(f"{shown(teacher, 24)}: correlation {told}")
+            labels.append(f"{middle(teacher)}: correlation {told}")
         axes.axhline(0, color=GREY, linewidth=1)
         axes.set_ylim(-1.05, 1.05)
         # Linear near 0, where tokens on which both agree lie; logarithmic beyond.
@@ -184,7 +200,9 @@ def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Fig
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         thinned = f"; one in {every} tokens" if every > 1 else ""
-        axes.set_xlabel(f"{predictor.replace('_', ' ')} (nats); filled: {confidence:.0%} sure of the side{thinned}")
+        axes.set_xlabel(
+            f"{predictor.replace('_', ' ')} (nats); filled: {100 * confidence:g} % sure of the side{thinned}"
+        )
         axes.set_ylabel("alignment")
         _legend(figure, report.teachers, labels)
         return figure
@@ -213,10 +231,10 @@ def _lines(
         if figure != "predicted_gain":
             axes.set_ylim(-1.05, 1.05)
         labels = [shown(label, 20) for label in labels]
-        every = -(-len(labels) // MOST_LABELS)
+        every = max(1, -(-len(labels) // MOST_LABELS))
         some = labels[::every]
         crowded = max(map(len, some), default=0) * len(some) > 50
-        places = range(0, len(labels), every or 1)
+        places = range(0, len(labels), every)
         axes.set_xticks(places, some, rotation=30 if crowded else 0, ha="right" if crowded else "center")
         bare = any(np.isfinite(f.value) and not np.isfinite(f.low) for f in found.values())
         why = "no interval" if figure == "predicted_gain" else "not corrected for noise"
@@ -255,7 +273,7 @@ def _whisker(axes: Axes, value: float, place: float, low: float, high: float, k:
 
 def _legend(figure: Figure, teachers: Sequence[str], labels: Sequence[str] = ()) -> None:
     """Above the axes, in as many columns as there is room for."""
-    labels = labels or [shown(teacher, 24) for teacher in teachers]
+    labels = labels or [middle(teacher) for teacher in teachers]
     handles = [Line2D([], [], ls="", marker=MARKERS[k % 8], color=COLOURS[k % 8]) for k in range(len(labels))]
     columns = max(1, min(4, len(labels), 62 // (max(map(len, labels)) + 6)))
     figure.legend(handles, labels, frameon=False, fontsize=9, ncols=columns, loc="outside upper left")

@@ -144,6 +144,9 @@ def fit_success_model(evidence: Evidence, iterations: int = 60, symmetric: bool 
             prior = (share / posterior.sum(axis=1)) @ posterior
             # Nothing is impossible, however the nodes seen so far came out.
             prior = 0.999 * prior / prior.sum() + 0.001 * flat
+    if symmetric:
+        # What was fitted to a few nodes says little about others: it counts as so many, against one of knowing nothing.
+        prior = (len(wins) * prior + flat) / (len(wins) + 1)
     return SuccessModel(prior, log_likelihood, wins, losses)
 
 

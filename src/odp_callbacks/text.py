@@ -28,6 +28,18 @@ def shown(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else text[:longest] + "…"
 
 
+def middle(text: str, longest: int = 24) -> str:
+    """A name, its middle left out where it is too long: names often differ at their end.
+
+    Examples:
+        >>> middle("qwen2.5-1.5b-instruct-sft-a", 15)
+        'qwen2.5…t-sft-a'
+    """
+    text = shown(text, max(len(text), 1))
+    half = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[: longest - 1 - half]}…{text[-half:]}"
+
+
 def cut(text: str, longest: int) -> str:
     r"""The end of a long text, which is where the question stands; line breaks are kept.
 
@@ -50,13 +62,26 @@ def printable(text: str) -> str:
 
 
 def wide(text: str) -> int:
-    """Columns of a monospaced font that a text takes: two for each wide character of East Asia, none for marks.
+    r"""Columns of a monospaced font that a text takes: two for each wide character of East Asia, none for marks.
 
     Examples:
-        >>> wide("ab"), wide("日本")
-        (2, 4)
+        >>> wide("ab"), wide("日本"), wide("a\u0301")
+        (2, 4, 1)
     """
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    marks = {"Mn", "Me", "Cf"}
+    return sum(
+        0 if unicodedata.category(c) in marks else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
+
+
+def visible(text: str) -> bool:
+    r"""Whether a text has only what can be seen, spaces, and what joins letters or emoji.
+
+    Examples:
+        >>> visible("a b"), visible("a\u202eb"), visible("\ud800")
+        (True, False, False)
+    """
+    return all(c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs" for c in text)
 
 
 def _sign(c: str) -> str:

@@ -52,6 +52,11 @@ def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: 
     ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
     assert f"Token {report.nodes[0].depth} " in panel.text, "let go"
 
+    tokens(browser)[1].send_keys(Keys.ENTER)
+    ActionChains(browser).move_to_element(tokens(browser)[3]).perform()
+    assert f"Token {report.nodes[1].depth} " in panel.text, "held by keyboard"
+    tokens(browser)[1].send_keys(Keys.SPACE)
+
     Select(browser.find_element(By.ID, "correct")).select_by_value("0")
     assert len(browser.find_elements(By.CLASS_NAME, "rollout")) == sum(not r.correct for r in report.rollouts)
     start = browser.find_element(By.ID, "from")
@@ -75,6 +80,7 @@ def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: 
     start.send_keys("999")
     assert browser.find_element(By.ID, "count").text == "0 measured tokens in 0 rollouts"
     assert not browser.find_elements(By.CLASS_NAME, "rollout")
+    assert "No measured token" in panel.text
     assert not browser.get_log("browser")
 
 

@@ -20,6 +20,7 @@ from odp_callbacks.engine.prefixes import vocabulary_size
 from odp_callbacks.engine.prompts import Prompt, Question, Row, encode_prompt, is_conversational
 from odp_callbacks.engine.student import why_not_base
 from odp_callbacks.functional.gradients import evaluating, lora_parameters
+from odp_callbacks.text import visible
 
 Context = str | Callable[[Row], Prompt]
 """A template over the row's columns, or a function from row to prompt."""
@@ -240,7 +241,7 @@ def as_teachers(teachers: object) -> dict[str, Teacher]:
     if not named:
         raise ValueError("`teachers` is empty; give at least one, such as {'base': BaseTeacher()}.")
     for name in named:
-        if not name or "/" in name or not name.isprintable() or len(name) > LONGEST_NAME:
+        if not name.strip() or "/" in name or not visible(name) or len(name) > LONGEST_NAME:
             raise ValueError(
                 "a teacher's name becomes a part of metric names: it must have no '/', only characters that can be "
                 f"seen, and at most {LONGEST_NAME} of them, but `teachers` got {name[: LONGEST_NAME + 1]!r}."

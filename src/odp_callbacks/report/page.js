@@ -57,6 +57,7 @@
     const first = place.querySelector(".tok[data-d]:not(.faded)");
     if (first) first.tabIndex = 0;
     pinned = null;
+    if (!first) $("panel").replaceChildren(make("p", "note", "No measured token passes these filters."));
   };
   const drawRollout = (i, s) => {
     const rollout = data.rollouts[i], box = make("article", "rollout"), head = make("header");
@@ -141,13 +142,16 @@
     panel.append(table, make("p", "note", data.free ? "Free mode: no continuation was sampled, and the rollout's own reward stands for the success of its tokens; ▲ pushed up, ▼ pushed down by the teacher, whose probability q is given" : "success: share of the student's own continuations that reach it, with its 95 % interval and their number; ▲ pushed up, ▼ pushed down by the teacher, whose probability q is given. Click a token to hold this, click it again to let go."));
   };
 
+  const hold = (token) => {
+    document.querySelectorAll(".tok.pinned").forEach((o) => o.classList.remove("pinned"));
+    pinned = token;
+    if (token) token.classList.add("pinned");
+  };
   $("rollouts").addEventListener("mouseover", (e) => { const t = e.target.closest("[data-d]"); if (t && !pinned) show(t); });
   $("rollouts").addEventListener("click", (e) => {
     const t = e.target.closest("[data-d]");
     if (!t) return;
-    pinned = pinned === t ? null : t;
-    document.querySelectorAll(".tok.pinned").forEach((o) => o.classList.remove("pinned"));
-    if (pinned) t.classList.add("pinned");
+    hold(pinned === t ? null : t);
     show(t);
   });
   $("rollouts").addEventListener("focusin", (e) => {
@@ -158,12 +162,27 @@
     if (!pinned) show(t);
   });
   $("rollouts").addEventListener("keydown", (e) => {
+    if ((e.key === "Enter" || e.key === " ") && e.target.closest("[data-d]")) {
+      e.preventDefault();
+      e.target.closest("[data-d]").click();
+      return;
+    }
     const step = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
     if (!step) return;
-    const all = [...document.querySelectorAll("#rollouts [data-d]:not(.faded)")], next = all[all.indexOf(document.activeElement) + step];
+    const all = [...document.querySelectorAll("#rollouts [data-d]")];
+    let place = all.indexOf(document.activeElement) + step;
+    while (all[place] && all[place].classList.contains("faded")) place += step;
+    const next = all[place];
     if (next) { next.focus(); e.preventDefault(); }
   });
-  ["teacher", "correct", "from", "to", "certain", "sort"].forEach((id) => ["input", "change"].forEach((kind) => $(id).addEventListener(kind, () => { limit = PAGE; draw(); })));
-  $("more").addEventListener("click", () => { limit += PAGE; draw(); });
+  ["teacher", "correct", "from", "to", "certain", "sort"].forEach((id) => $(id).addEventListener($(id).tagName === "SELECT" ? "change" : "input", () => { limit = PAGE; draw(); }));
+  $("more").addEventListener("click", () => {
+    const before = limit, held = pinned && [pinned.dataset.r, pinned.dataset.d];
+    limit += PAGE;
+    draw();
+    const fresh = $("rollouts").children[before], token = fresh && fresh.querySelector("[data-d]:not(.faded)");
+    if (held) hold(document.querySelector(`#rollouts [data-r="${held[0]}"][data-d="${held[1]}"]`));
+    if (token) token.focus();
+  });
   draw();
 })();

@@ -68,8 +68,9 @@ def render(several: Sequence[tuple[str, ProbeReport]], title: str, confidence: f
     environment.filters |= {"figure": show, "shown": shown}
     source = files("odp_callbacks.report")
     trend = None
-    if len(several) > 1 and all(other.teachers == report.teachers for _, other in several):
-        trend = Markup(plots.svg(plots.over_steps([(shown(name), other) for name, other in several], confidence)))
+    alike = [(name, other) for name, other in several if other.teachers == report.teachers]
+    if len(alike) > 1:
+        trend = Markup(plots.svg(plots.over_steps([(shown(name), other) for name, other in alike], confidence)))
     modules = plots.by_module(analysis)
     return environment.get_template("page.html.jinja").render(
         title=title,
@@ -86,6 +87,7 @@ def render(several: Sequence[tuple[str, ProbeReport]], title: str, confidence: f
         modules=None if modules is None else Markup(plots.svg(modules)),
         divergence=Markup(plots.svg(plots.against_divergence(analysis))),
         trend=trend,
+        strangers=len(several) - len(alike),
         probe=shown(several[-1][0]),
         # Both are ours; the data is made harmless for the place where it stands.
         style=Markup(source.joinpath("page.css").read_text("utf-8")),
