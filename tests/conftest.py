@@ -427,6 +427,12 @@ def in_modules(report: ProbeReport, layers: int = 2) -> ProbeReport:
     return replace(report, nodes=nodes, modules=modules)
 
 
+def many_teachers(count: int, **fields: Any) -> ProbeReport:
+    """A probe of so many teachers, each helping more than the one before."""
+    names = tuple(f"teacher {k}" for k in range(count))
+    return report_maker()(lambda correct, depth: tuple(0.1 * k - 0.3 for k in range(count)), teachers=names, **fields)
+
+
 @pytest.fixture
 def make_report() -> MakeReport:
     return report_maker()

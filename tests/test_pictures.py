@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.patches import FancyBboxPatch
 
-from conftest import HOSTILE, MakeReport, hostile, in_modules, split
+from conftest import HOSTILE, MakeReport, hostile, in_modules, many_teachers, split
 from odp_callbacks import plots
 from odp_callbacks.estimates import DEFINED, UNDETERMINED
 from odp_callbacks.pictures import KEY, rollout_figure, telling_rollout
@@ -43,8 +43,7 @@ def test_sure_tokens_are_filled_and_the_others_only_framed(make_report: MakeRepo
 
 
 def test_of_a_long_response_the_lines_with_measured_tokens_are_shown(make_report: MakeReport) -> None:
-    names = tuple(f"teacher {k}" for k in range(8))
-    report = make_report(lambda c, d: tuple(0.1 * k for k in range(8)), teachers=names, depths=(0, 700, 1500, 4000))
+    report = many_teachers(8, depths=(0, 700, 1500, 4000))
     long = tuple(replace(r, pieces=tuple(f"w{d}" for d in range(4096))) for r in report.rollouts)
     figure = rollout_figure(Analysis(replace(report, rollouts=long)), 0)
     assert figure.get_size_inches()[1] < 20
@@ -59,14 +58,13 @@ def test_of_a_long_response_the_lines_with_measured_tokens_are_shown(make_report
 
 
 @pytest.mark.parametrize("teachers", [1, 8])
-def test_layers_stand_across_and_modules_down(make_report: MakeReport, teachers: int) -> None:
-    names = tuple(f"teacher {k}" for k in range(teachers))
-    report = make_report(lambda c, d: tuple(0.1 * k - 0.3 for k in range(teachers)), teachers=names)
+def test_layers_stand_across_and_modules_down(teachers: int) -> None:
+    report = many_teachers(teachers)
     analysis = Analysis(in_modules(report, layers=3))
     figure = plots.by_module(analysis)
     assert figure is not None
     maps = figure.axes[:teachers]
-    assert [axes.get_title(loc="left") for axes in maps] == list(names)
+    assert [axes.get_title(loc="left") for axes in maps] == list(report.teachers)
     assert [label.get_text() for label in maps[0].get_yticklabels()] == ["self_attn.q_proj", "self_attn.v_proj"]
     assert [label.get_text() for label in maps[-1].get_xticklabels()] == ["0", "1", "2"]
     summaries = {s.split: s.figures["gain_weighted_alignment"].value for s in analysis.summaries("module")[:6]}

@@ -17,7 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
-from conftest import HOSTILE, MakeReport, hostile, in_modules, report_maker, split
+from conftest import HOSTILE, MakeReport, hostile, in_modules, many_teachers, split
 from odp_callbacks.loggers import log_pictures
 from odp_callbacks.summaries import scalars
 from odp_callbacks.tensorboard import as_code, changes, write_tensorboard
@@ -34,14 +34,9 @@ def written(folder: Path, *reports: Any) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
 
 
-def eight(make_report: MakeReport) -> Any:
-    names = tuple(f"teacher {k}" for k in range(8))
-    return make_report(lambda correct, depth: tuple(0.1 * k - 0.3 for k in range(8)), teachers=names)
-
-
 @pytest.mark.parametrize("teachers", [2, 8])
 def test_the_dashboard_names_scalars_that_there_are(teachers: int, make_report: MakeReport, tmp_path: Path) -> None:
-    report = make_report(split) if teachers == 2 else eight(make_report)
+    report = make_report(split) if teachers == 2 else many_teachers(8)
     events = written(tmp_path, report)
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
@@ -143,8 +138,8 @@ def test_other_loggers_get_the_pictures_they_can_show(make_report: MakeReport) -
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """TensorBoard over a run of three probes, and how many teachers it has."""
     folder, count = tmp_path_factory.mktemp("run"), int(request.param)
-    names = tuple(f"teacher {k}" for k in range(count))
-    written(folder, *(several(names, seed) for seed in range(3)))
+    settings = {"continuations": 4, "divergence": "reverse_kl"}
+    written(folder, *(replace(in_modules(many_teachers(count, seed=s)), settings=settings) for s in range(3)))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -159,14 +154,6 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 time.sleep(0.5)
         yield url, count
         process.terminate()
-
-
-def several(names: tuple[str, ...], seed: int) -> Any:
-    """A probe of so many teachers, with two layers and with settings."""
-    report = report_maker()(
-        lambda correct, depth: tuple(0.1 * k - 0.3 for k in range(len(names))), teachers=names, seed=seed
-    )
-    return replace(in_modules(report), settings={"seed": seed, "continuations": 4, "divergence": "reverse_kl"})
 
 
 @pytest.mark.browser

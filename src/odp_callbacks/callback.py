@@ -279,13 +279,8 @@ class GradientAlignmentCallback(Callback):
         step = trainer.global_step
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
-            try:
+            with self.monitor.trying(self.host(trainer), f"{type(logger).__name__} took no figures"):
                 logger.log_metrics(metrics, step=step)
-            except Exception as error:
-                if self.monitor.strict:
-                    raise
-                name = type(logger).__name__
-                self.monitor.say(self.host(trainer), f"{name} took no figures: {type(error).__name__}: {error}")
             if report is not None and trainer.is_global_zero:
                 try:
                     log_pictures(logger, report, step, self.last_report)

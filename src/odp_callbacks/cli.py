@@ -98,13 +98,14 @@ def diagnose(
     from odp_callbacks.diagnosis import run_diagnosis
     from odp_callbacks.engine.config import ProbeConfig
     from odp_callbacks.engine.teachers import ModelTeacher, as_teachers
+    from odp_callbacks.inference import check_confidence
     from odp_callbacks.questions import load_questions, load_reward
 
     console = Console(stderr=as_json)
     # All that can be refused is, before a model is loaded.
     if questions < 1:
         raise ValueError(f"`questions` must be a positive integer, but {questions} was given.")
-    _check_confidence(confidence)
+    check_confidence(confidence)
     ProbeConfig(**asdict(measure))
     named = as_teachers({name: "base" if kind.startswith("model:") else kind for name, kind in teachers.items()})
     rows, own = load_questions(dataset, count=questions, split=split, shots=shots, seed=seed, settings=settings)
@@ -164,7 +165,9 @@ def report(records: list[str], output: str = "report.html", confidence: float = 
         confidence: Level of the intervals.
         as_json: Print the ranking as JSON, and nothing else.
     """
-    _check_confidence(confidence)
+    from odp_callbacks.inference import check_confidence
+
+    check_confidence(confidence)
     return _tell(Console(stderr=as_json), _load(records), Path(output), confidence, as_json)
 
 
@@ -177,9 +180,10 @@ def compare(first: str, second: str, confidence: float = 0.95, as_json: bool = F
         confidence: Level of the intervals.
         as_json: Print the differences as JSON, and nothing else.
     """
+    from odp_callbacks.inference import check_confidence
     from odp_callbacks.summaries import SPLITS, summarise
 
-    _check_confidence(confidence)
+    check_confidence(confidence)
     found = []
     for folder in (first, second):
         _, one = _load([folder])[-1]
@@ -294,11 +298,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(set(parts)):
             break
     return [name.removesuffix("/records") for name in names]
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
 
 
 def _model(argument: str, name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:

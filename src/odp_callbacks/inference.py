@@ -102,6 +102,17 @@ class Estimator:
         )
 
 
+def check_confidence(confidence: float) -> float:
+    """The level, if it is one.
+
+    Raises:
+        ValueError: If it is not in (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
+    return confidence
+
+
 def jackknife(estimator: Estimator, confidence: float = 0.95) -> Figure:
     """The figure with the delete-one jackknife's interval and Student's t.
 

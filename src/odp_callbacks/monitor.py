@@ -1,8 +1,8 @@
 """What any trainer needs of a probe: when, of which questions, at what price, and where the outcome goes."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -252,15 +252,12 @@ class Monitor:
         start = time.perf_counter()
         self.probes += 1
         self.last_probe = host.step
-        try:
-            report = self._measure(host, batch, seconds)
-            metrics = scalars(report, self.confidence)
-        except Exception as error:
-            if self.strict:
-                raise
-            self.say(host, f"a probe failed, and training goes on without it: {type(error).__name__}: {error}")
-            report = None
-            metrics = {f"odp/alignment/{name}/{split}": float("nan") for name in self.teachers for split in SPLITS}
+        report: ProbeReport | None = None
+        metrics = {f"odp/alignment/{name}/{split}": float("nan") for name in self.teachers for split in SPLITS}
+        with self.trying(host, "a probe failed, and training goes on without it"):
+            found = self._measure(host, batch, seconds)
+            metrics = scalars(found, self.confidence)
+            report = found
         if report is not None:
             metrics |= self._observe(host, report)
         self.overhead.tick()
@@ -269,14 +266,11 @@ class Monitor:
         metrics["odp/probe/time_share"] = self.overhead.time_share
         metrics["odp/probe/left_out"] = float(self.overhead.skipped)
         measured = time.perf_counter()
-        self._log(host, metrics, report)
+        with self.trying(host, "figures of a probe were not logged"):
+            host.log(metrics, report)
         if report is not None and self.records is not None and host.first:
-            try:
+            with self.trying(host, "records of a probe were not kept"):
                 save(report, self.records / f"step-{host.step:08d}", overwrite=True)
-            except Exception as error:
-                if self.strict:
-                    raise
-                self.say(host, f"records of a probe were not kept: {type(error).__name__}: {error}")
         self.overhead.extend("probe", time.perf_counter() - measured)
         self.last_report = report
 
@@ -333,7 +327,8 @@ class Monitor:
         if not self._plan(host, "free look")[0]:
             return
         start = time.perf_counter()
-        try:
+        logged = {f"odp/free/predicted_gain/{name}": float("nan") for name in self.teachers}
+        with self.trying(host, "the free mode failed, and training goes on without it"):
             seed = int(torch.randint(2**62, (), generator=self.stream))
             free = self._free
 
@@ -354,15 +349,11 @@ class Monitor:
             if report is None:
                 return
             logged = free_scalars(report, self.confidence)
-        except Exception as error:
-            if self.strict:
-                raise
-            self.say(host, f"the free mode failed, and training goes on without it: {type(error).__name__}: {error}")
-            logged = {f"odp/free/predicted_gain/{name}": float("nan") for name in self.teachers}
         self.overhead.tick()
         logged["odp/free/seconds"] = time.perf_counter() - start
         self.overhead.book("free look", logged["odp/free/seconds"])
-        self._log(host, logged, None)
+        with self.trying(host, "figures of a probe were not logged"):
+            host.log(logged, None)
 
     def _together(self, host: Host, measure: Callable[[], ProbeReport | None]) -> ProbeReport | None:
         """What all processes measured, as one report, the same in all of them; None if nobody had a question.
@@ -411,14 +402,12 @@ class Monitor:
         gate: Any = self.gate
         if not hasattr(gate, "observe"):
             return {}
-        try:
+        logged: dict[str, float] = {}
+        with self.trying(host, "`gate` did not learn from a probe"):
             gate.observe(report)
-            return dict(gate.scalars()) if hasattr(gate, "scalars") else {}
-        except Exception as error:
-            if self.strict:
-                raise
-            self.say(host, f"`gate` did not learn from a probe: {type(error).__name__}: {error}")
-            return {}
+            if hasattr(gate, "scalars"):
+                logged.update(gate.scalars())
+        return logged
 
     def _restore_gate(self) -> None:
         """A gate that is found only after the state was read gets its part then, once."""
@@ -431,14 +420,15 @@ class Monitor:
         for teacher in self.teachers.values():
             teacher.update(self.probe.student, step)
 
-    def _log(self, host: Host, metrics: dict[str, float], report: ProbeReport | None) -> None:
-        """To the trainer's loggers, which may refuse: a name, say, or a connection."""
+    @contextmanager
+    def trying(self, host: Host, otherwise: str) -> Iterator[None]:
+        """What goes wrong in here is said once and then passed over, unless ``strict``."""
         try:
-            host.log(metrics, report)
+            yield
         except Exception as error:
             if self.strict:
                 raise
-            self.say(host, f"figures of a probe were not logged: {type(error).__name__}: {error}")
+            self.say(host, f"{otherwise}: {type(error).__name__}: {error}")
 
     def say(self, host: Host, message: str) -> None:
         """Warn once."""

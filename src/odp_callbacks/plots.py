@@ -92,10 +92,11 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
         return None
     summaries = {(s.teacher, s.split): s.figures[figure] for s in analysis.summaries("module")}
     found = {key: _known(f) for key, f in summaries.items()}
-    places = {module: place(module) for module in report.modules}
+    named = {module: place(module) for module in report.modules}
+    places = {module: (layer, kind) for module, (_, layer, kind) in named.items()}
     if len(set(places.values())) < len(places):
         # Layers of several towers: what stands before the number tells them apart.
-        places = {module: (layer, f"{before(module)}{kind}") for module, (layer, kind) in places.items()}
+        places = {m: (layer, f"{tower}.{kind}".strip(".")) for m, (tower, layer, kind) in named.items()}
     layers = sorted({layer for layer, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     if len(kinds) > MOST_KINDS:
@@ -139,29 +140,18 @@ def by_module(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Fi
         return picture
 
 
-def place(module: str) -> tuple[int, str]:
-    """Layer and kind of a module, from its name; -1 for one outside of the layers.
+def place(module: str) -> tuple[str, int, str]:
+    """What a module's name says: what stands before its layer's number, that number (-1 if none), and what follows.
 
     Examples:
         >>> place("model.layers.3.self_attn.q_proj"), place("lm_head")
-        ((3, 'self_attn.q_proj'), (-1, 'lm_head'))
+        (('model.layers', 3, 'self_attn.q_proj'), ('', -1, 'lm_head'))
     """
     parts = module.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
-            return int(part), ".".join(parts[i + 1 :])
-    return -1, module
-
-
-def before(module: str) -> str:
-    """What stands before the number of a layer.
-
-    Examples:
-        >>> before("vision.layers.0.q"), before("lm_head")
-        ('vision.layers.', '')
-    """
-    layer, kind = place(module)
-    return "" if layer < 0 else module.removesuffix(f"{layer}.{kind}")
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return "", -1, module
 
 
 def against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Figure:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +13,7 @@ from odp_callbacks.correction import correct
 from odp_callbacks.estimates import DEFINED, UNDEFINED, UNDETERMINED, statuses, teacher_advantage
 from odp_callbacks.evidence import Evidence, gather
 from odp_callbacks.figures import RANGE, gradient_figures, questions_of, token_mean
-from odp_callbacks.inference import Estimator, Figure, jackknife
+from odp_callbacks.inference import Estimator, Figure, check_confidence, jackknife
 from odp_callbacks.records import Floats, ProbeReport
 from odp_callbacks.success_model import fit_success_model
 
@@ -61,10 +62,8 @@ class Analysis:
     """
 
     def __init__(self, report: ProbeReport, confidence: float = 0.95) -> None:
-        if not 0 < confidence < 1:
-            raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
         self.report = report
-        self.confidence = confidence
+        self.confidence = check_confidence(confidence)
         self.evidence = gather(report.nodes, teachers=len(report.teachers))
         self.model = fit_success_model(self.evidence)
         self.correction = correct(self.evidence, self.model)
@@ -73,7 +72,7 @@ class Analysis:
         self._advantage = np.stack([teacher_advantage(node) for node in report.nodes]) if report.nodes else None
         self.status = statuses(self.evidence)
         self._kept: dict[tuple[int, str], dict[str, Estimator]] = {}
-        self._token_intervals: tuple[Floats, Floats] | None = None
+        self._summaries: dict[str, list[ClassSummary]] = {}
 
     def summaries(self, by: str = "correctness") -> list[ClassSummary]:
         """Figures of each teacher in each class.
@@ -85,8 +84,11 @@ class Analysis:
         Raises:
             ValueError: For another one.
         """
-        if by == "module":
-            return self._modules()
+        if by not in self._summaries:  # several pictures show the same ones
+            self._summaries[by] = self._modules() if by == "module" else self._split(by)
+        return list(self._summaries[by])
+
+    def _split(self, by: str) -> list[ClassSummary]:
         found = []
         for k, teacher in enumerate(self.report.teachers):
             parts = dict(self._classes(by))
@@ -111,11 +113,13 @@ class Analysis:
 
         NaN where there is no alignment, and everywhere in the free mode: a rollout's own reward tells of the rollout.
         """
-        if self._token_intervals is None:
-            low, high = alignment_intervals(self.evidence, self.confidence)
-            none = (self.status != DEFINED) | self.report.free
-            self._token_intervals = np.where(none, np.nan, low), np.where(none, np.nan, high)
-        return self._token_intervals
+        return self._token_ends
+
+    @cached_property
+    def _token_ends(self) -> tuple[Floats, Floats]:
+        low, high = alignment_intervals(self.evidence, self.confidence)
+        none = (self.status != DEFINED) | self.report.free
+        return np.where(none, np.nan, low), np.where(none, np.nan, high)
 
     def token_alignment(self) -> Floats:
         """Each token's alignment with each teacher as it is shown, ``(N, K)``: the estimate, cut to its interval.
@@ -130,6 +134,15 @@ class Analysis:
         """Whether a token tells on which side of 0 its alignment lies, ``(N, K)``: its interval excludes 0."""
         low, high = self.token_intervals()
         return (low > 0) | (high < 0)
+
+    def sides(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """How many tokens surely have an alignment above 0, and below, by class and teacher."""
+        low, high = self.token_intervals()
+        return {
+            (split, teacher): (int((low[chosen, k] > 0).sum()), int((high[chosen, k] < 0).sum()))
+            for split, chosen in self._classes("correctness")
+            for k, teacher in enumerate(self.report.teachers)
+        }
 
     def _classes(self, by: str) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         evidence = self.evidence

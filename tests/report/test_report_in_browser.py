@@ -11,7 +11,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from conftest import HOSTILE, MakeReport, hostile, split
+from conftest import HOSTILE, MakeReport, hostile, many_teachers, split
 from odp_callbacks.report import write_report
 from odp_callbacks.summaries import Analysis
 
@@ -120,17 +120,12 @@ def test_hostile_text_does_nothing(browser: Any, make_report: MakeReport, tmp_pa
 
 @pytest.mark.parametrize("width", [400, 1300])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_the_window_and_reads_in_both_schemes(
-    browser: Any, make_report: MakeReport, width: int, scheme: str, tmp_path: Path
-) -> None:
+def test_it_fits_the_window_and_reads_in_both_schemes(browser: Any, width: int, scheme: str, tmp_path: Path) -> None:
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    many = make_report(
-        lambda c, d: tuple(0.1 * k - 0.3 for k in range(8)), teachers=tuple(f"teacher {k}" for k in range(8))
-    )
-    opened(browser, write_report(many, tmp_path / "report.html"))
+    opened(browser, write_report(many_teachers(8), tmp_path / "report.html"))
     wider = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
     assert wider <= 0
     found = tokens(browser)

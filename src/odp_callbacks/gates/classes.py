@@ -12,7 +12,7 @@ from torch import Tensor
 from odp_callbacks.correction import correct
 from odp_callbacks.evidence import gather
 from odp_callbacks.gates.tokens import Tokens
-from odp_callbacks.inference import Estimator, Figure, jackknife
+from odp_callbacks.inference import Estimator, Figure, check_confidence, jackknife
 from odp_callbacks.records import Floats, ProbeReport
 
 WINDOWS = (0, *(2**i for i in range(31)))
@@ -77,10 +77,8 @@ class ClassEvidence:
     def __init__(self, probes: int = 4, windows: Sequence[int] = WINDOWS, confidence: float = 0.95) -> None:
         if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
             raise ValueError(f"`probes` must be a positive integer, but {probes!r} was given.")
-        if not 0 < confidence < 1:
-            raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
+        self.confidence = check_confidence(confidence)
         self.windows = check_windows(windows)
-        self.confidence = confidence
         self.teachers: tuple[str, ...] = ()
         # Of each probe: class -> question -> (K, 4) sums of weight, weight x gain, weight x ideal norm, and of the
         # weight of nodes where success was seen to differ.

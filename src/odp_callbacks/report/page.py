@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -79,7 +78,7 @@ def render(several: Sequence[tuple[str, ProbeReport]], title: str, confidence: f
         teachers=teachers,
         ranking=ranking,
         summaries=summaries,
-        sides=sides(analysis),
+        sides=analysis.sides(),
         rate=success_rate(report, confidence),
         rules=[] if report.free else score_rules(report, confidence=confidence),
         gains=Markup(plots.svg(plots.gains(summaries, report.teachers))),
@@ -94,18 +93,6 @@ def render(several: Sequence[tuple[str, ProbeReport]], title: str, confidence: f
         script=Markup(source.joinpath("page.js").read_text("utf-8")),
         data=Markup(as_script(page_data(analysis))),
     )
-
-
-def sides(analysis: Analysis) -> dict[tuple[str, str], tuple[int, int]]:
-    """How many tokens surely have an alignment above 0, and below, by class and teacher."""
-    low, high = analysis.token_intervals()
-    correct = analysis.evidence.correct
-    masks = {"all": np.ones_like(correct), "correct": correct, "incorrect": ~correct}
-    return {
-        (split, teacher): (int((low[mask, k] > 0).sum()), int((high[mask, k] < 0).sum()))
-        for split, mask in masks.items()
-        for k, teacher in enumerate(analysis.report.teachers)
-    }
 
 
 def as_script(data: Any) -> str:
