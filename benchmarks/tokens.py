@@ -1,6 +1,6 @@
 """Do the intervals of single tokens' alignments cover, and are sure tokens right? Simulated nodes of known success.
 
-python benchmarks/tokens.py
+python benchmarks/tokens.py; python benchmarks/tokens.py --leads
 """
 
 import argparse
@@ -9,9 +9,10 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from odp_callbacks.certainty import alignment_intervals
+from odp_callbacks import certainty
 from odp_callbacks.evidence import gather, norm
 from odp_callbacks.records import Floats, NodeRecord
+from odp_callbacks.success_model import fit_success_model
 from odp_callbacks.summaries import PREDICTORS
 
 BRANCHES, SIZE = 4, 12
@@ -55,7 +56,12 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=40)
     parser.add_argument("--continuations", type=int, nargs="+", default=[2, 4, 8, 32])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--leads", action="store_true", help="with the leads of the model, which the library leaves out"
+    )
     options = parser.parse_args()
+    if options.leads:
+        certainty.fit_success_model = lambda evidence, symmetric: fit_success_model(evidence)
     print("| world | continuations | coverage (95 % of it) | sure | sure and wrong | sign wrong, all tokens |")
     print("|---|---|---|---|---|---|")
     for name, world in WORLDS.items():
@@ -68,7 +74,7 @@ def main() -> None:
                 offset = truth - truth[:, :1]
                 length = norm(evidence.norm_form, offset)[:, None]
                 true = np.einsum("nka,na->nk", evidence.gain_form, offset) / length
-                low, high = alignment_intervals(evidence)
+                low, high = certainty.alignment_intervals(evidence)
                 side = (low > 0) | (high < 0)
                 other = np.sign(evidence.cosine) != np.sign(true)
                 inside = np.append(inside, (low <= true) & (true <= high))
