@@ -10,18 +10,18 @@ import numpy as np
 from populations import Population, synthetic
 from scipy import stats
 
-from odp_callbacks.correction import correct
-from odp_callbacks.estimates import statuses
-from odp_callbacks.evidence import Evidence
-from odp_callbacks.inference import Estimator, jackknife
-from odp_callbacks.summaries import gradient_figures
+from odp_callbacks.analysis.evidence import Evidence
+from odp_callbacks.analysis.jackknife import Estimator, jackknife
+from odp_callbacks.analysis.node_estimates import statuses
+from odp_callbacks.analysis.noise_correction import correct_for_noise
+from odp_callbacks.analysis.summaries import gradient_figures
 
 FIGURES = ("predicted_gain", "gain_weighted_alignment", "alignment")
 
 
 def estimators(evidence: Evidence) -> dict[tuple[str, str], Estimator]:
     """All figures of a probe, with the gap and the difference between teachers."""
-    correction, status = correct(evidence), statuses(evidence)
+    correction, status = correct_for_noise(evidence), statuses(evidence)
     everything = np.ones(len(evidence.correct), bool)
     first, second = (gradient_figures(evidence, correction, k, everything, status[:, k]) for k in range(2))
     right, wrong = (

@@ -21,13 +21,13 @@ import torch
 from student import lora_student
 from transformers import GenerationConfig
 
-from odp_callbacks.engine.decoders import read_prefixes, sample_continuations
-from odp_callbacks.engine.prefixes import Start
+from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
+from odp_callbacks.engine.sampling.prefix_cache import ContinuationRequest
 
 
 def ours(model, prefix, branches, tokens, way):
-    prefixes = read_prefixes(model, [prefix[:-1]], way=way)
-    starts = [Start(0, len(prefix) - 1, int(prefix[-1]), tokens)] * branches
+    prefixes = prefill_rollouts(model, [prefix[:-1]], way=way)
+    starts = [ContinuationRequest(0, len(prefix) - 1, int(prefix[-1]), tokens)] * branches
     sample_continuations(model, prefixes, starts, temperature=1.0, eos_token_ids=[], batch_size=branches)
 
 

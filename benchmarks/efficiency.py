@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 from populations import Population, World, synthetic, worlds
 
-from odp_callbacks.correction import correct
+from odp_callbacks.analysis.estimators import gradient_figures
+from odp_callbacks.analysis.evidence import Evidence, gather
+from odp_callbacks.analysis.node_estimates import statuses
+from odp_callbacks.analysis.noise_correction import correct_for_noise
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.continuing import Seen, look, spend
-from odp_callbacks.engine.recording import with_outcomes
-from odp_callbacks.engine.success import Outcomes, Spent, Tree
-from odp_callbacks.estimates import statuses
-from odp_callbacks.evidence import Evidence, gather
-from odp_callbacks.figures import gradient_figures
+from odp_callbacks.engine.tree.budget import Seen, look, spend
+from odp_callbacks.engine.tree.continuations import Outcomes, Spent, Tree
+from odp_callbacks.engine.tree.recording import with_outcomes
 from odp_callbacks.storage import load
 
 EQUAL = (8, 16, 32)
@@ -92,7 +92,7 @@ class Walked(Drawn):
         """The library's rounds within a budget, and the tokens they took."""
         world, spent = self.world, Spent()
         tree = Tree(world.tree.rollouts, world.tree.nodes)
-        tree.grow(world.tree.branches)
+        tree.set_branches(world.tree.branches)
         for row, known in zip(tree.outcomes, world.tree.outcomes, strict=True):
             row[:] = [o if o.exact else Outcomes() for o in known]
 
@@ -121,7 +121,7 @@ class Walked(Drawn):
 
 def figures(evidence: Evidence, name: str) -> np.ndarray:
     """A figure of every teacher over all nodes."""
-    correction, status = correct(evidence), statuses(evidence)
+    correction, status = correct_for_noise(evidence), statuses(evidence)
     everything = np.ones(len(evidence.correct), bool)
     found = []
     for k in range(evidence.teacher_norm.shape[1]):

@@ -27,13 +27,13 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 from odp_callbacks import AlignmentGate, GradientAlignmentCallback, IncorrectRolloutGate, OnPolicyDistillation, Teacher
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import EASY, make_task
+from odp_callbacks.analysis.summaries import SPLITS, Analysis
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import EASY, make_task
 from odp_callbacks.engine import Probe, ProbeConfig
 from odp_callbacks.gates import TeacherRouter, score_rules
 from odp_callbacks.gates.rules import correct_rollouts
 from odp_callbacks.storage import save
-from odp_callbacks.summaries import SPLITS, Analysis
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "gating.jsonl"

@@ -14,8 +14,8 @@ from typing import Any
 from lightning.pytorch import seed_everything
 from peft import LoraConfig, get_peft_model
 
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
 from odp_callbacks.engine import Probe, ProbeConfig, Teacher
 from odp_callbacks.storage import save
 

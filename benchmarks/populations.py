@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from odp_callbacks.analysis.evidence import Evidence, gather
 from odp_callbacks.engine import Probe, ProbeConfig
-from odp_callbacks.engine.continuing import remaining_length
-from odp_callbacks.evidence import Evidence, gather
+from odp_callbacks.engine.tree.budget import remaining_length
 
 NODES, ROLLOUTS, BRANCHES, TEACHERS, SIZE = 4, 2, 4, 2, 12
 

@@ -17,11 +17,11 @@ from growth import evenly
 from student import lora_student
 
 from odp_callbacks import BaseTeacher, ProbeConfig, Teacher
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.engine.decoders import read_prefixes, sample_continuations
-from odp_callbacks.engine.differentiating import Differentiator
-from odp_callbacks.engine.prefixes import Start
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.probe import Probe
+from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
+from odp_callbacks.engine.sampling.prefix_cache import ContinuationRequest
 
 ROW = {"prompt": "7 - 4 = ? 7 - 4 = 3. Answer: 3\n5 + 2 = ? 5 + 2 = 7. Answer: 7\n3 + 6 = ?", "answer": "9"}
 TEACHERS = {"answer": Teacher("The answer is {answer}.\n{prompt}"), "base": BaseTeacher()}
@@ -44,8 +44,8 @@ def compare(model, tokenizer, length, rollouts, continuations, branches, nodes):
     prompt = torch.tensor(tokenizer(ROW["prompt"])["input_ids"])
     eos = never_ending(model, tokenizer)
     with torch.no_grad():
-        prefixes = read_prefixes(model, [prompt[:-1]])
-        start = Start(0, len(prompt) - 1, int(prompt[-1]), length)
+        prefixes = prefill_rollouts(model, [prompt[:-1]])
+        start = ContinuationRequest(0, len(prompt) - 1, int(prompt[-1]), length)
         responses = [
             c.tokens
             for c in sample_continuations(
@@ -58,18 +58,18 @@ def compare(model, tokenizer, length, rollouts, continuations, branches, nodes):
     )  # fmt: skip
     probe = Probe(model, tokenizer, reward, TEACHERS, config)
     directions = []
-    inner = Differentiator._rollout_nodes
+    inner = NodeDifferentiator._rollout_nodes
 
     def keep(self, rollout, nodes, *rest):
         records = inner(self, rollout, nodes, *rest)
         directions.append((rollout, nodes, [len(r.gram[0]) for r in records]))
         return records
 
-    Differentiator._rollout_nodes = keep
+    NodeDifferentiator._rollout_nodes = keep
     start_time = time.perf_counter()
     report = probe.run([ROW], responses=[responses])
     library = time.perf_counter() - start_time
-    Differentiator._rollout_nodes = inner
+    NodeDifferentiator._rollout_nodes = inner
 
     start_time = time.perf_counter()
     tokens = 0

@@ -9,8 +9,8 @@ import time
 import torch
 from student import lora_student
 
-from odp_callbacks.engine.projection import project
-from odp_callbacks.engine.pullback import pull_back
+from odp_callbacks.engine.gradients.random_projection import projected_gram_matrices
+from odp_callbacks.engine.gradients.vjp import node_gram_matrices
 
 
 def main(length: int, directions: int, projections: int) -> dict[str, float]:
@@ -20,13 +20,13 @@ def main(length: int, directions: int, projections: int) -> dict[str, float]:
     # The exact way on some of the nodes, spread evenly: its time is proportional to their number.
     some = positions[:: max(1, len(positions) // 16)]
     cotangents = [torch.randn(directions, student.config.vocab_size) * 1e-3 for _ in some]
-    pull_back(student, ids[:16], [15], cotangents[:1])
+    node_gram_matrices(student, ids[:16], [15], cotangents[:1])
     start = time.perf_counter()
-    exact = pull_back(student, ids, some, cotangents).grams
+    exact = node_gram_matrices(student, ids, some, cotangents).grams
     pulled = (time.perf_counter() - start) / len(some) * len(positions)
     every = [cotangents[min(p // max(1, len(positions) // 16), len(some) - 1)] for p in range(len(positions))]
     start = time.perf_counter()
-    found = project(student, ids, positions, every, projections, torch.Generator().manual_seed(0))
+    found = projected_gram_matrices(student, ids, positions, every, projections, torch.Generator().manual_seed(0))
     pushed = time.perf_counter() - start
     place = {p: i for i, p in enumerate(positions)}
     errors = []

@@ -11,7 +11,7 @@ import reference
 import torch
 from student import lora_student
 
-from odp_callbacks.engine.pullback import pull_back
+from odp_callbacks.engine.gradients.vjp import node_gram_matrices
 
 
 def main(repeats: int, length: int, nodes: int, directions: int) -> dict[str, list[float]]:
@@ -25,13 +25,13 @@ def main(repeats: int, length: int, nodes: int, directions: int) -> dict[str, li
         "nodes at the end": list(range(length - nodes, length)),
     }
     ratios: dict[str, list[float]] = {name: [] for name in places}
-    pull_back(student, ids, places["nodes at the end"], list(cotangents))  # the trial of the model, once
+    node_gram_matrices(student, ids, places["nodes at the end"], list(cotangents))  # the trial of the model, once
     for turn in range(repeats):
         for name, positions in places.items():
             start = time.perf_counter()
             expected = reference.grams(student, ids, positions, list(cotangents))
             middle = time.perf_counter()
-            grams = pull_back(student, ids, positions, list(cotangents)).grams
+            grams = node_gram_matrices(student, ids, positions, list(cotangents)).grams
             end = time.perf_counter()
             ratios[name].append((middle - start) / (end - middle))
             error = max(float((g.sum(0) - e.cpu()).abs().max() / e.abs().max()) for g, e in zip(grams, expected))

@@ -19,10 +19,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
+from odp_callbacks.callbacks.processes import Processes, processes
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
 from odp_callbacks.engine import Probe, ProbeConfig
-from odp_callbacks.processes import Processes, processes
 from odp_callbacks.storage import merge
 
 TEACHERS = {"answer": "The answer is {answer}.\n{prompt}", "base": "base"}

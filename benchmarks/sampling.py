@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from odp_callbacks.engine.sampling import sample_tokens
+from odp_callbacks.engine.sampling.categorical import sample_tokens
 
 
 def main(rows: int, vocabulary: int, repeats: int) -> list[float]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from odp_callbacks.demo.student import load_student
+from odp_callbacks.cli.models import load_student
 
 
 def lora_student(device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:

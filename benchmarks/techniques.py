@@ -13,8 +13,8 @@ import numpy as np
 from efficiency import Walked
 from populations import World, worlds
 
-from odp_callbacks.evidence import Evidence
-from odp_callbacks.success_model import fit_success_model
+from odp_callbacks.analysis.evidence import Evidence
+from odp_callbacks.analysis.success_model import fit_success_model
 
 
 def common_random_numbers(world: World, rng: np.random.Generator, runs: int = 60) -> tuple[float, float]:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from odp_callbacks import certainty
-from odp_callbacks.evidence import gather, norm
+from odp_callbacks.analysis import token_intervals as certainty
+from odp_callbacks.analysis.evidence import gather, norm
+from odp_callbacks.analysis.success_model import fit_success_model
+from odp_callbacks.analysis.summaries import PREDICTORS
 from odp_callbacks.records import Floats, NodeRecord
-from odp_callbacks.success_model import fit_success_model
-from odp_callbacks.summaries import PREDICTORS
 
 BRANCHES, SIZE = 4, 12
 

@@ -11,8 +11,8 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
 
 from odp_callbacks import GradientAlignmentCallback, OnPolicyDistillation, Teacher
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
 
 
 def cosine_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

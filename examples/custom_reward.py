@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from odp_callbacks import Teacher, diagnose
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.table import summary_table
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.visualization.table import summary_table
 
 ROWS = [{"prompt": f"7 - 4 = 3.\n5 + 2 = 7.\n{a} + {b} =", "answer": str(a + b)} for a, b in ((2, 3), (4, 4), (6, 1))]
 

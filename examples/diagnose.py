@@ -7,9 +7,9 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from odp_callbacks import Teacher, diagnose
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
-from odp_callbacks.table import summary_table
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
+from odp_callbacks.visualization.table import summary_table
 
 model, tokenizer = load_student(None, print)
 task = make_task("chain_sum", questions=3, lines=0, shots=2, seed=1)

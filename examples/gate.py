@@ -17,9 +17,9 @@ from odp_callbacks import (
     Teacher,
     score_rules,
 )
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
-from odp_callbacks.table import rules_table
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
+from odp_callbacks.visualization.table import rules_table
 
 model, tokenizer = load_student(None, print)
 task = make_task("chain_sum", questions=16, lines=0, shots=2, seed=0)

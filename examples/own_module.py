@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 from odp_callbacks import BaseTeacher, GradientAlignmentCallback, Teacher
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
 
 
 class Mine(LightningModule):

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 from odp_callbacks import GradientAlignmentCallback, OnPolicyDistillation, Teacher, TeacherRouter
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
 
 model, tokenizer = load_student(None, print)
 task = make_task("chain_sum", questions=16, lines=0, shots=2, seed=0)

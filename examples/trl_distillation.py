@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from odp_callbacks import GradientAlignmentTrainerCallback, IncorrectRolloutGate, ModelTeacher, gate_trainer
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
 
 model, tokenizer = load_student(None, print)
 task = make_task("chain_sum", questions=16, lines=0, shots=2, seed=0)

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 from odp_callbacks import GradientAlignmentCallback, OnPolicyDistillation, Teacher
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import make_task
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import make_task
 
 if __name__ == "__main__":  # DDP starts this file once more
     model, tokenizer = load_student(None, print)

@@ -8,11 +8,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from conftest import tiny, word_tokenizer
 from odp_callbacks import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, OnPolicyDistillation, Teacher
 from odp_callbacks.distillation import TokenLosses
 from odp_callbacks.functional import distillation_loss
 from odp_callbacks.gates import IncorrectRolloutGate, Tokens
+from tests.helpers.models import tiny, word_tokenizer
 
 ROWS = [{"prompt": p, "answer": a} for p, a in zip(("a b", "c a f", "b", "d c"), "abcd", strict=True)]
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from conftest import MakeReport, tiny, word_tokenizer
 from odp_callbacks import Teacher, diagnose
-from odp_callbacks.cli import main
-from odp_callbacks.demo.task import make_task
+from odp_callbacks.cli.main import main
+from odp_callbacks.cli.tasks import make_task
 from odp_callbacks.gates import score_rules
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.table import rules_table, summary_table
+from odp_callbacks.visualization.table import rules_table, summary_table
+from tests.helpers.models import tiny, word_tokenizer
+from tests.helpers.records import MakeReport
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from pyarrow import parquet
 
-from conftest import tiny, word_tokenizer
 from odp_callbacks import Teacher, diagnose, storage
+from odp_callbacks.analysis.summaries import scalars
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.storage import concatenate, load, pool, save
-from odp_callbacks.summaries import scalars
+from tests.helpers.models import tiny, word_tokenizer
 
 ROWS = [{"prompt": p, "answer": a} for p, a in zip(("a b", "d", "c", "e f", "b"), "cabda", strict=True)]
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import LETTERS, make_world, tiny_base
+from odp_callbacks.analysis.evidence import gather
+from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED, estimate
+from odp_callbacks.analysis.summaries import summarise
 from odp_callbacks.engine import Probe, ProbeConfig
-from odp_callbacks.estimates import DEFINED, UNDEFINED, estimate
-from odp_callbacks.evidence import gather
 from odp_callbacks.functional import distillation_logit_gradient
-from odp_callbacks.summaries import summarise
+from tests.helpers.models import LETTERS, tiny_base
+from tests.helpers.worlds import make_world
 
 SHAPES = [(5, 4), (5, 6), (6, 4), (6, 5), (7, 4), (8, 4)]
 WORLDS = [(seed, *SHAPES[seed % len(SHAPES)], (1.0, 0.7)[seed % 2]) for seed in range(20)]
@@ -169,9 +170,9 @@ def test_the_horvitz_thompson_mean_over_windows_is_that_over_every_node():
         nodes = world.solve()
     rng = np.random.default_rng(0)
     value = {p: rng.normal() + len(p) for p in nodes}  # any figure of a node; it grows with depth
-    from odp_callbacks.engine.nodes import STRATEGIES
     from odp_callbacks.engine.prompts import as_questions
     from odp_callbacks.engine.rollouts import Rollout
+    from odp_callbacks.engine.tree.nodes import STRATEGIES
 
     (question,) = as_questions([world.row], world.tokenizer)
     policy = {p: torch.softmax(n.logits, -1).numpy() for p, n in nodes.items()}

@@ -1,49 +1,121 @@
 """Is my teacher helping? Gradient alignment of on-policy distillation, measured while you train."""
 
-from odp_callbacks.callback import GradientAlignmentCallback
-from odp_callbacks.distillation import OnPolicyDistillation
-from odp_callbacks.engine import (
-    AdapterTeacher,
-    BaseTeacher,
-    EMATeacher,
-    ModelTeacher,
-    ProbeConfig,
-    Teacher,
-    diagnose,
-)
-from odp_callbacks.gate_callback import GateCallback
-from odp_callbacks.gates import (
-    AlignmentGate,
-    IncorrectRolloutGate,
-    TeacherRouter,
-    Tokens,
-    gate_loss,
-    score_rules,
-    tokens_of,
-)
-from odp_callbacks.metrics import GradientAlignment
-from odp_callbacks.trainer_callback import GradientAlignmentTrainerCallback
-from odp_callbacks.trl_gate import gate_trainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:  # type checkers and editors see plain imports; at run time a name is imported when it is first used
+    from odp_callbacks.callbacks.lightning import GradientAlignmentCallback
+    from odp_callbacks.callbacks.loss_weights import LossWeightCallback
+    from odp_callbacks.callbacks.transformers import GradientAlignmentTrainerCallback
+    from odp_callbacks.distillation import OnPolicyDistillation
+    from odp_callbacks.engine.config import ProbeConfig
+    from odp_callbacks.engine.probe import Probe, diagnose
+    from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
+    from odp_callbacks.engine.tree.nodes import EntropyNodes, UniformNodes, every_node, exponential_windows
+    from odp_callbacks.gates.alignment import AlignmentGate
+    from odp_callbacks.gates.correctness import IncorrectRolloutGate
+    from odp_callbacks.gates.loss import gate_loss
+    from odp_callbacks.gates.router import TeacherRouter
+    from odp_callbacks.gates.rules import (
+        correct_rollouts,
+        everything,
+        high_entropy,
+        incorrect_rollouts,
+        pass_rate,
+        position,
+        prefix,
+        teacher_confidence,
+        teacher_margin,
+    )
+    from odp_callbacks.gates.scoring import score_rules
+    from odp_callbacks.gates.tokens import Tokens, tokens_of
+    from odp_callbacks.gates.trl import gate_trainer
+    from odp_callbacks.metrics import GradientAlignment
+    from odp_callbacks.records import ProbeReport
+
+_MODULES = {
+    "callbacks.lightning": ["GradientAlignmentCallback"],
+    "callbacks.loss_weights": ["LossWeightCallback"],
+    "callbacks.transformers": ["GradientAlignmentTrainerCallback"],
+    "distillation": ["OnPolicyDistillation"],
+    "engine.config": ["ProbeConfig"],
+    "engine.probe": ["Probe", "diagnose"],
+    "engine.teachers": ["AdapterTeacher", "BaseTeacher", "EMATeacher", "ModelTeacher", "Teacher"],
+    "engine.tree.nodes": ["EntropyNodes", "UniformNodes", "every_node", "exponential_windows"],
+    "gates.alignment": ["AlignmentGate"],
+    "gates.correctness": ["IncorrectRolloutGate"],
+    "gates.loss": ["gate_loss"],
+    "gates.router": ["TeacherRouter"],
+    "gates.rules": [
+        "correct_rollouts",
+        "everything",
+        "high_entropy",
+        "incorrect_rollouts",
+        "pass_rate",
+        "position",
+        "prefix",
+        "teacher_confidence",
+        "teacher_margin",
+    ],
+    "gates.scoring": ["score_rules"],
+    "gates.tokens": ["Tokens", "tokens_of"],
+    "gates.trl": ["gate_trainer"],
+    "metrics": ["GradientAlignment"],
+    "records": ["ProbeReport"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AdapterTeacher",
     "AlignmentGate",
     "BaseTeacher",
     "EMATeacher",
-    "GateCallback",
+    "EntropyNodes",
     "GradientAlignment",
     "GradientAlignmentCallback",
     "GradientAlignmentTrainerCallback",
     "IncorrectRolloutGate",
+    "LossWeightCallback",
     "ModelTeacher",
     "OnPolicyDistillation",
+    "Probe",
     "ProbeConfig",
+    "ProbeReport",
     "Teacher",
     "TeacherRouter",
     "Tokens",
+    "UniformNodes",
+    "__version__",
+    "correct_rollouts",
     "diagnose",
+    "every_node",
+    "everything",
+    "exponential_windows",
     "gate_loss",
     "gate_trainer",
+    "high_entropy",
+    "incorrect_rollouts",
+    "pass_rate",
+    "position",
+    "prefix",
     "score_rules",
+    "teacher_confidence",
+    "teacher_margin",
     "tokens_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: neither Lightning nor TRL is loaded for the records alone."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """What an editor or ``dir`` shows."""
+    return sorted({*globals(), *__all__})

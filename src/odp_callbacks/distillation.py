@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from odp_callbacks.engine.directions import UserLoss
-from odp_callbacks.engine.logits import node_logits
+from odp_callbacks.engine.gradients.logits import node_logits
+from odp_callbacks.engine.gradients.loss_directions import UserLoss
 from odp_callbacks.engine.prompts import Row, as_questions, rows_from_batch
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts

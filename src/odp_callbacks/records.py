@@ -49,7 +49,7 @@ class NodeRecord:
         correct: Whether its rollout was correct.
         tokens: ``(A,)`` int64; the first is the student's most probable.
         probability: ``(A,)``, the student's.
-        weight: ``(A,)``, see :class:`~odp_callbacks.engine.branches.Branch`.
+        weight: ``(A,)``, see :class:`~odp_callbacks.engine.tree.branches.Branch`.
         tail: ``(A,)`` bool: drawn from the tail.
         taken: Which branch the rollout took.
         count: ``(A,)`` int64, continuations scored.
@@ -130,8 +130,8 @@ class ProbeReport:
         free: No continuations were spent: each node's success is its rollout's own reward against its siblings', so
             only predicted gain exists, and not split by correctness.
         token_text: Text of every token that is a branch somewhere, by its id.
-        in_metric: The same nodes and continuations with gradients measured in another geometry
-            (:class:`~odp_callbacks.engine.metric.Metric`), named in its settings; None where none was asked for.
+        preconditioned: The same nodes and continuations with gradients measured in another geometry
+            (:class:`~odp_callbacks.engine.gradients.preconditioner.Preconditioner`), named in its settings; None where none was asked for.
     """
 
     teachers: tuple[str, ...]
@@ -146,4 +146,4 @@ class ProbeReport:
     step: StepSums | None = None
     free: bool = False
     token_text: Mapping[int, str] = field(default_factory=dict)
-    in_metric: "ProbeReport | None" = None
+    preconditioned: "ProbeReport | None" = None

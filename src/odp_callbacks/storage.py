@@ -10,7 +10,7 @@ the attributes of :class:`~odp_callbacks.records.NodeRecord` and :class:`~odp_ca
 - ``teacher_probability`` is row by row, ``(K, A)``;
 - each predictor is a column ``predictor_<name>``.
 
-The same probe in another geometry lies in the folder ``in_metric``, with the same two tables.
+The same probe in another geometry lies in the folder ``preconditioned``, with the same two tables.
 """
 
 import json
@@ -30,7 +30,7 @@ from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord
 
 VERSION = 1
 KEY = b"odp_callbacks"
-IN_METRIC = "in_metric"
+IN_METRIC = "preconditioned"
 """Folder of the same probe in another geometry, inside that of the probe."""
 _PREDICTOR = "predictor_"
 
@@ -60,8 +60,8 @@ def save(report: ProbeReport, folder: str | os.PathLike[str], *, overwrite: bool
         parquet.write_table(table, draft / "nodes.parquet", compression="zstd")
         rollouts = [{f.name: _plain(getattr(r, f.name)) for f in fields(r)} for r in report.rollouts]
         parquet.write_table(pa.Table.from_pylist(rollouts, _ROLLOUTS), draft / "rollouts.parquet", compression="zstd")
-        if report.in_metric is not None:
-            save(report.in_metric, draft / IN_METRIC)
+        if report.preconditioned is not None:
+            save(report.preconditioned, draft / IN_METRIC)
         if target.exists():
             shutil.rmtree(target)
         draft.rename(target)
@@ -107,7 +107,7 @@ def load(folder: str | os.PathLike[str]) -> ProbeReport:
         step=None if step is None else _step(step, len(whole["teachers"])),
         free=whole["free"],
         token_text={int(k): text for k, text in whole["token_text"].items()},
-        in_metric=load(path / IN_METRIC) if (path / IN_METRIC).exists() else None,
+        preconditioned=load(path / IN_METRIC) if (path / IN_METRIC).exists() else None,
     )
 
 
@@ -147,7 +147,7 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
         token_text={k: text for report in reports for k, text in report.token_text.items()},
         # A step's gradients are of one student at one moment; see :func:`merge`.
         step=first.step if len(reports) == 1 else None,
-        in_metric=_in_metric(reports, concatenate),
+        preconditioned=_in_metric(reports, concatenate),
     )
 
 
@@ -166,13 +166,19 @@ def merge(parts: Sequence[ProbeReport]) -> ProbeReport:
         parts = [part if part.modules == whole else _summed(part, whole) for part in parts]
     found = concatenate(parts)
     seconds = {name: max(part.seconds.get(name, 0.0) for part in parts) for name in found.seconds}
-    other = None if found.in_metric is None else merge([p.in_metric for p in parts if p.in_metric is not None])
-    return replace(found, seconds=seconds, step=_together([part.step for part in parts]), in_metric=other)
+    other = (
+        None
+        if found.preconditioned is None
+        else merge([p.preconditioned for p in parts if p.preconditioned is not None])
+    )
+    return replace(found, seconds=seconds, step=_together([part.step for part in parts]), preconditioned=other)
 
 
 def _summed(part: ProbeReport, modules: tuple[str, ...]) -> ProbeReport:
     nodes = tuple(replace(node, gram=node.gram.sum(axis=0, keepdims=True)) for node in part.nodes)
-    return replace(part, modules=modules, nodes=nodes, in_metric=part.in_metric and _summed(part.in_metric, modules))
+    return replace(
+        part, modules=modules, nodes=nodes, preconditioned=part.preconditioned and _summed(part.preconditioned, modules)
+    )
 
 
 def _together(steps: Sequence[StepSums | None]) -> StepSums | None:
@@ -220,14 +226,14 @@ def pool(reports: Sequence[ProbeReport]) -> ProbeReport:
         truncated=sum(r.truncated for r in reports) - (len(reports) - 1) * sum(r.truncated for r in first.rollouts),
         seconds=_add(report.seconds for report in reports),
         step=first.step if len(reports) == 1 else None,
-        in_metric=_in_metric(reports, pool),
+        preconditioned=_in_metric(reports, pool),
     )
 
 
 def _in_metric(
     reports: Sequence[ProbeReport], together: Callable[[Sequence[ProbeReport]], ProbeReport]
 ) -> ProbeReport | None:
-    others = [report.in_metric for report in reports if report.in_metric is not None]
+    others = [report.preconditioned for report in reports if report.preconditioned is not None]
     return together(others) if len(others) == len(reports) else None
 
 

@@ -8,21 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import (
-    BOS,
-    DIVERGENCES,
-    EOS,
-    FAMILIES,
-    WORDS,
-    Snapshot,
-    count_tokens,
-    make_world,
-    paddable,
-    randomise,
-    tiny,
-    tiny_base,
-    word_tokenizer,
-)
+from odp_callbacks.analysis.evidence import gather
+from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED, UNDETERMINED, estimate
+from odp_callbacks.analysis.summaries import summarise
 from odp_callbacks.engine import (
     AdapterTeacher,
     BaseTeacher,
@@ -35,11 +23,9 @@ from odp_callbacks.engine import (
     diagnose,
     every_node,
     exponential_windows,
-    projection,
 )
-from odp_callbacks.engine.decoders import way_of
-from odp_callbacks.estimates import DEFINED, UNDEFINED, UNDETERMINED, estimate
-from odp_callbacks.evidence import gather
+from odp_callbacks.engine.gradients import random_projection as projection
+from odp_callbacks.engine.sampling.backends import backend_of
 from odp_callbacks.functional import (
     distillation_logit_gradient,
     gradient_alignment,
@@ -47,9 +33,23 @@ from odp_callbacks.functional import (
     node_predictors,
 )
 from odp_callbacks.storage import load, save
-from odp_callbacks.summaries import summarise
+from tests.helpers.models import (
+    BOS,
+    DIVERGENCES,
+    EOS,
+    FAMILIES,
+    WORDS,
+    Snapshot,
+    count_tokens,
+    paddable,
+    randomise,
+    tiny,
+    tiny_base,
+    word_tokenizer,
+)
+from tests.helpers.worlds import make_world
 
-EVERYTHING = {"branch_mass": 1.0, "max_branches": 5, "nodes": every_node, "max_new_tokens": 3}
+ALL_MODULES = {"branch_mass": 1.0, "max_branches": 5, "nodes": every_node, "max_new_tokens": 3}
 ROWS = [{"prompt": "a b c", "answer": "d"}, {"prompt": "c", "answer": "e"}, {"prompt": "f e d c b", "answer": "a"}]
 
 
@@ -61,7 +61,7 @@ def external(seed=11):
 
 
 def probe_world(world, teachers, questions=1, seed=0, **config):
-    probe = Probe(world.model, world.tokenizer, world.reward, teachers, ProbeConfig(**{**EVERYTHING, **config}))
+    probe = Probe(world.model, world.tokenizer, world.reward, teachers, ProbeConfig(**{**ALL_MODULES, **config}))
     return probe.run([world.row] * questions, seed=seed)
 
 
@@ -235,9 +235,9 @@ def test_the_free_mode_is_unbiased_and_agrees_with_the_full_probe():
     sums = np.zeros(len(free.rollouts))
     for record in free.nodes:
         sums[record.rollout] += estimate(record).predicted_gain[0] / record.inclusion
-    by_question = sums.reshape(400, 3).sum(axis=1) / 3
-    error = by_question.std(ddof=1) / np.sqrt(400)
-    assert abs(by_question.mean() - expected) < 3 * error
+    group_by_question = sums.reshape(400, 3).sum(axis=1) / 3
+    error = group_by_question.std(ddof=1) / np.sqrt(400)
+    assert abs(group_by_question.mean() - expected) < 3 * error
     assert error < abs(expected), "precise enough to see a bias of the size of the figure"
     full = probe_world(world, {"other": teacher}, 100, 1, **options, continuations=4)
     found = [{s.split: s for s in summarise(r)} for r in (free, full)]
@@ -531,7 +531,7 @@ def test_continuations_go_where_the_teacher_pulls(student):
 
 
 def test_prefixes_are_run_once_whatever_the_continuations(student):
-    way_of(student)  # the trial of what this model can do has its own forwards
+    backend_of(student)  # the trial of what this model can do has its own forwards
     calls = []
     for continuations in (1, 6):
         shapes = []
@@ -808,7 +808,7 @@ def test_every_token_of_a_long_response_is_projected(student, monkeypatch, tmp_p
         assert report.modules == exact.modules
         assert report.settings["projections"] is None
     found = measure(student, nodes="every", teachers="base", projections=4000)
-    assert found.modules == (projection.EVERYTHING,)
+    assert found.modules == (projection.ALL_MODULES,)
     assert found.settings["projections"] == 4000
     for a, b in zip(found.nodes, exact.nodes, strict=True):
         size = np.sqrt(np.outer(*[np.diag(b.gram.sum(0))] * 2))
@@ -818,4 +818,4 @@ def test_every_token_of_a_long_response_is_projected(student, monkeypatch, tmp_p
     np.testing.assert_allclose(found.step.gram, exact.step.gram, rtol=1e-4)
     save(found, tmp_path / "records")
     assert load(tmp_path / "records").modules == found.modules
-    assert {s.split for s in summarise(found, by="module")} == {projection.EVERYTHING}
+    assert {s.split for s in summarise(found, by="module")} == {projection.ALL_MODULES}

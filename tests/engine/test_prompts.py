@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from conftest import BOS, EOS, PAD, WORDS, tiny
 from odp_callbacks.engine.prompts import (
     as_questions,
     check_length,
@@ -11,6 +10,7 @@ from odp_callbacks.engine.prompts import (
     rows_from_batch,
 )
 from odp_callbacks.engine.teachers import Teacher, teacher_prompt_ids
+from tests.helpers.models import BOS, EOS, PAD, WORDS, tiny
 
 A, B, C = (WORDS.index(w) for w in "abc")
 USER, ASSISTANT = WORDS.index("user"), WORDS.index("assistant")

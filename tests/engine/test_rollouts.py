@@ -3,12 +3,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import BOS, EOS, count_tokens, tiny
-from odp_callbacks.engine.decoders import way_of
 from odp_callbacks.engine.prompts import as_questions
-from odp_callbacks.engine.randomness import Randomness
 from odp_callbacks.engine.rollouts import end_tokens, response_text, sample_rollouts, score_rollouts
+from odp_callbacks.engine.sampling.backends import backend_of
+from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.verifier import Verifier
+from tests.helpers.models import BOS, EOS, count_tokens, tiny
 
 
 def rollouts(model, tokenizer, rows, eos=(EOS,), **changes):
@@ -28,7 +28,7 @@ ROWS = [{"prompt": "a b c d", "answer": "1"}, {"prompt": "", "answer": "2"}, {"p
 
 
 def test_those_of_a_question_stand_together(student, tokenizer):
-    way_of(student)  # the trial of what this model can do has its own forwards
+    backend_of(student)  # the trial of what this model can do has its own forwards
     shapes = []
     stop = count_tokens(student, shapes)
     found = rollouts(student, tokenizer, ROWS)

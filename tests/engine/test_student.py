@@ -16,15 +16,15 @@ from peft import (
     inject_adapter_in_model,
 )
 
-from conftest import Snapshot, randomise, relative, tiny, tiny_base, word_tokenizer
 from odp_callbacks.engine import Probe, ProbeConfig
-from odp_callbacks.engine.decoders import WAYS, way_of
-from odp_callbacks.engine.projection import project, projects
-from odp_callbacks.engine.pullback import pull_back
+from odp_callbacks.engine.gradients.random_projection import projected_gram_matrices, supports_projection
+from odp_callbacks.engine.gradients.vjp import node_gram_matrices
+from odp_callbacks.engine.sampling.backends import BACKENDS, backend_of
 from odp_callbacks.engine.student import check_student, trained_beside, why_not_base
 from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, Teacher, teacher_logits
 from odp_callbacks.functional import lora_parameters
 from odp_callbacks.functional.gradients import evaluating
+from tests.helpers.models import Snapshot, randomise, relative, tiny, tiny_base, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter:UserWarning"
@@ -106,17 +106,19 @@ def plain(student, position, cotangent):
 def test_gradients_and_policy_are_those_of_the_model(options, changes):
     student = adapted(options, changes)
     check_student(student)
-    assert way_of(student) == WAYS[0]
+    assert backend_of(student) == BACKENDS[0]
     expected = [torch.stack([plain(student, p, v) for v in c]) for p, c in zip(POSITIONS, directions(), strict=True)]
     before = Snapshot(student)
     for ends in (None, [3, 6, 9]):
-        grams = pull_back(student, IDS, POSITIONS, directions(), ends=ends).grams
+        grams = node_gram_matrices(student, IDS, POSITIONS, directions(), ends=ends).grams
         for gram, rows in zip(grams, expected, strict=True):
             assert relative(gram.sum(0), rows @ rows.mT) < 1e-6
             assert float(gram.sum(0).diagonal().min()) > 0
-    assert projects(student) == ("target_parameters" not in options)
-    if projects(student):
-        sketches = project(student, IDS, POSITIONS, directions(), 2000, torch.Generator().manual_seed(0))
+    assert supports_projection(student) == ("target_parameters" not in options)
+    if supports_projection(student):
+        sketches = projected_gram_matrices(
+            student, IDS, POSITIONS, directions(), 2000, torch.Generator().manual_seed(0)
+        )
         for sketch, rows in zip(sketches, expected, strict=True):
             assert relative(sketch[0], rows @ rows.mT) < 0.2
     with torch.no_grad():
@@ -205,7 +207,7 @@ def test_two_adapters_at_once_are_both_measured(student):
     check_student(student)
     expected = torch.stack([plain(student, 8, v) for v in directions()[0]])
     assert {name.split(".")[-2] for name in lora_parameters(student)} == {"default", "other"}
-    (gram,) = pull_back(student, IDS, [8], directions()[:1]).grams
+    (gram,) = node_gram_matrices(student, IDS, [8], directions()[:1]).grams
     assert relative(gram.sum(0), expected @ expected.mT) < 1e-6
 
 
@@ -215,7 +217,7 @@ def test_layers_without_a_peft_model():
     randomise(student, "default", 0.3, 0).double()
     check_student(student)
     expected = torch.stack([plain(student, 8, v) for v in directions()[0]])
-    (gram,) = pull_back(student, IDS, [8], directions()[:1]).grams
+    (gram,) = node_gram_matrices(student, IDS, [8], directions()[:1]).grams
     assert relative(gram.sum(0), expected @ expected.mT) < 1e-6
 
 
@@ -225,7 +227,7 @@ def test_adalora():
     check_student(student)
     assert any("lora_E" in name for name in lora_parameters(student))
     expected = torch.stack([plain(student, 8, v) for v in directions()[0]])
-    (gram,) = pull_back(student, IDS, [8], directions()[:1]).grams
+    (gram,) = node_gram_matrices(student, IDS, [8], directions()[:1]).grams
     assert relative(gram.sum(0), expected @ expected.mT) < 1e-6
 
 
@@ -317,9 +319,9 @@ def test_four_bits(four_bits, options):
     before = Snapshot(student)
     with evaluating(student):
         check_student(student)
-        assert way_of(student) == WAYS[0]
-        projects(student)  # whether or not
-        (gram,) = pull_back(student, IDS, [8], directions()[:1]).grams
+        assert backend_of(student) == BACKENDS[0]
+        supports_projection(student)  # whether or not
+        (gram,) = node_gram_matrices(student, IDS, [8], directions()[:1]).grams
     assert relative(gram.sum(0), expected @ expected.mT) < 1e-3
     before.check()
     after = torch.stack([plain(student, 8, v.float()) for v in directions()[0]]).double()

@@ -2,8 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from conftest import BOS, WORDS, Snapshot, flat_parameters, paddable, randomise, tiny, tiny_base, word_tokenizer
-from odp_callbacks.engine.logits import response_logits
+from odp_callbacks.engine.gradients.logits import response_logits
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.teachers import (
     AdapterTeacher,
@@ -16,6 +15,17 @@ from odp_callbacks.engine.teachers import (
     teacher_prompt_ids,
 )
 from odp_callbacks.functional import lora_parameters
+from tests.helpers.models import (
+    BOS,
+    WORDS,
+    Snapshot,
+    flat_parameters,
+    paddable,
+    randomise,
+    tiny,
+    tiny_base,
+    word_tokenizer,
+)
 
 A, B, C = (WORDS.index(w) for w in "abc")
 PROMPTS = [torch.tensor([BOS, A, B]), torch.tensor([BOS, A, B])]

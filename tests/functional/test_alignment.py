@@ -5,8 +5,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from conftest import DTYPES
 from odp_callbacks.functional import gradient_alignment
+from tests.helpers.models import DTYPES
 
 FINITE = st.floats(-1e300, 1e300, allow_nan=False)
 PAIRS = st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=20)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
-from conftest import DIVERGENCES, DTYPES
 from odp_callbacks.functional import (
     distillation_logit_gradient,
     distillation_loss,
     gradient_alignment,
     node_predictors,
 )
+from tests.helpers.models import DIVERGENCES, DTYPES
 
 every_divergence = pytest.mark.parametrize(("divergence", "options"), DIVERGENCES)
 V = 8

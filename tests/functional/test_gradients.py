@@ -2,9 +2,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from conftest import PAD, Snapshot, randomise, relative, tiny, tiny_base
 from odp_callbacks.functional import lora_gradients, lora_parameters
 from odp_callbacks.functional.gradients import evaluating, logits_at
+from tests.helpers.models import PAD, Snapshot, randomise, relative, tiny, tiny_base
 
 IDS = torch.tensor([1, 5, 6, 9, 7, 8, 11, 6, 5])
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MakeReport
+from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.gates import AlignmentGate, tokens_of
 from odp_callbacks.gates.classes import WHOLE, ClassEvidence, class_name, window_of
-from odp_callbacks.summaries import Analysis
+from tests.helpers.records import MakeReport
 
 TOKENS = tokens_of(torch.ones(2, 8), [1.0, 0.0], teachers=("near",))
 """A correct and an incorrect rollout of 8 tokens."""

@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 
-from conftest import MakeReport
 from odp_callbacks.gates import TeacherRouter, tokens_of
+from tests.helpers.records import MakeReport
 
 TOKENS = tokens_of(torch.ones(2, 8), [1.0, 0.0], teachers=("near", "far"))
 """A correct and an incorrect rollout of 8 tokens."""

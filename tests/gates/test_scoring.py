@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MakeReport
-from odp_callbacks.evidence import gather
+from odp_callbacks.analysis.evidence import gather
+from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.gates import AlignmentGate, IncorrectRolloutGate, Tokens, score_rules, tokens_of_report
 from odp_callbacks.gates.rules import RULES, everything, incorrect_rollouts
 from odp_callbacks.records import NodeRecord, ProbeReport
-from odp_callbacks.summaries import Analysis
+from tests.helpers.records import MakeReport
 
 
 def gains(correct: bool, depth: int) -> tuple[float, ...]:
@@ -82,7 +82,7 @@ def test_noise_is_not_counted_as_harm(make_report: MakeReport) -> None:
     half = score_rules(report, {"half": lambda tokens: (torch.arange(len(tokens)) % 2).double()})[0]
     assert 0.3 < half.harm_removed.value < 0.7
     assert naive > 0.25
-    from odp_callbacks.success_model import fit_success_model
+    from odp_callbacks.analysis.success_model import fit_success_model
 
     drawn = fit_success_model(evidence).draw(evidence)
     drawn_gain = np.einsum("na,nsa->ns", evidence.gain_form[:, 0], drawn - drawn[:, :, :1])

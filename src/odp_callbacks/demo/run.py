@@ -15,17 +15,17 @@ from rich.progress import track
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from odp_callbacks.callback import GradientAlignmentCallback
-from odp_callbacks.demo.student import load_student
-from odp_callbacks.demo.task import Task, make_task
+from odp_callbacks.callbacks.lightning import GradientAlignmentCallback
+from odp_callbacks.cli.models import load_student
+from odp_callbacks.cli.tasks import Task, make_task
 from odp_callbacks.distillation import OnPolicyDistillation
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import encode_prompt
 from odp_callbacks.engine.teachers import AdapterTeacher, ModelTeacher, Teacher
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.report import write_report
 from odp_callbacks.storage import load
-from odp_callbacks.table import summary_table
+from odp_callbacks.visualization.html_report import write_report
+from odp_callbacks.visualization.table import summary_table
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The engine: torch, transformers and peft only; usable alone as a training-free diagnostic."""
 
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.nodes import EntropyNodes, UniformNodes, every_node, exponential_windows
 from odp_callbacks.engine.probe import Probe, diagnose
 from odp_callbacks.engine.rewards import RewardError
 from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
+from odp_callbacks.engine.tree.nodes import EntropyNodes, UniformNodes, every_node, exponential_windows
 
 __all__ = [
     "AdapterTeacher",

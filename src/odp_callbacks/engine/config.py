@@ -3,9 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from odp_callbacks.engine.allocation import TARGETS
-from odp_callbacks.engine.directions import UserLoss
-from odp_callbacks.engine.nodes import STRATEGIES, NodeSelector
+from odp_callbacks.engine.gradients.loss_directions import UserLoss
+from odp_callbacks.engine.tree.allocation import TARGETS
+from odp_callbacks.engine.tree.nodes import STRATEGIES, NodeSelector
 from odp_callbacks.functional.divergences import Divergence, check_divergence
 
 PLAIN = (str, int, float, tuple, type(None))

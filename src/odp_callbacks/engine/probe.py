@@ -12,34 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odp_callbacks.engine.branches import Branch, choose_branches
+from odp_callbacks.analysis.estimators import half_width
+from odp_callbacks.analysis.evidence import Evidence, gather
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.continuing import look, planned, remaining_length, spend, thin
-from odp_callbacks.engine.decoders import read_prefixes
-from odp_callbacks.engine.decoding import Progress
-from odp_callbacks.engine.differentiating import Differentiator, by_question
-from odp_callbacks.engine.directions import distillation_direction
-from odp_callbacks.engine.free import from_rewards, taken_branches
-from odp_callbacks.engine.guest import guest
-from odp_callbacks.engine.journal import Journal
-from odp_callbacks.engine.ledger import Ledger
-from odp_callbacks.engine.logits import node_logits, response_logits
-from odp_callbacks.engine.metric import Metric
-from odp_callbacks.engine.nodes import Node, every_node, select_nodes
-from odp_callbacks.engine.projection import EVERYTHING, projects, worthwhile
+from odp_callbacks.engine.gradients.logits import node_logits, response_logits
+from odp_callbacks.engine.gradients.loss_directions import distillation_direction
+from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator, group_by_question
+from odp_callbacks.engine.gradients.preconditioner import Preconditioner
+from odp_callbacks.engine.gradients.random_projection import ALL_MODULES, projection_is_cheaper, supports_projection
+from odp_callbacks.engine.gradients.step_sums import StepAccumulator
+from odp_callbacks.engine.gradients.vjp import lora_modules
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
-from odp_callbacks.engine.pullback import lora_modules
-from odp_callbacks.engine.randomness import Randomness
-from odp_callbacks.engine.recording import with_outcomes
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, given_rollouts, sample_rollouts, score_rollouts
-from odp_callbacks.engine.steps import StepAccumulator
+from odp_callbacks.engine.sampling.backends import prefill_rollouts
+from odp_callbacks.engine.sampling.continuous_batching import Progress
+from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.student import check_student, trained_beside, uncompiled
-from odp_callbacks.engine.success import Outcomes, Spent, Tree, measure_success
 from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_prompt_ids
+from odp_callbacks.engine.timing import StageTimer
+from odp_callbacks.engine.training_state import preserving_training_state
+from odp_callbacks.engine.tree.branches import Branch, choose_branches
+from odp_callbacks.engine.tree.budget import (
+    planned_continuations,
+    read_allocation_state,
+    remaining_length,
+    spend_budget,
+    subsample_nodes,
+)
+from odp_callbacks.engine.tree.continuations import BranchOutcomes, ContinuationCost, ContinuationTree, measure_success
+from odp_callbacks.engine.tree.journal import Journal
+from odp_callbacks.engine.tree.nodes import Node, every_node, select_nodes
+from odp_callbacks.engine.tree.recording import with_outcomes
+from odp_callbacks.engine.tree.rollout_rewards import from_rewards, taken_branches
 from odp_callbacks.engine.verifier import Verifier
-from odp_callbacks.evidence import Evidence, gather
-from odp_callbacks.figures import half_width
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import NodeRecord, ProbeReport, RolloutRecord
 
@@ -91,7 +97,7 @@ class Probe:
         direction = distillation_direction(
             self.config.divergence, self.config.beta, self.config.top_k, self.config.temperature
         )
-        self._gradients = Differentiator(student, tokenizer, self.teachers, self.config, direction)
+        self._gradients = NodeDifferentiator(student, tokenizer, self.teachers, self.config, direction)
         for teacher in self.teachers.values():
             teacher.check(student, tokenizer)
 
@@ -106,7 +112,7 @@ class Probe:
             raise ValueError("`prompts` has no rows; give at least one question.")
         questions = as_questions(rows, self.tokenizer)
         self._check_lengths(questions)
-        with guest():
+        with preserving_training_state():
             try:
                 score(self.reward, questions[:2], [""] * len(questions[:2]), [()] * len(questions[:2]))
             except RewardError:
@@ -133,7 +139,7 @@ class Probe:
         responses: Sequence[Sequence[Sequence[int]]] | None = None,
         seconds: float | None = None,
         progress: Progress | None = None,
-        metric: Metric | None = None,
+        metric: Preconditioner | None = None,
         journal: Journal | None = None,
     ) -> ProbeReport:
         """Measure on these rows.
@@ -149,7 +155,7 @@ class Probe:
             seconds: Stop sampling continuations after this time, where the configuration limits them anyhow.
             progress: Called with stage, done, total.
             metric: Also measure in this geometry of the LoRA parameters: the same nodes and continuations, as the
-                report's ``in_metric``.
+                report's ``preconditioned``.
             journal: Keeps continuations as they finish, and gives back those of an interrupted probe with this seed,
                 these rows and this student.
         """
@@ -160,32 +166,32 @@ class Probe:
                 rows, seed=seed, ids=ids, responses=responses, progress=progress, metric=metric, journal=journal
             )
         check_student(self.student)  # merged, say, since the probe was made
-        with guest(self.student), closing(self._verifier):
+        with preserving_training_state(self.student), closing(self._verifier):
             questions = as_questions(rows, self.tokenizer, ids)
-            return self._run(questions, seed, responses, Ledger(progress), metric, journal)
+            return self._run(questions, seed, responses, StageTimer(progress), metric, journal)
 
     def _run(
         self,
         questions: list[Question],
         seed: int,
         responses: Sequence[Sequence[Sequence[int]]] | None,
-        ledger: Ledger,
-        metric: Metric | None,
+        timer: StageTimer,
+        metric: Preconditioner | None,
         journal: Journal | None,
     ) -> ProbeReport:
         roots = None if metric is None else metric.roots(self.student)
         self._check_lengths(questions)
         config = self.config
         randomness = Randomness(seed)
-        rollouts = self._rollouts(questions, responses, randomness, ledger)
+        rollouts = self._rollouts(questions, responses, randomness, timer)
         nodes = select_nodes(config.selector, rollouts, randomness)
-        spent = Spent()
+        spent = ContinuationCost()
         size = sum(p.numel() for p in lora_parameters(self.student).values())
         steps = [StepAccumulator(size, len(self.teachers))]
         if roots is not None:
             flat = torch.cat([root.flatten() for root in roots.values()])
             steps.append(StepAccumulator(size, len(self.teachers), flat))
-        with ledger.stage("branches", len(rollouts)):
+        with timer.stage("branches", len(rollouts)):
             student_logits = self._student_logits(rollouts, nodes)
             if config.free:
                 branches = [
@@ -193,23 +199,23 @@ class Probe:
                     for node, z in zip(nodes, student_logits, strict=True)
                 ]
             else:
-                tree, nodes, student_logits = self._tree(rollouts, nodes, student_logits, randomness, ledger)
+                tree, nodes, student_logits = self._tree(rollouts, nodes, student_logits, randomness, timer)
                 branches = [tree.branches[g] for g in tree.group]
         projector = (int(config.projections or 0), randomness) if self._projects(rollouts, nodes, branches) else None
-        records, in_metric = self._gradients.at_nodes(
-            rollouts, nodes, branches, student_logits, steps, ledger, projector, roots
+        records, preconditioned = self._gradients.at_nodes(
+            rollouts, nodes, branches, student_logits, steps, timer, projector, roots
         )
         if config.free:
             records = from_rewards(rollouts, records)
         else:
-            records, outcomes = self._continue(rollouts, tree, records, spent, randomness, ledger, journal)
+            records, outcomes = self._continue(rollouts, tree, records, spent, randomness, timer, journal)
             if config.step_alignment:
-                self._gradients.add_ideal(rollouts, records, outcomes, student_logits, steps, ledger)
+                self._gradients.add_ideal(rollouts, records, outcomes, student_logits, steps, timer)
         sums = [step.sums() if config.step_alignment and not config.free else None for step in steps]
         settings = {"seed": seed, **config.plain(), "projections": projector[0] if projector else None}
         report = ProbeReport(
             teachers=tuple(self.teachers),
-            modules=self.modules if projector is None else (EVERYTHING,),
+            modules=self.modules if projector is None else (ALL_MODULES,),
             rollouts=tuple(self._rollout_record(r) for r in rollouts),
             nodes=tuple(records),
             generated_tokens={
@@ -218,7 +224,7 @@ class Probe:
             },
             continuations=spent.continuations,
             truncated=spent.truncated + sum(r.truncated for r in rollouts),
-            seconds=ledger.seconds,
+            seconds=timer.seconds,
             settings={**settings, "geometry": "euclidean"},
             step=sums[0],
             free=config.free,
@@ -226,9 +232,9 @@ class Probe:
         )
         if metric is None:
             return report
-        other = [replace(record, gram=gram) for record, gram in zip(records, in_metric, strict=True)]
+        other = [replace(record, gram=gram) for record, gram in zip(records, preconditioned, strict=True)]
         settings["geometry"] = metric.name
-        return replace(report, in_metric=replace(report, nodes=tuple(other), step=sums[1], settings=settings))
+        return replace(report, preconditioned=replace(report, nodes=tuple(other), step=sums[1], settings=settings))
 
     def _projects(self, rollouts: list[Rollout], nodes: list[Node], branches: list[list[Branch]]) -> bool:
         """Whether gradients are projected: where every token is a node, and that is cheaper."""
@@ -240,22 +246,24 @@ class Probe:
             positions.setdefault(node.rollout, []).extend(rollouts[node.rollout].positions([node.depth]))
             counts.setdefault(node.rollout, []).append(len(row) - 1 + len(self.teachers))
         lengths = [max(at) + 1 for at in positions.values()]
-        cheaper = worthwhile(self.config.projections, lengths, list(positions.values()), list(counts.values()))
-        return cheaper and projects(self.student)
+        cheaper = projection_is_cheaper(
+            self.config.projections, lengths, list(positions.values()), list(counts.values())
+        )
+        return cheaper and supports_projection(self.student)
 
     def _rollouts(
         self,
         questions: list[Question],
         responses: Sequence[Sequence[Sequence[int]]] | None,
         randomness: Randomness,
-        ledger: Ledger,
+        timer: StageTimer,
     ) -> list[Rollout]:
         """The student's rollouts, scored; with the entropy at each position if the node selector wants it."""
         config = self.config
         if responses is not None:
             rollouts = given_rollouts(self.tokenizer, questions, responses, config.max_new_tokens, self.eos_token_ids)
         else:
-            with ledger.stage("rollouts", len(questions) * config.rollouts_per_question):
+            with timer.stage("rollouts", len(questions) * config.rollouts_per_question):
                 rollouts = sample_rollouts(
                     self.student,
                     self.tokenizer,
@@ -267,7 +275,7 @@ class Probe:
                     randomness=randomness,
                     batch_size=config.batch_size,
                 )
-        with ledger.stage("verifier", len(rollouts)):
+        with timer.stage("verifier", len(rollouts)):
             rollouts = score_rollouts(self._verifier, rollouts)
         if not config.free:
             self._verifier.try_thread(
@@ -293,10 +301,10 @@ class Probe:
         nodes: list[Node],
         student_logits: list[Tensor],
         randomness: Randomness,
-        ledger: Ledger,
-    ) -> tuple[Tree, list[Node], list[Tensor]]:
-        """Prefixes with their branches; if the budget is too small for all, of nodes that are drawn."""
-        tree = Tree(rollouts, nodes)
+        timer: StageTimer,
+    ) -> tuple[ContinuationTree, list[Node], list[Tensor]]:
+        """PrefilledRollouts with their branches; if the budget is too small for all, of nodes that are drawn."""
+        tree = ContinuationTree(rollouts, nodes)
         branches = [
             choose_branches(
                 torch.softmax(student_logits[first].double() / self.config.temperature, dim=-1),
@@ -314,28 +322,28 @@ class Probe:
                 for first, row in zip(tree.first, branches, strict=True)
             )
             generator = np.random.default_rng(randomness.key("thin"))
-            kept = thin(nodes, tree, cost, self._tokens(ledger, rollouts), generator)
+            kept = subsample_nodes(nodes, tree, cost, self._tokens(timer, rollouts), generator)
             if len(kept) < len(nodes):
                 places = {(node.rollout, node.depth): n for n, node in enumerate(nodes)}
                 index = [places[node.rollout, node.depth] for node in kept]
                 by_group = {tree.group[n]: branches[tree.group[n]] for n in index}
                 # Taken anew, in the very batches in which the teachers' will be: equal policies must give equal bits.
                 nodes, student_logits = kept, self._student_logits(rollouts, kept)
-                tree, branches = Tree(rollouts, nodes), list(by_group.values())
-        tree.grow(branches)
+                tree, branches = ContinuationTree(rollouts, nodes), list(by_group.values())
+        tree.set_branches(branches)
         return tree, nodes, student_logits
 
-    def _tokens(self, ledger: Ledger, rollouts: list[Rollout]) -> float:
+    def _tokens(self, timer: StageTimer, rollouts: list[Rollout]) -> float:
         """The budget in tokens, as fast as the rollouts were sampled."""
         limits = [float(self.config.budget)] if self.config.budget else []
-        if self.config.seconds is not None and (taken := ledger.seconds.get("rollouts")):
+        if self.config.seconds is not None and (taken := timer.seconds.get("rollouts")):
             limits.append(self.config.seconds * sum(len(r.response_ids) for r in rollouts) / taken)
         return min(limits, default=float("inf"))
 
     def _student_logits(self, rollouts: list[Rollout], nodes: list[Node]) -> list[Tensor]:
         """The student's logits at each node, ``(V,)``; question by question, as the teachers' are taken."""
         found: list[Tensor] = []
-        for indices, depths in by_question(rollouts, nodes):
+        for indices, depths in group_by_question(rollouts, nodes):
             prompts = [rollouts[i].question.prompt_ids for i in indices]
             responses = [rollouts[i].response_ids for i in indices]
             for logits in response_logits(self.student, prompts, responses, depths):
@@ -345,19 +353,19 @@ class Probe:
     def _continue(
         self,
         rollouts: list[Rollout],
-        tree: Tree,
+        tree: ContinuationTree,
         records: list[NodeRecord],
-        spent: Spent,
+        spent: ContinuationCost,
         randomness: Randomness,
-        ledger: Ledger,
+        timer: StageTimer,
         journal: Journal | None,
-    ) -> tuple[list[NodeRecord], list[list[Outcomes]]]:
+    ) -> tuple[list[NodeRecord], list[list[BranchOutcomes]]]:
         """Targeted continuations: as many of each branch, or where they help most within a budget."""
         config = self.config
         questions = list({id(r.question): r.question for r in rollouts}.values())
         place = {id(question): q for q, question in enumerate(questions)}
         # A rollout's last prompt token goes with its response: a branch at the root has seen all but that one.
-        prefixes = read_prefixes(
+        prefixes = prefill_rollouts(
             self.student,
             [q.prompt_ids[:-1] for q in questions],
             [r.sequence[len(r.question.prompt_ids) - 1 : -1] for r in rollouts],
@@ -371,8 +379,8 @@ class Probe:
             waited, before = spent.waited, asked
             asked += int(sum(map(sum, allocation)))
             here = range(before, asked)
-            total = max(here.stop, planned(config, spent, time.perf_counter() - begun))
-            with ledger.stage("continuations", total, here) as progress:
+            total = max(here.stop, planned_continuations(config, spent, time.perf_counter() - begun))
+            with timer.stage("continuations", total, here) as progress:
                 measure_success(
                     self.student,
                     self.tokenizer,
@@ -390,7 +398,7 @@ class Probe:
                     progress=progress,
                     journal=journal,
                 )
-            ledger.move("continuations", "verifier", spent.waited - waited)
+            timer.move("continuations", "verifier", spent.waited - waited)
 
         def seen() -> list[NodeRecord]:
             return [with_outcomes(record, tree.at(n)) for n, record in enumerate(records)]
@@ -405,12 +413,12 @@ class Probe:
             def width(evidence: Evidence) -> float:
                 return half_width(evidence, config.target)
 
-            spend(
+            spend_budget(
                 config,
                 first,
                 spent,
                 sample,
-                lambda: look(tree, gather(seen()), expected),
+                lambda: read_allocation_state(tree, gather(seen()), expected),
                 width,
                 np.random.default_rng(randomness.key("rounds")),
             )

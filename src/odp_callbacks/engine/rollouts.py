@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odp_callbacks.engine.decoders import read_prefixes, sample_continuations
-from odp_callbacks.engine.prefixes import Start
 from odp_callbacks.engine.prompts import Question
-from odp_callbacks.engine.randomness import Randomness
+from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
+from odp_callbacks.engine.sampling.prefix_cache import ContinuationRequest
+from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.verifier import Verifier
 
 
@@ -72,9 +72,9 @@ def sample_rollouts(
     Returns:
         ``len(questions) * per_question`` rollouts, those of one question together.
     """
-    prefixes = read_prefixes(model, [q.prompt_ids[:-1] for q in questions])
+    prefixes = prefill_rollouts(model, [q.prompt_ids[:-1] for q in questions])
     starts = [
-        Start(i, len(q.prompt_ids) - 1, int(q.prompt_ids[-1]), max_new_tokens)
+        ContinuationRequest(i, len(q.prompt_ids) - 1, int(q.prompt_ids[-1]), max_new_tokens)
         for i, q in enumerate(questions)
         for _ in range(per_question)
     ]

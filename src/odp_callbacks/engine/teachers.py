@@ -15,9 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from odp_callbacks.engine.logits import response_logits
-from odp_callbacks.engine.prefixes import vocabulary_size
+from odp_callbacks.engine.gradients.logits import response_logits
 from odp_callbacks.engine.prompts import Prompt, Question, Row, encode_prompt, is_conversational
+from odp_callbacks.engine.sampling.prefix_cache import vocabulary_size
 from odp_callbacks.engine.student import why_not_base
 from odp_callbacks.functional.gradients import evaluating, lora_parameters
 from odp_callbacks.text import visible

@@ -8,7 +8,7 @@ from odp_callbacks.functional.divergences import (
     node_predictors,
 )
 from odp_callbacks.functional.gradients import lora_gradients, lora_parameters
-from odp_callbacks.functional.ideal import ideal_logit_gradient
+from odp_callbacks.functional.ideal_gradient import ideal_logit_gradient
 
 __all__ = [
     "Divergence",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from odp_callbacks.functional.precision import floating, working
+from odp_callbacks.functional.working_precision import floating, working
 
 
 def gradient_alignment(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odp_callbacks.functional.precision import floating, positive_temperature, working
+from odp_callbacks.functional.working_precision import floating, positive_temperature, working
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "sampled_token"]
 
@@ -221,7 +221,7 @@ def _prepare(
     return torch.log_softmax(z, dim=-1), torch.log_softmax(t, dim=-1), silent, effective
 
 
-def silent_teacher(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def teacher_equals_student(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """``(..., 1)`` bool: where the teacher's logits are the student's plus a constant, up to rounding."""
     dtype = working(student_logits, teacher_logits)
     z, t = student_logits.to(dtype), teacher_logits.to(dtype)

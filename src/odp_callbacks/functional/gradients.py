@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from odp_callbacks.functional.precision import floating
+from odp_callbacks.functional.working_precision import floating
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odp_callbacks.correction import correct
-from odp_callbacks.evidence import gather
+from odp_callbacks.analysis.evidence import gather
+from odp_callbacks.analysis.jackknife import Estimate, Estimator, check_confidence, jackknife
+from odp_callbacks.analysis.noise_correction import correct_for_noise
 from odp_callbacks.gates.tokens import Tokens
-from odp_callbacks.inference import Estimator, Figure, check_confidence, jackknife
 from odp_callbacks.records import Floats, ProbeReport
 
 WINDOWS = (0, *(2**i for i in range(31)))
@@ -104,11 +104,11 @@ class ClassEvidence:
     def estimator(self, key: Class, teacher: str, figure: str) -> Estimator:
         """A class's figure before its interval; a question that came in several probes is one question."""
         k = self.teachers.index(teacher)
-        by_question: dict[str, Floats] = {}
+        group_by_question: dict[str, Floats] = {}
         for probe in self._kept:
             for question, sums in probe.get(key, {}).items():
-                by_question[question] = by_question.get(question, 0) + sums[k]
-        rows = np.array(list(by_question.values())).reshape(-1, 4)
+                group_by_question[question] = group_by_question.get(question, 0) + sums[k]
+        rows = np.array(list(group_by_question.values())).reshape(-1, 4)
         below = rows[:, 2 if figure == "gain_weighted_alignment" else 0]
 
         def ratio(weights: Floats) -> Floats:
@@ -120,7 +120,7 @@ class ClassEvidence:
         ends = (-1.0, 1.0) if figure == "gain_weighted_alignment" else None
         return Estimator(ratio, below > 0, len(rows), withheld=blind, ends=ends)
 
-    def figure(self, key: Class, teacher: str, figure: str = "predicted_gain") -> Figure:
+    def figure(self, key: Class, teacher: str, figure: str = "predicted_gain") -> Estimate:
         """A class's figure with its interval.
 
         Args:
@@ -130,7 +130,7 @@ class ClassEvidence:
         """
         return jackknife(self.estimator(key, teacher, figure), self.confidence)
 
-    def difference(self, key: Class, first: str, second: str, figure: str = "predicted_gain") -> Figure:
+    def difference(self, key: Class, first: str, second: str, figure: str = "predicted_gain") -> Estimate:
         """How much more the first teacher helps in a class than the second, on the same nodes."""
         return jackknife(self.estimator(key, first, figure) - self.estimator(key, second, figure), self.confidence)
 

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from odp_callbacks.evidence import Evidence, gather, norm
-from odp_callbacks.figures import questions_of
+from odp_callbacks.analysis.estimators import questions_of
+from odp_callbacks.analysis.evidence import Evidence, gather, norm
+from odp_callbacks.analysis.jackknife import Estimate, Estimator, jackknife
+from odp_callbacks.analysis.success_model import fit_success_model
 from odp_callbacks.gates.loss import weigh
 from odp_callbacks.gates.rules import RULES, everything
 from odp_callbacks.gates.tokens import Gate, Tokens
-from odp_callbacks.inference import Estimator, Figure, jackknife
 from odp_callbacks.records import Floats, ProbeReport
-from odp_callbacks.success_model import fit_success_model
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class RuleScore:
     rule: str
     teacher: str
     token_share: float
-    ideal_gain_kept: Figure
-    help_kept: Figure
-    harm_removed: Figure
-    predicted_gain: Figure
-    gained: Figure
+    ideal_gain_kept: Estimate
+    help_kept: Estimate
+    harm_removed: Estimate
+    predicted_gain: Estimate
+    gained: Estimate
 
 
 def score_rules(
@@ -51,7 +51,7 @@ def score_rules(
     """Score rules for each teacher of a probe.
 
     Norm, help and harm are expectations under the success model fitted to the probe
-    (:mod:`~odp_callbacks.success_model`): the positive part of a noisy gain would count noise as help, and as harm.
+    (:mod:`~odp_callbacks.analysis.success_model`): the positive part of a noisy gain would count noise as help, and as harm.
     A gate that learned from this very probe looks better here than it is; score it on a later one.
 
     Args:

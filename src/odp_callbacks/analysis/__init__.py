@@ -1,0 +1,1 @@
+"""From records to figures with intervals: arithmetic on arrays, no model needed."""

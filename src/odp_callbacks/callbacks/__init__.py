@@ -1,0 +1,1 @@
+"""Callbacks for trainers: they decide when to measure, and log what was measured."""

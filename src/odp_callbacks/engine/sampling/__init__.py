@@ -1,0 +1,1 @@
+"""Sampling from the student: many continuations of shared prefixes in one batch."""

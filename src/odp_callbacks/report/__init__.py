@@ -1,5 +1,0 @@
-"""The report: one HTML file that says which teacher helps, where, and how sure that is."""
-
-from odp_callbacks.report.page import write_report
-
-__all__ = ["write_report"]

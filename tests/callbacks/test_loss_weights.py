@@ -1,0 +1,70 @@
+"""Weights in the batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from odp_callbacks import IncorrectRolloutGate, LossWeightCallback
+from odp_callbacks.gates.rules import pass_rate
+
+ROWS = [
+    {"completion_mask": torch.tensor([1, 1, 0]), "rewards": torch.tensor(1.0), "question": 0},
+    {"completion_mask": torch.tensor([1, 1, 1]), "rewards": torch.tensor(0.0), "question": 0},
+    {"completion_mask": torch.tensor([1, 0, 0]), "rewards": torch.tensor(0.0), "question": 1},
+    {"completion_mask": torch.tensor([1, 0, 0]), "rewards": torch.tensor(0.0), "question": 1},
+]
+
+
+class Mine(LightningModule):
+    """A user's module: per-token losses that are weighed by what the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(batch["loss_weights"])
+        return (batch["loss_weights"] * self.scale).sum() / batch["completion_mask"].sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(callback: LossWeightCallback, rows: Any = ROWS, **options: Any) -> tuple[Mine, Trainer]:
+    module = Mine()
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, log_every_n_steps=1, callbacks=[callback],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(rows, batch_size=4, **options))
+    return module, trainer
+
+
+def test_weights_of_mean_one_come_with_the_batch() -> None:
+    module, trainer = fit(LossWeightCallback(IncorrectRolloutGate()))
+    (weights,) = module.seen
+    assert weights.flatten().tolist() == pytest.approx([0, 0, 0, *[7 / 5] * 3, 7 / 5, 0, 0, 7 / 5, 0, 0])
+    assert weights.dtype == torch.float32
+    assert float(trainer.callback_metrics["train/gate/rollout_share"]) == pytest.approx(3 / 4)
+
+
+def test_pass_rates_go_by_the_questions_of_the_batch() -> None:
+    module, _ = fit(LossWeightCallback(pass_rate, questions="question"))
+    assert module.seen[0][0].tolist() == pytest.approx([7 / 5, 7 / 5, 0])
+    assert module.seen[0][2:].sum() == 0
+
+
+def test_a_batch_of_no_use_is_refused_before_the_first_step() -> None:
+    with pytest.raises(ValueError, match=r"`mask` is 'mask', but the batch has no such entry; it is \['completion"):
+        fit(LossWeightCallback(IncorrectRolloutGate(), mask="mask"))
+    with pytest.raises(ValueError, match="but the batch has no such entry; it is list"):
+        fit(LossWeightCallback(IncorrectRolloutGate()), collate_fn=list)
+    with pytest.raises(ValueError, match="`gate` needs 'correct'"):
+        fit(LossWeightCallback(IncorrectRolloutGate(), rewards="scores"))
+    with pytest.raises(ValueError, match="`gate` must be a function"):
+        LossWeightCallback(3)  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from odp_callbacks.engine.gradients.random_projection import projected_gram_matrices, projection_is_cheaper
+from odp_callbacks.engine.gradients.vjp import node_gram_matrices
+from tests.helpers.models import Snapshot, tiny
+
+IDS = torch.tensor([1, 5, 6, 9, 7, 8, 11, 6, 5])
+POSITIONS = [2, 8, 5]
+
+
+def directions():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(c, 12, generator=generator, dtype=torch.float64) for c in (3, 1, 4)]
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_unbiased_with_the_stated_error(family, memory):
+    """Against the exact Gram matrices: means over draws, and a cosine's spread."""
+    model = tiny(family)
+    exact = [g.sum(0).numpy() for g in node_gram_matrices(model, IDS, POSITIONS, directions()).grams]
+    projections, draws = 32, 40
+    found: list[list[np.ndarray]] = [[], [], []]
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        for n, gram in enumerate(
+            projected_gram_matrices(model, IDS, POSITIONS, directions(), projections, generator, memory)
+        ):
+            assert gram.shape == (1, *exact[n].shape)
+            found[n].append(gram[0].numpy())
+        if memory is not None:
+            return
+    for grams, truth in zip(found, exact, strict=True):
+        several = np.stack(grams)
+        size = np.sqrt(np.outer(np.diag(truth), np.diag(truth)))
+        # Of random signs an inner product's variance is at most that of Gaussians.
+        spread = np.sqrt((size**2 + truth**2) / (projections * draws))
+        assert (np.abs(several.mean(0) - truth) < 4.5 * spread).all()
+        lengths = np.sqrt(np.einsum("dii->di", several))
+        cosines = several / (lengths[:, :, None] * lengths[:, None])
+        c = truth / size
+        away = ~np.eye(len(c), dtype=bool)
+        errors = (cosines.std(0) / np.maximum((1 - c**2) / np.sqrt(projections), 1e-12))[away]
+        assert errors.size == 0 or (0.5 < np.median(errors) < 1.6)
+
+
+def test_enough_of_them_give_the_gram_itself(student):
+    exact = node_gram_matrices(student, IDS, POSITIONS, directions()).grams
+    found = projected_gram_matrices(student, IDS, POSITIONS, directions(), 20_000, torch.Generator().manual_seed(0))
+    for gram, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(gram[0], expected.sum(0), rtol=0.05, atol=0.03 * float(expected.sum(0).max()))
+
+
+def test_leaves_no_trace(student):
+    before, state = Snapshot(student), torch.get_rng_state()
+    with torch.inference_mode():
+        projected_gram_matrices(student, IDS, POSITIONS, directions(), 4, torch.Generator())
+    before.check()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_where_it_is_cheaper():
+    assert not projection_is_cheaper(None, [1000], [range(1000)], [[9] * 1000])
+    assert projection_is_cheaper(64, [1000], [range(1000)], [[9] * 1000])
+    assert not projection_is_cheaper(64, [1000], [[999]], [[9]])

@@ -1,0 +1,73 @@
+"""Continuations that an interruption does not cost."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from odp_callbacks.engine import BaseTeacher, Probe, ProbeConfig
+from odp_callbacks.engine.sampling.categorical import Continuation
+from odp_callbacks.engine.tree import continuations as module
+from odp_callbacks.engine.tree.journal import Journal
+from tests.helpers.worlds import World, make_world
+
+
+@pytest.fixture
+def world() -> World:
+    return make_world("gpt2", seed=3, initializer_range=0.5)
+
+
+def probe(world: World, **options: Any) -> Probe:
+    config = ProbeConfig(**{"rollouts_per_question": 2, "max_new_tokens": 3, "continuations": 8, **options})
+    return Probe(world.model, world.tokenizer, world.reward, {"base": BaseTeacher()}, config)
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 120}])
+def test_an_interrupted_probe_samples_no_continuation_twice(
+    options: dict[str, Any], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = probe(world, **options).run([world.row], seed=1)
+    asked: list[int] = []
+    sample = module.sample_continuations
+
+    def counted(*arguments: Any, keys: list[int], finished: Any, **rest: Any) -> Any:
+        asked.extend(keys)
+
+        def told(some: Any) -> None:
+            finished(some)
+            if len(asked) and stop and len(Journal(tmp_path / "journal").known) >= 10:
+                raise KeyboardInterrupt
+
+        return sample(*arguments, keys=keys, finished=told, **rest)
+
+    monkeypatch.setattr(module, "sample_continuations", counted)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        probe(world, batch_size=4, **options).run([world.row], seed=1, journal=Journal(tmp_path / "journal"))
+    kept = set(Journal(tmp_path / "journal").known)
+    assert len(kept) >= 10
+    stop = False
+    asked.clear()
+    journal = Journal(tmp_path / "journal")
+    resumed = probe(world, **options).run([world.row], seed=1, journal=journal)
+    assert asked
+    assert not kept & set(asked)
+    assert resumed.continuations == whole.continuations
+    for a, b in zip(whole.nodes, resumed.nodes, strict=True):
+        np.testing.assert_array_equal(a.total, b.total)
+        np.testing.assert_array_equal(a.count, b.count)
+    journal.remove()
+    assert not journal.path.exists()
+
+
+def test_a_line_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "journal")
+    first.put(2**62 + 1, Continuation((1, 2), False))
+    first.flush()
+    with first.path.open("a") as file:
+        file.write("[5, [1,")
+    second = Journal(first.path)
+    second.put(7, Continuation((), True))
+    second.flush()
+    assert Journal(first.path).known == {2**62 + 1: Continuation((1, 2), False), 7: Continuation((), True)}

@@ -1,0 +1,1 @@
+"""What several test files share: models, enumerable worlds, records and training runs."""
