@@ -1,6 +1,41 @@
-"""One entry point for the habits: ``nox`` runs what CI runs."""
+"""The project's tasks: ``nox`` runs the usual ones, ``nox -s NAME`` one of them, and CI runs these sessions too.
+
+Sessions run in the environment that is active; ``pip install -e ".[dev]"`` installs what they need.
+"""
+
+import tempfile
+from pathlib import Path
 
 import nox
+
+ROOT = Path(__file__).parent
+SMALL_DEMO = (
+    "--steps=2",
+    "--probes=1",
+    "--questions=2",
+    "--rollouts_per_question=2",
+    "--budget=200",
+    "--teacher_steps=1",
+)
+BENCHMARKS = (
+    "calibration",
+    "continuations",
+    "efficiency",
+    "free",
+    "gating",
+    "growth",
+    "heavy",
+    "hooks",
+    "probe",
+    "projection",
+    "pullback",
+    "ranks",
+    "run",
+    "sampling",
+    "techniques",
+    "tokens",
+)
+"""Scripts in ``benchmarks`` that can be run; the others there are imported by these."""
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -8,7 +43,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 
 @nox.session
 def format(session: nox.Session) -> None:
-    """Format the code and mend what can be mended."""
+    """Format the code, and fix what can be fixed automatically."""
     session.run("ruff", "format", ".")
     session.run("ruff", "check", "--fix", ".")
 
@@ -28,11 +63,56 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run tests and doctests."""
+    """Run the fast tests and doctests, in several processes; arguments of pytest after ``--``."""
     session.run("pytest", *session.posargs)
 
 
 @nox.session
+def full(session: nox.Session) -> None:
+    """Run all tests, including slow ones and those in a browser; arguments of pytest after ``--``."""
+    session.run("pytest", "-m", "", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, without a warning, into the folder ``site``."""
+    session.run("mkdocs", "build", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
-    """Run the demo; flags after ``--``."""
-    session.run("odp-callbacks", "demo", *session.posargs)
+    """Run the demo: a tiny one, or one with the arguments after ``--``."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = session.posargs or [*SMALL_DEMO, f"--output={folder}"]
+        session.run("odp-callbacks", "demo", *arguments)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run all examples, or those whose names follow ``--``."""
+    paths = [ROOT / "examples" / f"{name}.py" for name in session.posargs] or sorted(ROOT.glob("examples/*.py"))
+    # In a folder of their own: examples write logs, and must not depend on the repository around them.
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        for path in paths:
+            session.run("python", str(path))
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Run all benchmarks at their smallest size, or those whose names follow ``--``."""
+    for name in session.posargs or BENCHMARKS:
+        session.run("python", str(ROOT / "benchmarks" / f"{name}.py"), "--smoke")
+
+
+@nox.session
+def distribution(session: nox.Session) -> None:
+    """Build wheel and source distribution, and check that the latter's own tests can run."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--outdir", folder, str(ROOT))
+        (archive,) = Path(folder).glob("*.tar.gz")
+        session.run("tar", "-xzf", str(archive), "-C", folder, external=True)
+        with session.chdir(archive.parent / archive.name.removesuffix(".tar.gz")):
+            session.run(
+                "pytest", "-q", "-n0", "tests/test_docs.py", "tests/test_architecture.py", env={"PYTHONPATH": "src"}
+            )
+            session.run("pytest", "-q", "-n0", "--collect-only", "-m", "", env={"PYTHONPATH": "src"}, silent=True)

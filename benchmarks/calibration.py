@@ -1,110 +1,136 @@
-"""Do the intervals cover, and are the figures unbiased? Simulated probes against populations whose truth is known.
+"""Do the intervals cover, and are the figures unbiased? Simulated probes of populations whose truth is known.
 
-python benchmarks/calibration.py --probes 1000
+Run: python benchmarks/calibration.py --probes 1000
 """
 
-import argparse
 import time
 
 import numpy as np
 from populations import Population, synthetic
 from scipy import stats
+from sizes import parse_sizes
 
+from odp_callbacks.analysis.estimators import gradient_figures
 from odp_callbacks.analysis.evidence import Evidence
 from odp_callbacks.analysis.jackknife import Estimator, jackknife
 from odp_callbacks.analysis.node_estimates import statuses
 from odp_callbacks.analysis.noise_correction import correct_for_noise
-from odp_callbacks.analysis.summaries import gradient_figures
 
 FIGURES = ("predicted_gain", "gain_weighted_alignment", "alignment")
+USUAL = {
+    "probes": 1000,
+    "questions": [8, 16, 32],
+    "continuations": [1, 2, 4, 8, 16],
+    "spreads": [0.35, 0.1],
+    "links": [0.0],
+    "seed": 0,
+    "gain_probes": 10_000,
+}
+SMOKE = {"probes": 4, "questions": [8], "continuations": [2], "spreads": [0.35], "gain_probes": 20}
 
 
 def estimators(evidence: Evidence) -> dict[tuple[str, str], Estimator]:
-    """All figures of a probe, with the gap and the difference between teachers."""
+    """All figures of a probe, with the gap between rollouts and the difference between teachers."""
     correction, status = correct_for_noise(evidence), statuses(evidence)
-    everything = np.ones(len(evidence.correct), bool)
-    first, second = (gradient_figures(evidence, correction, k, everything, status[:, k]) for k in range(2))
-    right, wrong = (
+    all_nodes = np.ones(len(evidence.correct), bool)
+    first, second = (
+        gradient_figures(evidence, correction, teacher, all_nodes, status[:, teacher]) for teacher in range(2)
+    )
+    on_correct, on_incorrect = (
         gradient_figures(evidence, correction, 0, chosen, status[:, 0])
         for chosen in (evidence.correct, ~evidence.correct)
     )
-    found = {}
+    estimator_of = {}
     for name in FIGURES:
-        found[name, "all"] = first[name]
-        found[name, "incorrect"] = wrong[name]
-        found[name, "gap"] = wrong[name] - right[name]
-        found[name, "A - B"] = first[name] - second[name]
-    return found
+        estimator_of[name, "all"] = first[name]
+        estimator_of[name, "incorrect"] = on_incorrect[name]
+        estimator_of[name, "gap"] = on_incorrect[name] - on_correct[name]
+        estimator_of[name, "A - B"] = first[name] - second[name]
+    return estimator_of
 
 
-def truth(population: Population) -> dict[tuple[str, str], float]:
+def population_figures(population: Population) -> dict[tuple[str, str], float]:
     """The figures of the whole population."""
-    return {key: float(e.function(np.ones(len(e.questions)))) for key, e in estimators(population.exact()).items()}
+    return {
+        key: float(estimator.statistic(np.ones(len(estimator.questions))))
+        for key, estimator in estimators(population.exact()).items()
+    }
 
 
-def cell(population: Population, questions: int, continuations: int, probes: int, seed: int) -> dict:
-    """Coverage, bias and share of probes that show each figure."""
+def simulate_probes(
+    population: Population, questions: int, continuations: int, probes: int, seed: int
+) -> dict[tuple[str, str], np.ndarray]:
+    """For each figure ``(probes, 4)``: value, low and high end, and value before the correction for noise."""
     rng = np.random.default_rng(seed)
-    rows: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
+    estimates: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     for _ in range(probes):
         for key, estimator in estimators(population.probe(questions, continuations, rng)).items():
-            figure = jackknife(estimator)
-            rows.setdefault(key, []).append((figure.value, figure.low, figure.high, figure.uncorrected))
-    return {key: np.array(values) for key, values in rows.items()}
+            estimate = jackknife(estimator)
+            estimates.setdefault(key, []).append((estimate.value, estimate.low, estimate.high, estimate.uncorrected))
+    return {key: np.array(values) for key, values in estimates.items()}
 
 
-def bias_of_the_gain(probes: int, questions: int = 8) -> None:
+def print_bias_of_the_gain(probes: int, questions: int = 8) -> None:
     """Print the bias of predicted gain with one continuation a branch."""
-    population, rng, found = synthetic(0.35), np.random.default_rng(7), []
+    population, rng, gains = synthetic(0.35), np.random.default_rng(7), []
     for _ in range(probes):
         evidence = population.probe(questions, 1, rng)
-        found.append(np.average(evidence.gain[:, 0], weights=evidence.token_weight))
-    gap = np.array(found) - truth(population)["predicted_gain", "all"]
-    error = gap.std() / np.sqrt(probes)
-    print(f"predicted gain, n = 1, {probes} probes: bias {gap.mean():+.5f}, standard error {error:.5f}", flush=True)
-
-
-def main() -> None:
-    """Print a line for each cell."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--probes", type=int, default=1000)
-    parser.add_argument("--questions", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--continuations", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--spreads", type=float, nargs="+", default=[0.35, 0.1])
-    parser.add_argument("--links", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gain-probes", type=int, default=10_000)
-    options = parser.parse_args()
-    bias_of_the_gain(options.gain_probes)
+        gains.append(np.average(evidence.gain[:, 0], weights=evidence.token_weight))
+    errors = np.array(gains) - population_figures(population)["predicted_gain", "all"]
+    standard_error = errors.std() / np.sqrt(probes)
     print(
-        "figure | part | spread link | questions n | truth | bias (plain) | coverage [95 % of it] | half-width | shown"
+        f"predicted gain, n = 1, {probes} probes: bias {errors.mean():+.5f}, standard error {standard_error:.5f}",
+        flush=True,
     )
-    for spread in options.spreads:
-        for link in options.links:
-            population = synthetic(spread, link=link, seed=options.seed)
-            exact = truth(population)
-            for questions in options.questions:
-                for n in options.continuations:
+
+
+def print_coverage(label: str, truth: float, estimates: np.ndarray) -> None:
+    """Print bias, coverage and half-width of one figure, over the probes that show it."""
+    shown = ~np.isnan(estimates[:, 1])
+    if not shown.any():
+        print(f"{label} {truth:+.4f}  withheld")
+        return
+    covered = ((estimates[:, 1] <= truth) & (truth <= estimates[:, 2]))[shown]
+    low, high = stats.binomtest(int(covered.sum()), len(covered)).proportion_ci(method="wilson")
+    bias = estimates[shown, 0].mean() - truth
+    uncorrected = estimates[~np.isnan(estimates[:, 3]), 3]
+    uncorrected_bias = uncorrected.mean() - truth if len(uncorrected) else np.nan
+    half_width = ((estimates[:, 2] - estimates[:, 1]) / 2)[shown].mean()
+    print(
+        f"{label} {truth:+.4f} {bias:+.4f} ({uncorrected_bias:+.3f})  {covered.mean():.3f} [{low:.3f} {high:.3f}] "
+        f"{half_width:.4f}  {shown.mean():.0%}",
+        flush=True,
+    )
+
+
+def main(
+    probes: int,
+    questions: list[int],
+    continuations: list[int],
+    spreads: list[float],
+    links: list[float],
+    seed: int,
+    gain_probes: int,
+) -> None:
+    """Print a line for each figure of each cell: a population, a number of questions and of continuations."""
+    print_bias_of_the_gain(gain_probes)
+    print(
+        "figure | part | spread link | questions n | truth | bias (uncorrected) | coverage [95 % of it] | half-width "
+        "| shown"
+    )
+    for spread in spreads:
+        for link in links:
+            population = synthetic(spread, link=link, seed=seed)
+            truth = population_figures(population)
+            for question_count in questions:
+                for continuation_count in continuations:
                     start = time.perf_counter()
-                    found = cell(population, questions, n, options.probes, options.seed + 1)
-                    for key, rows in found.items():
-                        shown = ~np.isnan(rows[:, 1])
-                        place = f"{key[0]:24}{key[1]:10}{spread:5}{link:5}{questions:4}{n:4} {exact[key]:+.4f}"
-                        if not shown.any():
-                            print(f"{place}  withheld")
-                            continue
-                        hit = ((rows[:, 1] <= exact[key]) & (exact[key] <= rows[:, 2]))[shown]
-                        low, high = stats.binomtest(int(hit.sum()), len(hit)).proportion_ci(method="wilson")
-                        bias, raw = rows[shown, 0].mean() - exact[key], rows[~np.isnan(rows[:, 3]), 3]
-                        plain = raw.mean() - exact[key] if len(raw) else np.nan
-                        half = ((rows[:, 2] - rows[:, 1]) / 2)[shown].mean()
-                        print(
-                            f"{place} {bias:+.4f} "
-                            f"({plain:+.3f})  {hit.mean():.3f} [{low:.3f} {high:.3f}] {half:.4f}  {shown.mean():.0%}",
-                            flush=True,
-                        )
+                    estimates = simulate_probes(population, question_count, continuation_count, probes, seed + 1)
+                    for (figure, part), values in estimates.items():
+                        label = f"{figure:24}{part:10}{spread:5}{link:5}{question_count:4}{continuation_count:4}"
+                        print_coverage(label, truth[figure, part], values)
                     print(f"    {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(**parse_sizes(__doc__, USUAL, SMOKE))

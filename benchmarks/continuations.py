@@ -1,12 +1,11 @@
-"""Continuations per second: the shared prefix against `generate`, a repeated cache, and the full forward's roofline.
+"""Continuations per second: the shared prefix against `generate`, a repeated cache, and full forward passes.
 
-All in one run, turn by turn, so that a machine that wanders slows all alike. No continuation ends early: each way
-samples the same number of tokens.
+All methods take turns in one run, so that changes in the machine's speed affect all alike. No continuation ends early:
+each method samples the same number of tokens.
 
 Run: python benchmarks/continuations.py [--branches 256] [--tokens 48] [--prefixes 48 256 500] [--repeats 2]
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -15,130 +14,171 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import reference
 import torch
+from sizes import size_parser
 from student import lora_student
+from torch import Tensor
 from transformers import GenerationConfig
 
 from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
-from odp_callbacks.engine.sampling.prefix_cache import ContinuationRequest
+from odp_callbacks.engine.sampling.requests import ContinuationRequest
+
+USUAL = {"branches": 256, "tokens": 48, "prefixes": [48, 256, 500], "repeats": 2}
+SMOKE = {"branches": 4, "tokens": 2, "prefixes": [8, 16], "repeats": 1}
+OURS = "shared prefix"
+FORWARD_PASSES, FORWARD_LENGTH = 8, 64
+Method = Callable[[Any, Tensor, int, int], object]
+"""Samples: a model, a prefix ``(T,)``, a number of branches, and of tokens of each."""
 
 
-def ours(model, prefix, branches, tokens, way):
-    prefixes = prefill_rollouts(model, [prefix[:-1]], way=way)
-    starts = [ContinuationRequest(0, len(prefix) - 1, int(prefix[-1]), tokens)] * branches
-    sample_continuations(model, prefixes, starts, temperature=1.0, eos_token_ids=[], batch_size=branches)
+def library_with(backend: str) -> Method:
+    """The library's sampling with one of its backends."""
+
+    def sample(model: Any, prefix: Tensor, branches: int, tokens: int) -> None:
+        prefilled = prefill_rollouts(model, [prefix[:-1]], backend=backend)
+        requests = [ContinuationRequest(0, len(prefix) - 1, int(prefix[-1]), tokens)] * branches
+        sample_continuations(model, prefilled, requests, temperature=1.0, eos_token_ids=[], batch_size=branches)
+
+    return sample
 
 
-def roofline(model, prefix, branches, tokens, way=None):
-    """A full forward over as many tokens as one step has rows, eight times: logits at every position."""
-    ids = torch.randint(1000, (max(1, branches // 64), 64), device=prefix.device)
-    for _ in range(8):
-        model(input_ids=ids, use_cache=False)
+def forward_passes(model: Any, prefix: Tensor, branches: int, tokens: int) -> None:
+    """Full forward passes over as many tokens as one step has rows, with logits at every position: the roofline."""
+    rows = max(1, branches // FORWARD_LENGTH)
+    token_ids = torch.randint(1000, (rows, FORWARD_LENGTH), device=prefix.device)
+    for _ in range(FORWARD_PASSES):
+        model(input_ids=token_ids, use_cache=False)
 
 
-def paged(model, prefix, branches, tokens, way=None):
+def generate_batch(model: Any, prefix: Tensor, branches: int, tokens: int) -> None:
     """Transformers' continuous batching, which shares blocks of equal prefixes."""
     config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=tokens, pad_token_id=0)
     model.get_base_model().generate_batch([prefix.tolist()] * branches, generation_config=config)
 
 
-def timed(function: Callable[..., object], *arguments: object) -> float:
+METHODS: dict[str, Method] = {
+    OURS: library_with("shared prefix"),
+    "repeated cache": library_with("repeated cache"),
+    "roofline": forward_passes,
+    "generate": lambda model, prefix, branches, tokens: reference.continuations(model, prefix, branches, tokens, []),
+}
+
+
+def time_method(method: Method, *arguments: Any) -> float:
+    """Seconds of one call."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
     with torch.no_grad():
-        function(*arguments)
+        method(*arguments)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def memory(branches: int, tokens: int, prefix: int) -> None:
-    """Peak of a fresh process over what it held before, against the caches it cannot do without."""
+def print_memory(branches: int, tokens: int, prefix_length: int) -> None:
+    """Print the peak memory of a new process above what it held before, against the caches that are necessary."""
     model = lora_student()
-    ids = torch.randint(1000, (prefix,), device=next(model.parameters()).device)
+    prefix = torch.randint(1000, (prefix_length,), device=next(model.parameters()).device)
     config = model.config
-    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    needed = row * (prefix + branches * tokens)
+    bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    needed = bytes_per_token * (prefix_length + branches * tokens)
     with torch.no_grad():
-        model(input_ids=ids[None], use_cache=False)
-        ours(model, ids, 4, 3, "shared prefix")
+        model(input_ids=prefix[None], use_cache=False)
+        METHODS[OURS](model, prefix, 4, 3)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            ours(model, ids, branches, tokens, "shared prefix")
+            METHODS[OURS](model, prefix, branches, tokens)
             peak = torch.cuda.max_memory_allocated() - before
         else:
-            before = _resident()
-            ours(model, ids, branches, tokens, "shared prefix")
-            peak = _peak() - before
-    print(json.dumps({"prefix": prefix, "needed_mb": needed / 1e6, "peak_mb": peak / 1e6, "ratio": peak / needed}))
+            before = _reset_peak()
+            METHODS[OURS](model, prefix, branches, tokens)
+            peak = _peak_bytes() - before
+    result = {"prefix": prefix_length, "needed_mb": needed / 1e6, "peak_mb": peak / 1e6, "ratio": peak / needed}
+    print(json.dumps(result))
 
 
-def _peak() -> int:
-    # Not getrusage: its peak counts that of the process which started this one.
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+def _peak_bytes() -> int:
+    # Not getrusage: its peak includes that of the process which started this one.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak_line = next(line for line in lines if line.startswith("VmHWM"))
+    return int(peak_line.split()[1]) * 1024
 
 
-def _resident() -> int:
-    """Memory of the process now; its peak is set back to that."""
+def _reset_peak() -> int:
+    """Set the process's peak memory back to what it holds now, and return that in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def main(branches: int, tokens: int, prefixes: list[int], repeats: int) -> dict[str, object]:
-    model = lora_student()
+def measure_memory(branches: int, tokens: int, prefix_length: int) -> dict[str, float]:
+    """Run :func:`print_memory` in a new process."""
+    command = [sys.executable, __file__, "--memory", "--branches", str(branches), "--tokens", str(tokens)]
+    finished = subprocess.run([*command, "--prefixes", str(prefix_length)], check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
+    return result
+
+
+def measure_speeds(
+    model: Any, branches: int, tokens: int, prefixes: list[int], repeats: int
+) -> dict[str, dict[int, list[float]]]:
+    """Tokens per second of each method, by the prefix's length, for every repeat."""
+    speeds: dict[str, dict[int, list[float]]] = {name: {length: [] for length in prefixes} for name in METHODS}
     device = next(model.parameters()).device
-    ways = {
-        "shared prefix": ours,
-        "repeated cache": ours,
-        "roofline": roofline,
-        "generate": lambda m, p, b, t, w: reference.continuations(m, p, b, t, []),
-    }
-    speeds: dict[str, dict[int, list[float]]] = {way: {p: [] for p in prefixes} for way in ways}
-    for turn in range(repeats):
+    for repeat in range(repeats):
         for length in prefixes:
             prefix = torch.randint(1000, (length,), device=device)
-            for way, function in ways.items():
-                seconds = timed(function, model, prefix, branches, tokens, way)
-                count = max(1, branches // 64) * 64 * 8 if way == "roofline" else branches * tokens
-                speeds[way][length].append(count / seconds)
-                print(f"turn {turn}, prefix {length}: {way} {count / seconds:.0f} tokens/s", flush=True)
+            for name, method in METHODS.items():
+                seconds = time_method(method, model, prefix, branches, tokens)
+                forward_tokens = max(1, branches // FORWARD_LENGTH) * FORWARD_LENGTH * FORWARD_PASSES
+                speed = (forward_tokens if name == "roofline" else branches * tokens) / seconds
+                speeds[name][length].append(speed)
+                print(f"repeat {repeat}, prefix {length}: {name} {speed:.0f} tokens/s", flush=True)
+    return speeds
+
+
+def measure_paged(model: Any, branches: int, tokens: int, prefix_length: int) -> float | str:
+    """Tokens per second of `generate_batch`, or why it does not run here."""
+    prefix = torch.randint(1000, (prefix_length,), device=next(model.parameters()).device)
     try:
-        prefix = torch.randint(1000, (prefixes[0],), device=device)
-        paged_speed: object = branches * tokens / timed(paged, model, prefix, branches, tokens)
+        return branches * tokens / time_method(generate_batch, model, prefix, branches, tokens)
     except Exception as error:
-        paged_speed = f"does not run here: {type(error).__name__}: {str(error)[:80]}"
+        return f"does not run here: {type(error).__name__}: {str(error)[:80]}"
+
+
+def main(branches: int, tokens: int, prefixes: list[int], repeats: int) -> dict[str, object]:
+    """Print and return speeds and memory."""
+    model = lora_student()
+    speeds = measure_speeds(model, branches, tokens, prefixes, repeats)
+    paged_speed = measure_paged(model, branches, tokens, prefixes[0])
     print(f"generate_batch at prefix {prefixes[0]}: {paged_speed}")
-    middle = {way: {p: statistics.median(s) for p, s in by.items()} for way, by in speeds.items()}
+    median = {
+        name: {length: statistics.median(values) for length, values in by_length.items()}
+        for name, by_length in speeds.items()
+    }
     for length in prefixes:
-        own = middle["shared prefix"][length]
-        row = ", ".join(f"{own / middle[w][length]:.2f} x {w}" for w in ways if w != "shared prefix")
-        print(f"prefix {length}: {own:.0f} tokens/s = {row}")
-    print(f"speed at {prefixes[-1]} over speed at {prefixes[0]}: "
-          f"{middle['shared prefix'][prefixes[-1]] / middle['shared prefix'][prefixes[0]]:.2f}")  # fmt: skip
-    used = json.loads(
-        subprocess.run(
-            [sys.executable, __file__, "--memory", "--branches", str(branches), "--tokens", str(tokens),
-             "--prefixes", str(prefixes[-1])], check=True, capture_output=True, text=True,
-        ).stdout.splitlines()[-1]
-    )  # fmt: skip
-    print(f"peak memory over one prefix cache and {branches} suffix caches: {used['ratio']:.2f}")
-    return {"speeds": speeds, "memory": used, "paged": paged_speed, "device": str(device)}
+        speed = median[OURS][length]
+        ratios = ", ".join(f"{speed / median[name][length]:.2f} x {name}" for name in METHODS if name != OURS)
+        print(f"prefix {length}: {speed:.0f} tokens/s = {ratios}")
+    print(
+        f"speed at {prefixes[-1]} over speed at {prefixes[0]}: "
+        f"{median[OURS][prefixes[-1]] / median[OURS][prefixes[0]]:.2f}"
+    )
+    memory = measure_memory(branches, tokens, prefixes[-1])
+    print(f"peak memory over one prefix cache and {branches} suffix caches: {memory['ratio']:.2f}")
+    return {"speeds": speeds, "memory": memory, "paged": paged_speed, "device": str(next(model.parameters()).device)}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--branches", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--prefixes", type=int, nargs="+", default=[48, 256, 500])
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--memory", action="store_true")
-    given = parser.parse_args()
-    if given.memory:
-        memory(given.branches, given.tokens, given.prefixes[-1])
+    parser = size_parser(__doc__, USUAL, SMOKE)
+    parser.add_argument("--memory", action="store_true", help="print only the peak memory of this process")
+    sizes = vars(parser.parse_args())
+    del sizes["smoke"]
+    if sizes.pop("memory"):
+        print_memory(sizes["branches"], sizes["tokens"], sizes["prefixes"][-1])
     else:
-        main(given.branches, given.tokens, given.prefixes, given.repeats)
+        main(**sizes)

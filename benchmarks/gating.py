@@ -1,20 +1,23 @@
 """Does a gate help? On-policy distillation of SmolLM2-135M from the same teacher, with and without gates.
 
 Two reasoning-gym tasks, five arms, several seeds; the arms of one seed see the same questions in the same order and
-start from the same adapter. Teacher is the student itself with the worked solution in its context; the router may also
-turn to the one that is only told the answer. Held-out accuracy (mean reward at the training's temperature, on questions
-that training never sees) half way and at the end, with intervals over runs, paired with "no gate". Whatever is done is
-kept in `results/gating.jsonl`, one line a run: started again, it goes on. `--why` asks the library itself, before any
-training and of more questions than a probe in a run: in which class does which teacher help, and what would each rule
-have gained?
+start from the same adapter. The teacher is the student itself with the worked solution in its context; the router may
+also choose the one that is only told the answer. Held-out accuracy (mean reward at the training's temperature, on
+questions that training never sees) is measured half way and at the end, with intervals over runs, paired with "no
+gate". Every run is kept as a line of `results/gating.jsonl`; the same command, started again, resumes. `--why` asks the
+library before any training, on more questions than a probe in a run has: in which class does which teacher help, and
+what would each rule have gained?
 
 Run: python benchmarks/gating.py [--seeds 0 1 2] [--steps 16] [--arms ARM ...] [--report | --why]
 """
 
 import argparse
 import json
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,90 +27,117 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from peft import LoraConfig, get_peft_model
 from scipy import stats
+from student import end_of_line
 from torch.utils.data import DataLoader
 
 from odp_callbacks import AlignmentGate, GradientAlignmentCallback, IncorrectRolloutGate, OnPolicyDistillation, Teacher
 from odp_callbacks.analysis.summaries import SPLITS, Analysis
 from odp_callbacks.cli.models import load_student
-from odp_callbacks.cli.tasks import EASY, make_task
+from odp_callbacks.cli.tasks import Task, make_task
 from odp_callbacks.engine import Probe, ProbeConfig
 from odp_callbacks.gates import TeacherRouter, score_rules
 from odp_callbacks.gates.rules import correct_rollouts
 from odp_callbacks.storage import save
 
 RESULTS = Path(__file__).parent / "results"
-KEPT = RESULTS / "gating.jsonl"
-TASKS = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-    "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+RUNS_FILE = "gating.jsonl"
+ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+TASKS = ("chain_sum", "products")
+ARMS: dict[str, Callable[[int], Any]] = {
+    "no gate": lambda seed: None,
+    "incorrect only": lambda seed: IncorrectRolloutGate(),
+    "correct only": lambda seed: correct_rollouts,
+    "AlignmentGate": lambda seed: AlignmentGate(),
+    "TeacherRouter": lambda seed: TeacherRouter(seed=seed),
 }
-ARMS = ("no gate", "incorrect only", "correct only", "AlignmentGate", "TeacherRouter")
+"""From a seed to the gate of each arm."""
 TEACHERS = {"solution": "{solution}\n{prompt}", "answer": "The answer is {answer}.\n{prompt}"}
-EASY |= TASKS
+EXAM_ROLLOUTS = 4
+Interval = tuple[float, float, float]
+"""A value, and the low and high end of its interval."""
 
 
-def gate_of(arm: str, seed: int) -> Any:
-    return {
-        "no gate": lambda: None,
-        "incorrect only": IncorrectRolloutGate,
-        "correct only": lambda: correct_rollouts,
-        "AlignmentGate": AlignmentGate,
-        "TeacherRouter": lambda: TeacherRouter(seed=seed),
-    }[arm]()
+@dataclass(frozen=True)
+class TrainingSize:
+    """How large a run is.
+
+    Attributes:
+        questions: Questions that are made; repeated ones are dropped.
+        held_out: Of them, those that training never sees.
+        probe_questions: Questions of a probe.
+        budget: Tokens of a probe's continuations.
+        max_new_tokens: Limit of a response.
+    """
+
+    questions: int = 160
+    held_out: int = 24
+    probe_questions: int = 8
+    budget: int = 3000
+    max_new_tokens: int = 24
+
+
+SMOKE_SIZE = TrainingSize(questions=12, held_out=1, probe_questions=1, budget=20, max_new_tokens=4)
 
 
 class Exam(Callback):
     """Held-out success at some steps: mean reward of sampled responses, question by question."""
 
-    def __init__(self, rows: list[Any], every: int) -> None:
-        self.rows, self.every = rows, every
+    def __init__(self, rows: list[Any], every_n_steps: int) -> None:
+        self.rows, self.every_n_steps = rows, every_n_steps
         self.marks: dict[int, list[float]] = {}
         self.seconds = 0.0
 
     def take(self, module: OnPolicyDistillation, step: int) -> None:
-        start, usual = time.perf_counter(), module.rollouts_per_prompt
-        module.rollouts_per_prompt = 4
+        start, training_rollouts = time.perf_counter(), module.rollouts_per_question
+        module.rollouts_per_question = EXAM_ROLLOUTS
         with torch.random.fork_rng():
             torch.manual_seed(10_000)
             rollouts = module.sample(self.rows)
-        module.rollouts_per_prompt = usual
-        self.marks[step] = np.array([r.reward for r in rollouts]).reshape(-1, 4).mean(axis=1).tolist()
+        module.rollouts_per_question = training_rollouts
+        rewards = np.array([rollout.reward for rollout in rollouts])
+        self.marks[step] = rewards.reshape(-1, EXAM_ROLLOUTS).mean(axis=1).tolist()
         self.seconds += time.perf_counter() - start
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.take(pl_module, 0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step % self.every == 0:
+        if trainer.global_step % self.every_n_steps == 0:
             self.take(pl_module, trainer.global_step)
 
 
-def ingredients(task_name: str, seed: int) -> tuple[Any, Any, Any, list[Any], tuple[int, ...]]:
-    """Student, tokenizer, task, its different questions, and what ends a response."""
+def load_task(task_name: str, seed: int, questions: int) -> tuple[Any, Any, Task, list[Any], tuple[int, ...]]:
+    """Student, tokenizer, task, its different questions, and the tokens that end a response."""
     seed_everything(seed, verbose=False)
-    model, tokenizer = load_student(None, lambda _: None)
-    task = make_task(task_name, questions=160, lines=0, shots=2, seed=100 + seed)
+    model, tokenizer = load_student(None, lambda message: None)
+    task = make_task(task_name, questions=questions, lines=0, shots=2, seed=100 + seed, settings=ONE_DIGIT)
     student = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")).train()
-    newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
-    return student, tokenizer, task, list({row["prompt"]: row for row in task.rows}.values()), newline
+    rows = list({row["prompt"]: row for row in task.rows}.values())
+    return student, tokenizer, task, rows, end_of_line(tokenizer)
 
 
-def run(task_name: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
-    """One training."""
+def train(task_name: str, arm: str, seed: int, steps: int, size: TrainingSize) -> dict[str, Any]:
+    """Train once; what is worth keeping of it."""
     start = time.perf_counter()
-    student, tokenizer, task, rows, newline = ingredients(task_name, seed)
-    held_out, training = rows[:24], rows[24:]
+    student, tokenizer, task, rows, stop_tokens = load_task(task_name, seed, size.questions)
+    held_out, training = rows[: size.held_out], rows[size.held_out :]
     teachers = {name: Teacher(context) for name, context in TEACHERS.items()}
-    gate = gate_of(arm, seed)
+    gate = ARMS[arm](seed)
     module = OnPolicyDistillation(
-        student, tokenizer, teachers if arm == "TeacherRouter" else {"solution": teachers["solution"]},
-        max_new_tokens=24, rollouts_per_prompt=2, eos_token_ids=newline, reward=task.reward, gate=gate,
+        student,
+        tokenizer,
+        teachers if arm == "TeacherRouter" else {"solution": teachers["solution"]},
+        max_new_tokens=size.max_new_tokens,
+        rollouts_per_question=2,
+        eos_token_ids=stop_tokens,
+        reward=task.reward,
+        gate=gate,
         learning_rate=3e-4,
-    )  # fmt: skip
+    )
     exam = Exam(held_out, max(1, steps // 2))
     callbacks: list[Callback] = [exam]
-    probing = arm in ("AlignmentGate", "TeacherRouter")
-    if probing:
+    learns_from_probes = arm in ("AlignmentGate", "TeacherRouter")
+    if learns_from_probes:
         callbacks.append(
             GradientAlignmentCallback(
                 teachers,
@@ -116,156 +146,214 @@ def run(task_name: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
                 every_n_steps=max(1, steps // 3),
                 at_start=True,
                 max_overhead=None,
-                questions_per_probe=8,
-                rollouts_per_question=2,
-                max_new_tokens=24,
-                budget=3000,
-                max_branches=3,
-                tail_draws=1,
-                eos_token_ids=newline,
+                questions_per_probe=size.probe_questions,
                 seed=seed,
                 strict=True,
-                step_alignment=False,
+                config=probe_config(size.budget, size.max_new_tokens, stop_tokens),
             )
         )
     trainer = Trainer(
-        max_steps=steps, max_epochs=steps, accelerator="auto", devices=1, logger=False, callbacks=callbacks,
-        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-    )  # fmt: skip
+        max_steps=steps,
+        max_epochs=steps,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
     trainer.fit(module, DataLoader(training, batch_size=4, shuffle=True, collate_fn=list))
-    found = {
-        "task": task_name, "arm": arm, "seed": seed, "steps": steps, "marks": exam.marks,
-        "seconds": time.perf_counter() - start, "seconds_exam": exam.seconds,
-    }  # fmt: skip
-    if probing:
-        found["weights"] = gate.scalars()
-        report = callbacks[-1].last_report
-        found["probe"] = figures(report)
-        found["rules"] = [
-            {"rule": s.rule, "teacher": s.teacher, "gain": s.predicted_gain.value, "gained": triple(s.gained),
-             "harm_removed": s.harm_removed.value, "help_kept": s.help_kept.value, "token_share": s.token_share}
-            for s in score_rules(report)
-        ]  # fmt: skip
-    return found
+    result = {
+        "task": task_name,
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+        "marks": exam.marks,
+        "seconds": time.perf_counter() - start,
+        "seconds_exam": exam.seconds,
+    }
+    return {**result, **learned(gate, callbacks[-1].last_report)} if learns_from_probes else result
 
 
-def why(questions: int, budget: int) -> str:
+def probe_config(budget: int, max_new_tokens: int, stop_tokens: tuple[int, ...]) -> ProbeConfig:
+    """How the benchmark's probes measure."""
+    return ProbeConfig(
+        rollouts_per_question=2,
+        max_new_tokens=max_new_tokens,
+        budget=budget,
+        max_branches=3,
+        tail_draws=1,
+        eos_token_ids=stop_tokens,
+        step_alignment=False,
+    )
+
+
+def learned(gate: Any, report: Any) -> dict[str, Any]:
+    """What a gate learned from the last probe, and what each rule would have gained there."""
+    rules = [
+        {
+            "rule": score.rule,
+            "teacher": score.teacher,
+            "gain": score.predicted_gain.value,
+            "gained": interval_of(score.gained),
+            "harm_removed": score.harm_removed.value,
+            "help_kept": score.help_kept.value,
+            "token_share": score.token_share,
+        }
+        for score in score_rules(report)
+    ]
+    return {"weights": gate.scalars(), "probe": predicted_gains(report), "rules": rules}
+
+
+def explain(questions: int, budget: int, size: TrainingSize, results: Path) -> str:
     """Predicted gain of each teacher by class, and what each rule would gain, on the student before training."""
-    lines = ["| task | teacher | all | correct | incorrect | incorrect - correct |", "|---|---|---|---|---|---|"]
-    more = ["| task | teacher | rule | tokens | gained | help kept | harm removed |", "|---|---|---|---|---|---|---|"]
+    gain_rows = ["| task | teacher | all | correct | incorrect | incorrect - correct |", "|---|---|---|---|---|---|"]
+    rule_rows = [
+        "| task | teacher | rule | tokens | gained | help kept | harm removed |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for task_name in TASKS:
-        student, tokenizer, task, rows, newline = ingredients(task_name, 0)
-        probe = Probe(
-            student, tokenizer, task.reward, TEACHERS,
-            ProbeConfig(
-                rollouts_per_question=2, max_new_tokens=24, budget=budget, max_branches=3, tail_draws=1,
-                eos_token_ids=newline, step_alignment=False,
-            ),
-        )  # fmt: skip
-        found = probe.run(rows[:questions], seed=0)
-        save(found, RESULTS / f"gating-why-{task_name}", overwrite=True)
-        gains = figures(found)
+        student, tokenizer, task, rows, stop_tokens = load_task(task_name, 0, size.questions)
+        probe = Probe(student, tokenizer, task.reward, TEACHERS, probe_config(budget, size.max_new_tokens, stop_tokens))
+        report = probe.run(rows[:questions], seed=0)
+        save(report, results / f"gating-why-{task_name}", overwrite=True)
+        gains = predicted_gains(report)
         for teacher in TEACHERS:
             cells = [show(tuple(gains[f"{teacher}/{split}"]), sign=True) for split in (*SPLITS, "incorrect-correct")]
-            lines.append(f"| {task_name} | {teacher} | " + " | ".join(cells) + " |")
-        more += [
-            f"| {task_name} | {s.teacher} | {s.rule} | {s.token_share:.2f} | {show(triple(s.gained), sign=True)} "
-            f"| {s.help_kept.value:.2f} | {s.harm_removed.value:.2f} |"
-            for s in score_rules(found)
+            gain_rows.append(f"| {task_name} | {teacher} | " + " | ".join(cells) + " |")
+        rule_rows += [
+            f"| {task_name} | {score.teacher} | {score.rule} | {score.token_share:.2f} "
+            f"| {show(interval_of(score.gained), sign=True)} | {score.help_kept.value:.2f} "
+            f"| {score.harm_removed.value:.2f} |"
+            for score in score_rules(report)
         ]
-    return "\n".join([*lines, "", *more])
+    return "\n".join([*gain_rows, "", *rule_rows])
 
 
-def triple(figure: Any) -> tuple[float, float, float]:
-    return figure.value, figure.low, figure.high
+def interval_of(estimate: Any) -> Interval:
+    return estimate.value, estimate.low, estimate.high
 
 
-def figures(report: Any) -> dict[str, list[float]]:
+def predicted_gains(report: Any) -> dict[str, list[float]]:
     """Predicted gain of each teacher in each class of a probe."""
-    return {f"{s.teacher}/{s.split}": list(triple(s.figures["predicted_gain"])) for s in Analysis(report).summaries()}
+    return {
+        f"{summary.teacher}/{summary.split}": list(interval_of(summary.figures["predicted_gain"]))
+        for summary in Analysis(report).summaries()
+    }
 
 
-def done() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
+def kept_runs(results: Path) -> list[dict[str, Any]]:
+    path = results / RUNS_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
+def mean_with_interval(values: list[float]) -> Interval:
     """Mean with Student's 95 % interval."""
-    mean, n = float(np.mean(values)), len(values)
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-    return mean, mean - half, mean + half
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return mean, float("nan"), float("nan")
+    half_width = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+    return mean, mean - half_width, mean + half_width
 
 
-def report(steps: int) -> str:
-    """The table: end accuracy, mean accuracy along the way (step efficiency), and both against "no gate"."""
-    found = [r for r in done() if r["steps"] == steps]
-    by = {(r["task"], r["arm"], r["seed"]): {int(k): np.mean(v) for k, v in r["marks"].items()} for r in found}
+def results_table(steps: int, results: Path) -> str:
+    """End accuracy, mean accuracy along the way (step efficiency), and both against "no gate"."""
+    runs = [run for run in kept_runs(results) if run["steps"] == steps]
+    accuracy = {
+        (run["task"], run["arm"], run["seed"]): {int(step): np.mean(marks) for step, marks in run["marks"].items()}
+        for run in runs
+    }
     lines = [
         "| task | arm | runs | before | after | after, against no gate | along the way, against no gate | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for task in (*TASKS, "both"):
         for arm in ARMS:
-            keys = [key for key in by if task in (key[0], "both") and key[1] == arm]
-            pairs = [(by[key], by[base]) for key in keys if (base := (key[0], "no gate", key[2])) in by]
+            keys = [key for key in accuracy if task in (key[0], "both") and key[1] == arm]
             if not keys:
                 continue
-            last = [by[key][steps] for key in keys]
-            cells = [f"{np.mean([by[key][0] for key in keys]):.3f}", show(interval(last))]
+            pairs = [
+                (accuracy[key], accuracy[baseline])
+                for key in keys
+                if (baseline := (key[0], "no gate", key[2])) in accuracy
+            ]
+            before = np.mean([accuracy[key][0] for key in keys])
+            cells = [f"{before:.3f}", show(mean_with_interval([accuracy[key][steps] for key in keys]))]
             if arm == "no gate":
                 cells += ["", ""]
             else:
-                cells.append(show(interval([a[steps] - b[steps] for a, b in pairs]), sign=True))
-                along = [np.mean([a[s] - b[s] for s in a if s > 0]) for a, b in pairs]
-                cells.append(show(interval(along), sign=True))
+                at_end = [gated[steps] - ungated[steps] for gated, ungated in pairs]
+                along = [
+                    np.mean([gated[step] - ungated[step] for step in gated if step > 0]) for gated, ungated in pairs
+                ]
+                cells += [show(mean_with_interval(at_end), sign=True), show(mean_with_interval(along), sign=True)]
             seconds = np.mean(
-                [r["seconds"] - r["seconds_exam"] for r in found if (r["task"], r["arm"], r["seed"]) in keys]
+                [run["seconds"] - run["seconds_exam"] for run in runs if (run["task"], run["arm"], run["seed"]) in keys]
             )
             lines.append(f"| {task} | {arm} | {len(keys)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     return "\n".join(lines)
 
 
-def show(figure: tuple[float, float, float], sign: bool = False) -> str:
+def show(interval: Interval, sign: bool = False) -> str:
     form = "+.3f" if sign else ".3f"
-    return f"{figure[0]:{form}} ({figure[1]:{form}} to {figure[2]:{form}})"
+    value, low, high = interval
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
-def main(seeds: list[int], steps: int, arms: list[str]) -> None:
-    RESULTS.mkdir(exist_ok=True)
+def main(
+    seeds: list[int], steps: int, arms: list[str], tasks: tuple[str, ...], size: TrainingSize, results: Path
+) -> None:
+    """Train whatever is not kept yet, and print the table."""
+    results.mkdir(exist_ok=True)
     for seed in seeds:
-        for task in TASKS:
+        for task in tasks:
             for arm in arms:
-                if any((r["task"], r["arm"], r["seed"], r["steps"]) == (task, arm, seed, steps) for r in done()):
+                kept = {(run["task"], run["arm"], run["seed"], run["steps"]) for run in kept_runs(results)}
+                if (task, arm, seed, steps) in kept:
                     continue
-                found = run(task, arm, seed, steps)
-                with KEPT.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-                ends = {s: round(float(np.mean(v)), 3) for s, v in found["marks"].items()}
-                print(f"{task} {arm} seed {seed}: {ends} in {found['seconds']:.0f} s", flush=True)
-    table = report(steps)
-    (RESULTS / "gating.md").write_text(f"{steps} steps, 95 % intervals over runs\n\n{table}\n")
+                result = train(task, arm, seed, steps, size)
+                with (results / RUNS_FILE).open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                accuracy = {step: round(float(np.mean(marks)), 3) for step, marks in result["marks"].items()}
+                print(f"{task} {arm} seed {seed}: {accuracy} in {result['seconds']:.0f} s", flush=True)
+    table = results_table(steps, results)
+    (results / "gating.md").write_text(f"{steps} steps, 95 % intervals over runs\n\n{table}\n")
     print(table)
+
+
+def smoke() -> None:
+    """Two arms of one step, into a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        main([0], 1, ["no gate", "TeacherRouter"], TASKS[:1], SMOKE_SIZE, Path(folder))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--report", action="store_true", help="print the table of what is done, and train nothing")
+    parser.add_argument("--why", action="store_true", help="only ask the library about the untrained student")
+    parser.add_argument("--questions", type=int, default=48, help="questions of `--why`")
+    parser.add_argument("--budget", type=int, default=16000, help="tokens of continuations of `--why`")
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: show only that it runs")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
     disable_possible_user_warnings()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--report", action="store_true", help="only the table of what is done")
-    parser.add_argument("--why", action="store_true", help="only what the library says of the untrained student")
-    parser.add_argument("--questions", type=int, default=48, help="of `--why`")
-    parser.add_argument("--budget", type=int, default=16000, help="continuations of `--why`")
-    given = parser.parse_args()
-    if given.report:
-        print(report(given.steps))
+    given = parse_arguments()
+    if given.smoke:
+        smoke()
+    elif given.report:
+        print(results_table(given.steps, RESULTS))
     elif given.why:
-        table = why(given.questions, given.budget)
+        table = explain(given.questions, given.budget, TrainingSize(), RESULTS)
         (RESULTS / "gating-why.md").write_text(
             f"{given.questions} questions, at most {given.budget} continuations a task, 95 % intervals\n\n{table}\n"
         )
         print(table)
     else:
-        main(given.seeds, given.steps, given.arms)
+        main(given.seeds, given.steps, given.arms, TASKS, TrainingSize(), RESULTS)

@@ -1,7 +1,7 @@
 """How a probe's time grows: with response length, nodes, branches, continuations, teachers and vocabulary.
 
-On a small random model, so that all curves take minutes. Beside each curve the exponent of the best power law: 1 where
-the time is proportional, less where something is shared.
+On a small random model, so that all curves take minutes. Beside each curve stands the exponent of the best power law:
+1 where the time is proportional, less where something is shared.
 
 Run: python benchmarks/growth.py
 """
@@ -9,9 +9,12 @@ Run: python benchmarks/growth.py
 import math
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from sizes import size_parser
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -29,73 +32,111 @@ CURVES = {
     "vocabulary": [1000, 4000, 16000, 64000],
 }
 USUAL = {"length": 64, "nodes": 6, "branches": 3, "continuations": 4, "teachers": 2, "vocabulary": 2000}
+"""The size of a probe where a curve varies something else."""
+SMOKE_CURVES = {"nodes": [1, 2], "teachers": [1, 2]}
+SMOKE = {"length": 8, "nodes": 2, "branches": 2, "continuations": 1, "teachers": 1, "vocabulary": 100}
 
 
-def evenly(count):
-    """As many nodes, evenly spread over the response."""
+def evenly(count: int) -> Callable[[Any, Any], list[tuple[int, float]]]:
+    """A node selector: ``count`` nodes, evenly spread over the response."""
 
-    def select(rollout, generator):
+    def select(rollout: Any, generator: Any) -> list[tuple[int, float]]:
         last = len(rollout.response_ids) - 1
-        return [(round(i * last / count), 1.0) for i in range(count)]
+        return [(round(node * last / count), 1.0) for node in range(count)]
 
     return select
 
 
-def student(vocabulary):
+def random_student(vocabulary: int) -> tuple[Any, Any]:
+    """A small model whose responses never end by themselves, and a tokenizer whose tokens are numbers."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=3, max_position_embeddings=2048, eos_token_id=1, bos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        eos_token_id=1,
+        bos_token_id=0,
+        pad_token_id=1,
+    )
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, task_type="CAUSAL_LM")).eval()
-    with torch.no_grad():  # a feature that is always there, by which the token that ends responses is never drawn
+    with torch.no_grad():  # a constant feature, which makes the end token too unlikely to be drawn
         base = model.get_base_model()
         base.model.embed_tokens.weight[:, 0] = 5
         base.lm_head.weight[:, 0] = 0
         base.lm_head.weight[1, 0] = -100
-    words = {str(i): i for i in range(vocabulary)}
+    words = {str(token): token for token in range(vocabulary)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token="1")
     tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     return model, tokenizer
 
 
-def seconds(length, nodes, branches, continuations, teachers, vocabulary):
-    model, tokenizer = student(vocabulary)
+def probe_seconds(
+    length: int, nodes: int, branches: int, continuations: int, teachers: int, vocabulary: int, repeats: int = 3
+) -> float:
+    """Seconds of a probe of this size, the best of some repeats."""
+    model, tokenizer = random_student(vocabulary)
     config = ProbeConfig(
-        rollouts_per_question=1, max_new_tokens=length, continuations=continuations, max_branches=branches,
-        branch_mass=1.0, tail_draws=1, nodes=evenly(nodes), step_alignment=False,
-    )  # fmt: skip
-    contexts = {str(i): Teacher(f"{i + 2} 7 7 {{prompt}}") for i in range(teachers)}
-    probe = Probe(model, tokenizer, lambda completions, **_: [float(len(c) % 2) for c in completions], contexts, config)
+        rollouts_per_question=1,
+        max_new_tokens=length,
+        continuations=continuations,
+        max_branches=branches,
+        branch_mass=1.0,
+        tail_draws=1,
+        nodes=evenly(nodes),
+        step_alignment=False,
+    )
+    contexts = {str(teacher): Teacher(f"{teacher + 2} 7 7 {{prompt}}") for teacher in range(teachers)}
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(completion) % 2) for completion in completions]
+
+    probe = Probe(model, tokenizer, reward, contexts, config)
     responses = [[torch.randint(2, vocabulary, (length,)).tolist()]]
-    rows = [{"prompt": " ".join(str(i % 90 + 2) for i in range(32))}]
-    taken = []
-    for _ in range(3):
+    rows = [{"prompt": " ".join(str(word % 90 + 2) for word in range(32))}]
+    seconds = []
+    for _ in range(repeats):
         start = time.perf_counter()
         probe.run(rows, responses=responses)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
-def slope(xs, ys):
-    x, y = [math.log(v) for v in xs], [math.log(v) for v in ys]
-    mx, my = statistics.mean(x), statistics.mean(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The exponent of the best power law."""
+    log_sizes, log_seconds = [math.log(size) for size in sizes], [math.log(time_) for time_ in seconds]
+    mean_size, mean_seconds = statistics.mean(log_sizes), statistics.mean(log_seconds)
+    covariance = sum(
+        (size - mean_size) * (time_ - mean_seconds) for size, time_ in zip(log_sizes, log_seconds, strict=True)
+    )
+    return covariance / sum((size - mean_size) ** 2 for size in log_sizes)
 
 
-def main():
-    found = {}
-    for name, values in CURVES.items():
-        times = [seconds(**{**USUAL, name: value}) for value in values]
-        # The last doublings: where the curve is what it will be.
-        found[name] = {"values": values, "seconds": times, "exponent": slope(values, times),
-                       "last": slope(values[-2:], times[-2:])}  # fmt: skip
-        row = ", ".join(f"{v}: {t:.2f} s" for v, t in zip(values, times))
+def main(curves: dict[str, list[int]] = CURVES, usual: dict[str, int] = USUAL, repeats: int = 3) -> dict[str, Any]:
+    """Print and return a curve for each size."""
+    results = {}
+    for name, values in curves.items():
+        seconds = [probe_seconds(**{**usual, name: value}, repeats=repeats) for value in values]
+        results[name] = {
+            "values": values,
+            "seconds": seconds,
+            "exponent": exponent(values, seconds),
+            # Of the last doubling, where the curve comes closest to its limit.
+            "last": exponent(values[-2:], seconds[-2:]),
+        }
+        points = ", ".join(f"{value}: {time_:.2f} s" for value, time_ in zip(values, seconds, strict=True))
         print(
-            f"{name}: {row}; exponent {found[name]['exponent']:.2f} (last step {found[name]['last']:.2f})", flush=True
+            f"{name}: {points}; exponent {results[name]['exponent']:.2f} (last step {results[name]['last']:.2f})",
+            flush=True,
         )
-    return found
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    if size_parser(__doc__, {}, {}).parse_args().smoke:
+        main(SMOKE_CURVES, SMOKE, repeats=1)
+    else:
+        main()

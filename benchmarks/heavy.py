@@ -1,61 +1,64 @@
-"""The heavy run that stands for the truth on a real student: many continuations of every branch.
-
-    python benchmarks/heavy.py --continuations 128
+"""The run on a real student that serves as the truth: many continuations of every branch.
 
 Writes ``benchmarks/results/heavy``, which ``efficiency.py`` reads. About half an hour on two cores.
+
+Run: python benchmarks/heavy.py --continuations 128
 """
 
-import argparse
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import seed_everything
-from peft import LoraConfig, get_peft_model
+from recording import recording_trees
+from sizes import size_parser
+from student import end_of_line, student_and_tokenizer
 
-from odp_callbacks.cli.models import load_student
 from odp_callbacks.cli.tasks import make_task
 from odp_callbacks.engine import Probe, ProbeConfig, Teacher
+from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
 from odp_callbacks.storage import save
 
-
-class Counting(Probe):
-    """Keeps the lengths of the continuations."""
-
-    def _continue(self, rollouts: Any, tree: Any, *more: Any) -> Any:
-        found = super()._continue(rollouts, tree, *more)
-        self.lengths = [tree.length[g][0] / max(1, tree.length[g][1]) for g in tree.group]
-        return found
+OUTPUT = Path(__file__).parent / "results" / "heavy"
+USUAL = {"continuations": 128, "questions": 6, "seed": 1}
+SMOKE = {"continuations": 1, "questions": 1}
+TEACHERS = {"answer": Teacher("The answer is {answer}.\n{prompt}"), "solution": Teacher("{solution}\n{prompt}")}
 
 
-def main() -> None:
+def mean_lengths(tree: ContinuationTree) -> list[float]:
+    """The mean length of the continuations at each node."""
+    lengths = [tokens / max(1, count) for tokens, count in tree.sampled_lengths]
+    return [lengths[group_index] for group_index in tree.group_of_node]
+
+
+def main(continuations: int, questions: int, seed: int, output: Path) -> None:
     """Run and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--continuations", type=int, default=128)
-    parser.add_argument("--questions", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "heavy")
-    options = parser.parse_args()
-    seed_everything(options.seed, verbose=False)
-    model, tokenizer = load_student(None, print)
-    task = make_task("chain_sum", questions=options.questions, lines=8, shots=2, seed=options.seed)
-    student: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")).eval()
-    teachers = {"answer": Teacher("The answer is {answer}.\n{prompt}"), "solution": Teacher("{solution}\n{prompt}")}
+    seed_everything(seed, verbose=False)
+    student, tokenizer = student_and_tokenizer(lora_alpha=16)
+    task = make_task("chain_sum", questions=questions, lines=8, shots=2, seed=seed)
     config = ProbeConfig(
         rollouts_per_question=2,
         max_new_tokens=20,
-        continuations=options.continuations,
-        eos_token_ids=tuple(tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]),
+        continuations=continuations,
+        eos_token_ids=end_of_line(tokenizer),
         batch_size=256,
         step_alignment=False,
     )
-    probe = Counting(student, tokenizer, task.reward, teachers, config)
-    report = probe.run(task.rows, seed=options.seed, progress=lambda *step: print(*step, flush=True))
-    report = replace(report, settings={**report.settings, "lengths": json.dumps(probe.lengths)})
-    save(report, options.output, overwrite=True)
-    print(len(report.nodes), report.generated_tokens, report.seconds)
+    probe = Probe(student, tokenizer, task.reward, TEACHERS, config)
+    with recording_trees() as trees:
+        report = probe.run(task.rows, seed=seed, progress=lambda *stage: print(*stage, flush=True))
+    report = replace(report, settings={**report.settings, "lengths": json.dumps(mean_lengths(trees[0]))})
+    save(report, output, overwrite=True)
+    print(len(report.nodes), report.generated_tokens, report.stage_seconds)
 
 
 if __name__ == "__main__":
-    main()
+    parser = size_parser(__doc__, USUAL, SMOKE)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    sizes = vars(parser.parse_args())
+    if sizes.pop("smoke"):
+        with tempfile.TemporaryDirectory() as folder:
+            main(**{**sizes, "output": Path(folder) / "heavy"})
+    else:
+        main(**sizes)

@@ -1,7 +1,7 @@
-"""The probe as one would write it in an afternoon: plain, exact, and what the library's speed is measured against.
+"""The direct implementation that the library's speed is measured against: simple and exact.
 
-`generate` from the whole prefix for each branch, one forward and one backward for each node and direction. It knows
-transformers and peft, and takes rollouts, nodes and branches from whoever compares.
+`generate` from the whole prefix for each branch, one forward and one backward pass for each node and direction. It
+uses transformers and peft alone, and takes rollouts, nodes and branches from its caller.
 """
 
 from collections.abc import Sequence
@@ -16,47 +16,54 @@ from odp_callbacks.functional import lora_parameters
 
 @torch.no_grad()
 def continuations(
-    model: Any, prefix: Tensor, count: int, limit: int, eos: Sequence[int], temperature: float = 1.0
+    model: Any,
+    prefix: Tensor,
+    count: int,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    temperature: float = 1.0,
 ) -> list[list[int]]:
-    """`count` continuations of ``prefix`` ``(T,)``: `generate(num_return_sequences=count)`."""
-    plain = GenerationConfig(
+    """`count` continuations of ``prefix`` ``(T,)``, by `generate(num_return_sequences=count)`."""
+    config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=limit,
+        max_new_tokens=max_new_tokens,
         num_return_sequences=count,
-        eos_token_id=list(eos) or None,
-        pad_token_id=eos[0] if eos else 0,
+        eos_token_id=list(eos_token_ids) or None,
+        pad_token_id=eos_token_ids[0] if eos_token_ids else 0,
     )
-    written = model.generate(
-        input_ids=prefix[None], attention_mask=torch.ones_like(prefix)[None], generation_config=plain
+    sequences = model.generate(
+        input_ids=prefix[None], attention_mask=torch.ones_like(prefix)[None], generation_config=config
     )
-    rows = written[:, len(prefix) :].tolist()
-    ends = [next((t + 1 for t, k in enumerate(row) if k in eos), len(row)) for row in rows]
+    rows = sequences[:, len(prefix) :].tolist()
+    ends = [next((length + 1 for length, token in enumerate(row) if token in eos_token_ids), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 @torch.no_grad()
 def logits(model: nn.Module, sequence: Tensor) -> Tensor:
     """``(T, V)`` of one sequence."""
-    found: Tensor = model(input_ids=sequence[None], use_cache=False).logits[0]
-    return found
+    values: Tensor = model(input_ids=sequence[None], use_cache=False).logits[0]
+    return values
 
 
 def gradient(model: nn.Module, sequence: Tensor, position: int, direction: Tensor) -> Tensor:
-    """One direction ``(V,)`` on the logits at ``position`` pulled back to the LoRA parameters, ``(P,)``."""
+    """``(P,)``: the vector-Jacobian product of one direction ``(V,)`` on the logits at ``position``."""
     parameters = list(lora_parameters(model).values())
     with torch.enable_grad():
-        z = model(input_ids=sequence[None], use_cache=False).logits[0, position]
-        pulled = torch.autograd.grad((z * direction).sum(), parameters)
-    return torch.cat([g.flatten() for g in pulled])
+        position_logits = model(input_ids=sequence[None], use_cache=False).logits[0, position]
+        gradients = torch.autograd.grad((position_logits * direction).sum(), parameters)
+    return torch.cat([part.flatten() for part in gradients])
 
 
-def grams(model: nn.Module, sequence: Tensor, positions: Sequence[int], directions: Sequence[Tensor]) -> list[Tensor]:
-    """Gram matrices ``(C, C)`` of each node's directions ``(C, V)``."""
-    found = []
-    for position, several in zip(positions, directions, strict=True):
-        rows = torch.stack([gradient(model, sequence, position, v) for v in several]).double()
-        found.append(rows @ rows.T)
-    return found
+def gram_matrices(
+    model: nn.Module, sequence: Tensor, positions: Sequence[int], directions: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gram matrices ``(C, C)`` of the gradients of each node's directions ``(C, V)``."""
+    grams = []
+    for position, node_directions in zip(positions, directions, strict=True):
+        gradients = torch.stack([gradient(model, sequence, position, direction) for direction in node_directions])
+        grams.append(gradients.double() @ gradients.double().T)
+    return grams

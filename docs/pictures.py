@@ -1,7 +1,10 @@
-"""Take the pictures that README and documentation show, from records and TensorBoard's files of real runs.
+"""Take the screenshots that README and documentation show, from the records and TensorBoard files of real runs.
 
-Run: odp-callbacks diagnose --config examples/diagnose/chain_sum.yaml; odp-callbacks demo;
-     python docs/pictures.py diagnosis/chain_sum/report.html odp-demo
+Run::
+
+    odp-callbacks diagnose --config examples/diagnose/chain_sum.yaml
+    odp-callbacks demo
+    python docs/pictures.py diagnosis/chain_sum/report.html odp-demo
 """
 
 import shutil
@@ -15,11 +18,13 @@ from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 
-HERE = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parent / "images"
+SECONDS_UNTIL_TENSORBOARD_SERVES = 15
+SECONDS_UNTIL_A_TAB_IS_DRAWN = 10
 
 
-def browser() -> webdriver.Chrome:
-    """Headless, as in the tests."""
+def open_browser() -> webdriver.Chrome:
+    """Start headless Chromium, with the flags that the tests use."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1500"):
@@ -27,36 +32,42 @@ def browser() -> webdriver.Chrome:
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
 
 
-def report(page: Path, window: webdriver.Chrome) -> None:
-    """The answer, and below it a token with what stands behind it."""
-    window.get(page.resolve().as_uri())
-    tokens = window.find_elements(By.CSS_SELECTOR, "#rollouts .tok.defined")
-    window.save_screenshot(str(HERE / "report.png"))
-    ActionChains(window).move_to_element(tokens[min(3, len(tokens) - 1)]).perform()
-    window.execute_script("document.getElementById('controls').scrollIntoView()")
+def photograph_report(page: Path, browser: webdriver.Chrome) -> None:
+    """Save the top of the report, and a rollout with the details of one token."""
+    browser.get(page.resolve().as_uri())
+    tokens = browser.find_elements(By.CSS_SELECTOR, "#rollouts .token.defined")
+    browser.save_screenshot(str(IMAGES / "report.png"))
+    ActionChains(browser).move_to_element(tokens[min(3, len(tokens) - 1)]).perform()
+    browser.execute_script("document.getElementById('controls').scrollIntoView()")
     time.sleep(0.5)
-    window.save_screenshot(str(HERE / "tokens.png"))
+    browser.save_screenshot(str(IMAGES / "tokens.png"))
 
 
-def tensorboard(folder: Path, window: webdriver.Chrome) -> None:
-    """The dashboard, and the rollouts with coloured tokens."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port)]
-    with subprocess.Popen([*command, "--load_fast=false"], stderr=subprocess.DEVNULL) as process:
-        time.sleep(15)
-        window.set_window_size(1500, 1100)
+def photograph_tensorboard(folder: Path, browser: webdriver.Chrome) -> None:
+    """Save TensorBoard's dashboard, and the rollouts with coloured tokens."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--load_fast=false"]
+    port = find_free_port()
+    with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL) as process:
+        time.sleep(SECONDS_UNTIL_TENSORBOARD_SERVES)
+        browser.set_window_size(1500, 1100)
         for tab, query in (("custom_scalars", ""), ("images", "&tagFilter=odp%2F")):
-            window.get("about:blank")
-            window.get(f"http://127.0.0.1:{port}/#{tab}{query}")
-            time.sleep(10)
-            window.save_screenshot(str(HERE / f"tensorboard_{tab}.png"))
+            browser.get("about:blank")
+            browser.get(f"http://127.0.0.1:{port}/#{tab}{query}")
+            time.sleep(SECONDS_UNTIL_A_TAB_IS_DRAWN)
+            browser.save_screenshot(str(IMAGES / f"tensorboard_{tab}.png"))
         process.terminate()
 
 
+def find_free_port() -> int:
+    """Return a TCP port that nothing uses."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
 if __name__ == "__main__":
-    HERE.mkdir(exist_ok=True)
-    with browser() as chromium:
-        report(Path(sys.argv[1]), chromium)
-        tensorboard(Path(sys.argv[2]), chromium)
+    IMAGES.mkdir(exist_ok=True)
+    with open_browser() as chromium:
+        photograph_report(Path(sys.argv[1]), chromium)
+        photograph_tensorboard(Path(sys.argv[2]), chromium)

@@ -38,5 +38,5 @@ callback = GradientAlignmentCallback(
 trainer = Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], logger=TensorBoardLogger("odp-demo", "several"))
 trainer.fit(module, DataLoader(task.rows, batch_size=4, collate_fn=list))
 for key in router.evidence.classes():
-    gains = {name: round(router.evidence.figure(key, name).value, 3) for name in teachers}
+    gains = {name: round(router.evidence.estimate(key, name).value, 3) for name in teachers}
     print(key, router.teacher(key) or "answer (the first)", gains)

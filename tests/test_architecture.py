@@ -61,6 +61,8 @@ def imports(path: Path, *, inside_functions: bool = True) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
+            if [alias.name for alias in node.names] == ["__version__"]:
+                continue
             found.append(node.module or "")
     return found
 

@@ -14,13 +14,15 @@ from odp_callbacks.functional import distillation_loss
 from odp_callbacks.gates import IncorrectRolloutGate, Tokens
 from tests.helpers.models import tiny, word_tokenizer
 
-ROWS = [{"prompt": p, "answer": a} for p, a in zip(("a b", "c a f", "b", "d c"), "abcd", strict=True)]
+ROWS = [
+    {"prompt": prompt, "answer": answer} for prompt, answer in zip(("a b", "c a f", "b", "d c"), "abcd", strict=True)
+]
 
 
-def make(teacher: Any = None, **changes: Any) -> OnPolicyDistillation:
+def make_module(teachers: Any = None, **changes: Any) -> OnPolicyDistillation:
     options = {"max_new_tokens": 6, "learning_rate": 3e-2}
     return OnPolicyDistillation(
-        tiny("llama").float().train(), word_tokenizer(), teacher or "base", **(options | changes)
+        tiny("llama").float().train(), word_tokenizer(), teachers or "base", **(options | changes)
     )
 
 
@@ -34,103 +36,110 @@ def make(teacher: Any = None, **changes: Any) -> OnPolicyDistillation:
     ],
 )
 def test_losses_in_a_padded_batch_are_those_of_single_sequences(divergence: Any, options: dict[str, Any]) -> None:
-    module = make("{answer} {prompt}", divergence=divergence, temperature=0.7, **options).eval()
+    module = make_module("{answer} {prompt}", divergence=divergence, temperature=0.7, **options).eval()
     torch.manual_seed(3)
     rollouts = module.sample(ROWS)
-    taken = module.token_losses(rollouts)
-    losses, mask = taken.losses, taken.mask
-    assert len({len(r.response_ids) for r in rollouts}) > 1
-    for row, rollout in enumerate(rollouts):
+    batch_losses = module.token_losses(rollouts)
+    losses, mask = batch_losses.losses, batch_losses.mask
+    assert len({len(rollout.response_ids) for rollout in rollouts}) > 1
+    for index, rollout in enumerate(rollouts):
         length = len(rollout.response_ids)
-        assert mask[row].tolist() == [1.0] * length + [0.0] * (mask.shape[1] - length)
-        assert losses[row, length:].abs().sum() == 0
-        own = module.student(input_ids=rollout.sequence[None]).logits[0, -length - 1 : -1]
-        shown = module.tokenizer(f"{rollout.question.row['answer']} {rollout.question.row['prompt']}")["input_ids"]
-        ids = torch.tensor([[*shown, *rollout.response_ids]])
-        taught = module.student(input_ids=ids).logits[0, -length - 1 : -1]
+        assert mask[index].tolist() == [1.0] * length + [0.0] * (mask.shape[1] - length)
+        assert losses[index, length:].abs().sum() == 0
+        student_logits = module.student(input_ids=rollout.sequence[None]).logits[0, -length - 1 : -1]
+        teacher_prompt = f"{rollout.question.row['answer']} {rollout.question.row['prompt']}"
+        teacher_ids = torch.tensor([[*module.tokenizer(teacher_prompt)["input_ids"], *rollout.response_ids]])
+        teacher_logits = module.student(input_ids=teacher_ids).logits[0, -length - 1 : -1]
         tokens = torch.tensor(rollout.response_ids) if divergence == "sampled_token" else None
-        expected = distillation_loss(own, taught, divergence, tokens=tokens, temperature=0.7, **options)
-        torch.testing.assert_close(losses[row, :length], expected, rtol=1e-4, atol=1e-5)
+        expected = distillation_loss(
+            student_logits, teacher_logits, divergence, tokens=tokens, temperature=0.7, **options
+        )
+        torch.testing.assert_close(losses[index, :length], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_student_learns_to_follow_its_teacher() -> None:
     torch.manual_seed(0)
-    module = make(ModelTeacher(tiny("llama", seed=1).float()))
+    module = make_module(ModelTeacher(tiny("llama", seed=1).float()))
 
     def distance() -> float:
         torch.manual_seed(7)
         with torch.no_grad():
-            taken = module.token_losses(module.sample(ROWS * 8))
-        return float(taken.losses.sum() / taken.mask.sum())
+            batch_losses = module.token_losses(module.sample(ROWS * 8))
+        return float(batch_losses.losses.sum() / batch_losses.mask.sum())
 
-    before = distance()
+    distance_before = distance()
     trainer = Trainer(
         max_steps=40, max_epochs=100, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(ROWS, batch_size=4, collate_fn=list))
-    assert distance() < 0.7 * before
+    assert distance() < 0.7 * distance_before
 
 
-def loss_of(module: OnPolicyDistillation) -> tuple[Tensor, dict[str, float]]:
+def training_loss(module: OnPolicyDistillation) -> tuple[Tensor, dict[str, float]]:
     """The loss of one training step on sampled rollouts, and what it logs."""
     torch.manual_seed(2)
     logged: dict[str, Any] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
-    module.log_dict = lambda found, **_: logged.update(found)  # type: ignore[method-assign]
+    module.log_dict = lambda metrics, **_: logged.update(metrics)  # type: ignore[method-assign]
     return module.training_step(ROWS, 0), logged
 
 
-def contains(prompts: Any, completions: list[str], answer: list[str]) -> list[float]:
-    return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+def contains_answer_reward(prompts: Any, completions: list[str], answer: list[str]) -> list[float]:
+    return [float(right in completion) for completion, right in zip(completions, answer, strict=True)]
 
 
 def test_a_gate_weighs_tokens_and_the_loss_keeps_its_scale() -> None:
-    plain, _ = loss_of(make().eval())
-    doubled, logged = loss_of(make(gate=lambda tokens: 2 * torch.ones(len(tokens))).eval())
+    plain, _ = training_loss(make_module().eval())
+    doubled, logged = training_loss(make_module(gate=lambda tokens: 2 * torch.ones(len(tokens))).eval())
     torch.testing.assert_close(doubled, plain)
     assert logged["train/gate/token_share"] == 1
     assert logged["train/gate/loss_before"] == pytest.approx(logged["train/gate/loss_after"])
-    first, _ = loss_of(make(gate=lambda tokens: (tokens.depth == 0).float()).eval())
+    of_first_tokens, _ = training_loss(make_module(gate=lambda tokens: (tokens.depth == 0).float()).eval())
     torch.manual_seed(2)
-    module = make().eval()
-    taken = module.token_losses(module.sample(ROWS))
-    torch.testing.assert_close(first, taken.losses[:, 0].mean())
-    nothing, logged = loss_of(make(gate=lambda tokens: torch.zeros(len(tokens))).eval())
-    assert nothing == 0
-    nothing.backward()
+    module = make_module().eval()
+    batch_losses = module.token_losses(module.sample(ROWS))
+    torch.testing.assert_close(of_first_tokens, batch_losses.losses[:, 0].mean())
+    of_no_token, logged = training_loss(make_module(gate=lambda tokens: torch.zeros(len(tokens))).eval())
+    assert of_no_token == 0
+    of_no_token.backward()
     assert logged["train/gate/token_share"] == 0
 
 
-def test_the_gate_sees_what_the_policies_say() -> None:
-    seen: list[Tokens] = []
+def test_the_gate_sees_the_features_of_both_policies() -> None:
+    seen_tokens: list[Tokens] = []
 
     def gate(tokens: Tokens) -> Tensor:
-        seen.append(tokens)
+        seen_tokens.append(tokens)
         return torch.ones(len(tokens))
 
-    module = make("{answer} {prompt}", gate=gate, reward=contains, temperature=0.7, rollouts_per_prompt=2).eval()
-    loss_of(module)
+    module = make_module(
+        "{answer} {prompt}", gate=gate, reward=contains_answer_reward, temperature=0.7, rollouts_per_question=2
+    ).eval()
+    training_loss(module)
     torch.manual_seed(2)
     rollouts = module.sample(ROWS)
-    tokens, place = seen[-1], 0
+    tokens, start = seen_tokens[-1], 0
     for index, rollout in enumerate(rollouts):
-        ids = torch.tensor(rollout.response_ids)
-        here = slice(place, place := place + len(ids))
-        own = module.student(input_ids=rollout.sequence[None]).logits[0, -len(ids) - 1 : -1] / 0.7
-        policy = torch.distributions.Categorical(logits=own)
-        torch.testing.assert_close(tokens.student_entropy[here], policy.entropy(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(tokens.student_log_prob[here], policy.log_prob(ids), rtol=1e-4, atol=1e-5)
-        assert tokens.rollout[here].tolist() == [index] * len(ids)
-        assert tokens.correct[here].tolist() == [rollout.reward >= 1] * len(ids)
-        siblings = [r.reward for r in rollouts if r.question is rollout.question]
-        assert tokens.pass_rate[here].tolist() == pytest.approx([sum(siblings) / 2] * len(ids))
-    # The loss is the reverse KL, and the teacher's side of it is seen as well.
-    losses = module.token_losses(rollouts)
-    torch.testing.assert_close(tokens.reverse_kl, losses.losses[losses.mask.bool()].detach(), rtol=1e-4, atol=1e-5)
+        token_ids = torch.tensor(rollout.response_ids)
+        length = len(token_ids)
+        of_rollout = slice(start, start := start + length)
+        logits = module.student(input_ids=rollout.sequence[None]).logits[0, -length - 1 : -1] / 0.7
+        policy = torch.distributions.Categorical(logits=logits)
+        torch.testing.assert_close(tokens.student_entropy[of_rollout], policy.entropy(), rtol=1e-4, atol=1e-5)
+        log_prob = policy.log_prob(token_ids)
+        torch.testing.assert_close(tokens.student_log_prob[of_rollout], log_prob, rtol=1e-4, atol=1e-5)
+        assert tokens.rollout[of_rollout].tolist() == [index] * length
+        assert tokens.correct[of_rollout].tolist() == [rollout.reward >= 1] * length
+        rewards = [sibling.reward for sibling in rollouts if sibling.question is rollout.question]
+        assert tokens.pass_rate[of_rollout].tolist() == pytest.approx([sum(rewards) / 2] * length)
+    # The loss is the reverse KL, to which the teacher's probabilities contribute, too.
+    batch_losses = module.token_losses(rollouts)
+    losses = batch_losses.losses[batch_losses.mask.bool()].detach()
+    torch.testing.assert_close(tokens.reverse_kl, losses, rtol=1e-4, atol=1e-5)
 
 
-class Halves:
+class DepthParityRouter:
     """Routes even depths to the first teacher and odd ones to the second."""
 
     def __call__(self, tokens: Tokens) -> Tensor:
@@ -140,33 +149,33 @@ class Halves:
         return tokens.depth % 2
 
 
-def test_each_token_is_taught_by_the_teacher_that_the_gate_chose() -> None:
-    teachers = {"base": BaseTeacher(), "told": Teacher("{answer} {prompt}")}
+def test_each_token_has_the_teacher_that_the_gate_chose() -> None:
+    teachers = {"base": BaseTeacher(), "answer": Teacher("{answer} {prompt}")}
 
-    def losses(teacher: Any, gate: Any = None) -> TokenLosses:
-        module = make(teacher, gate=gate).eval()
+    def losses(teachers: Any, gate: Any = None) -> TokenLosses:
+        module = make_module(teachers, gate=gate).eval()
         torch.manual_seed(3)
         return module.token_losses(module.sample(ROWS))
 
-    both, base, told = losses(teachers, Halves()), losses(BaseTeacher()), losses(teachers["told"])
-    torch.testing.assert_close(both.losses[:, ::2], base.losses[:, ::2])
-    torch.testing.assert_close(both.losses[:, 1::2], told.losses[:, 1::2])
-    assert not torch.allclose(base.losses, told.losses)
+    routed, base, answer = losses(teachers, DepthParityRouter()), losses(BaseTeacher()), losses(teachers["answer"])
+    torch.testing.assert_close(routed.losses[:, ::2], base.losses[:, ::2])
+    torch.testing.assert_close(routed.losses[:, 1::2], answer.losses[:, 1::2])
+    assert not torch.allclose(base.losses, answer.losses)
 
 
 @pytest.mark.parametrize(
     ("match", "options"),
     [
         ("`gate` needs 'correct' of every token", {"gate": IncorrectRolloutGate()}),
-        ("`gate` chooses none of them", {"teacher": {"a": BaseTeacher(), "b": Teacher("{answer} {prompt}")}}),
+        ("`gate` does not choose among them", {"teachers": {"a": BaseTeacher(), "b": Teacher("{answer} {prompt}")}}),
         ("one weight for each of the 5 tokens", {"gate": lambda tokens: torch.ones(3)}),
         ("finite and not negative", {"gate": lambda tokens: -torch.ones(len(tokens))}),
         ("`gate` must be a function", {"gate": 3}),
     ],
 )
-def test_a_gate_of_no_use_is_refused_at_once(match: str, options: dict[str, Any]) -> None:
+def test_an_unusable_gate_is_refused_at_once(match: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=match):
-        make(**options)
+        make_module(**options)
 
 
 @pytest.mark.parametrize("teacher", [Teacher("{answer} {prompt}"), BaseTeacher(), EMATeacher(0.9), AdapterTeacher("t")])
@@ -176,20 +185,20 @@ def test_the_teacher_gets_no_gradient_and_the_student_keeps_its_adapter(teacher:
     module = OnPolicyDistillation(student, word_tokenizer(), teacher, max_new_tokens=4)
     module.log = lambda *args, **keywords: None  # type: ignore[method-assign]
     module.on_train_start = lambda: None  # type: ignore[method-assign]
-    flags = {name: p.requires_grad for name, p in student.named_parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     module.training_step(ROWS, 0).backward()
-    assert {name: p.requires_grad for name, p in student.named_parameters()} == flags
-    with_gradient = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert {name: parameter.requires_grad for name, parameter in student.named_parameters()} == flags
+    with_gradient = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert with_gradient
     assert all(".default." in name for name in with_gradient)
     assert student.active_adapter == "default"
 
 
-def test_rollouts_are_sampled_without_dropout_and_training_mode_comes_back() -> None:
-    module = make().train()
-    modes = []
-    module.student.get_base_model().register_forward_pre_hook(lambda m, _: modes.append(m.training))
+def test_rollouts_are_sampled_without_dropout_and_training_mode_is_restored() -> None:
+    module = make_module().train()
+    training_flags = []
+    module.student.get_base_model().register_forward_pre_hook(lambda model, _: training_flags.append(model.training))
     module.sample(ROWS)
-    assert modes
-    assert not any(modes)
-    assert all(m.training for m in module.student.modules())
+    assert training_flags
+    assert not any(training_flags)
+    assert all(submodule.training for submodule in module.student.modules())

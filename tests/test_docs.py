@@ -1,4 +1,4 @@
-"""The documentation: its code is Python, and what it names is there."""
+"""The documentation: its code is valid Python, and what it names exists."""
 
 import ast
 import re
@@ -11,23 +11,47 @@ import odp_callbacks
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [*PAGES, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"))]
+MODULES = ROOT / "src" / "odp_callbacks"
+DEMO_COMMAND = 'python3 -m venv .venv && .venv/bin/pip install ".[demo]" && .venv/bin/odp-callbacks demo'
+TEST_COMMAND = 'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest'
+WORDS_IN_FIVE_MINUTES = 1200
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
-def test_examples_are_python_and_import_what_there_is(page: Path) -> None:
+def without_code_blocks(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_examples_are_python_and_import_existing_names(page: Path) -> None:
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("odp_callbacks"):
-                exec(f"from {node.module} import {', '.join(a.name for a in node.names)}")
+                exec(f"from {node.module} import {', '.join(alias.name for alias in node.names)}")
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
-def test_files_and_links_are_there(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_files_and_links_exist(document: Path) -> None:
+    text = without_code_blocks(document.read_text())
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-        assert target.startswith(("http", "arXiv")) or (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:examples|benchmarks|tests)/[\w/.-]+\.\w+)", text):
+        assert target.startswith(("http", "arXiv")) or (document.parent / target).exists(), target
+    for path in re.findall(r"`((?:examples|benchmarks|tests|docs|src)/[\w/.-]+\.\w+)", text):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    "document", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda document: document.name
+)
+def test_modules_of_the_package_exist(document: Path) -> None:
+    text = without_code_blocks(document.read_text())
+    packages = "|".join(sorted(path.name for path in MODULES.iterdir() if path.is_dir()))
+    for path in re.findall(rf"`((?:{packages})/[\w/]+\.py)`", text):
+        assert (MODULES / path).exists(), path
+    for name in re.findall(r"`odp_callbacks\.([\w.]+)`", text):
+        *modules, attribute = name.split(".")
+        parent = MODULES.joinpath(*modules)
+        exists = any(path.exists() for path in (parent / attribute, parent / f"{attribute}.py"))
+        assert exists or name in odp_callbacks.__all__, name
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -40,4 +64,23 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_public_names_are_documented() -> None:
     reference = (ROOT / "docs" / "reference.md").read_text()
     for name in odp_callbacks.__all__:
-        assert f"odp_callbacks.{name}" in reference, name
+        assert re.search(rf"odp_callbacks\.{name}\b", reference), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_takes_less_than_five_minutes_to_read(page: Path) -> None:
+    assert len(page.read_text().split()) <= WORDS_IN_FIVE_MINUTES
+
+
+def test_the_readme_is_short_and_has_the_commands_on_lines_of_their_own() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 150
+    assert DEMO_COMMAND in lines
+    assert TEST_COMMAND in lines
+
+
+def test_the_readme_installs_extras_that_exist() -> None:
+    _, section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")
+    extras = re.findall(r"^(\w+) = \[", section.split("\n\n")[0], re.MULTILINE)
+    for name in re.findall(r'"\.\[(\w+)\]"', (ROOT / "README.md").read_text()):
+        assert name in extras, name

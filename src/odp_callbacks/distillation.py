@@ -1,4 +1,4 @@
-"""A LightningModule for on-policy distillation, for those who have none of their own."""
+"""A ready-made LightningModule for on-policy distillation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +17,24 @@ from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, 
 from odp_callbacks.engine.teachers import as_teachers, teacher_logits, teacher_prompt_ids
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.divergences import Divergence, check_divergence, distillation_loss
-from odp_callbacks.functional.gradients import evaluating
+from odp_callbacks.functional.gradients import evaluation_mode
 from odp_callbacks.gates.loss import check_gate, gate_loss, route
+from odp_callbacks.gates.protocols import Gate, Router, Stateful
 from odp_callbacks.gates.rules import everything
-from odp_callbacks.gates.tokens import Gate, Router, Stateful, Tokens, policy_features, tokens_of
+from odp_callbacks.gates.tokens import Tokens, policy_features, tokens_of
+
+SAMPLING_BATCH_SIZE = 256
+"""Largest number of responses that are sampled at a time."""
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Losses of a batch of rollouts.
+    """The distillation losses of a batch of rollouts.
 
     Attributes:
-        losses: ``(B, T)`` in nats, 0 on padding.
+        losses: ``(B, T)``, in nats; 0 on padding.
         mask: ``(B, T)``, 1 where there is a token.
-        tokens: What a gate sees of them, in the order of ``losses[mask]``.
+        tokens: The tokens as a gate sees them, in the order of ``losses[mask]``.
     """
 
     losses: Tensor
@@ -41,33 +45,33 @@ class TokenLosses:
 class OnPolicyDistillation(LightningModule):
     """Train a student on its own rollouts to follow a teacher, token by token.
 
-    Each training step samples responses from the student (without dropout), asks the teacher for its distribution at
-    every token of them, and takes the mean distillation loss. Batches are lists of rows in TRL's convention
+    Each training step samples responses from the student (without dropout), computes the teacher's distribution at
+    each of their tokens, and returns the mean distillation loss. Batches are lists of rows in TRL's convention
     (``DataLoader(rows, collate_fn=list)``), or mappings of columns.
 
     Args:
         student: Causal language model with LoRA (peft).
-        tokenizer: Its tokenizer.
-        teacher: A :class:`~odp_callbacks.engine.teachers.Teacher`, a model, ``"base"`` or a context template; or
-            several by name, among which the ``gate`` chooses. A gate that learns from probes knows teachers by the
-            names that they have in the callback: ``{"answer": Teacher(...)}``.
+        tokenizer: The student's tokenizer.
+        teachers: A :class:`~odp_callbacks.engine.teachers.Teacher`, a model, ``"base"`` or a context template; or
+            a mapping from names to several of them, among which the ``gate`` chooses. For a gate that learns from
+            probes, a teacher must have the name that it has in the callback: ``{"answer": Teacher(...)}``.
         divergence: ``"reverse_kl"``, ``"forward_kl"``, ``"jsd"``, ``"sampled_token"``, or a function
             ``f(student_logits, teacher_logits)`` from ``(N, V)`` to ``(N,)``.
-        beta: For ``"jsd"``.
-        top_k: Restricts the loss to that many tokens.
-        temperature: Of sampling, and of both models in the loss.
-        max_new_tokens: Limit of a response.
-        rollouts_per_prompt: Responses to each row of a batch.
-        eos_token_ids: More tokens that end a response.
-        reward: TRL reward function; its mean is logged, and the gate sees it.
-        gate: What each token weighs in the loss, and which teacher it has: see :mod:`odp_callbacks.gates`. The loss is
-            the weighted mean over tokens. None: every token weighs the same.
+        beta: Interpolation parameter of ``"jsd"``.
+        top_k: Number of tokens that the loss is restricted to; None for the whole vocabulary.
+        temperature: Temperature of sampling, and of both models in the loss.
+        max_new_tokens: Largest number of tokens in a response.
+        rollouts_per_question: Number of responses to each row of a batch.
+        eos_token_ids: Further tokens that end a response.
+        reward: TRL reward function, for the gate; its mean is logged. None if rewards are not needed.
+        gate: Maps tokens to weights in the loss, and may choose the teacher of each; see :mod:`odp_callbacks.gates`.
+            The loss is the weighted mean over tokens. None: every token has the same weight.
         success_threshold: Reward from which a rollout counts as correct.
-        learning_rate: Of AdamW; override ``configure_optimizers`` for another optimizer.
+        learning_rate: Learning rate of AdamW; override ``configure_optimizers`` for another optimizer.
 
     Raises:
-        ValueError: If an option is out of range, there is no end-of-sequence token, several teachers have no gate that
-            chooses among them, or the gate needs what training does not know.
+        ValueError: If an option is out of range, there is no end-of-sequence token, there are several teachers but no
+            gate that chooses among them, or the gate needs something that the training does not know.
 
     Examples:
         >>> from odp_callbacks import OnPolicyDistillation
@@ -79,14 +83,14 @@ class OnPolicyDistillation(LightningModule):
         self,
         student: nn.Module,
         tokenizer: Any,
-        teacher: object,
+        teachers: object,
         *,
         divergence: Divergence | UserLoss = "reverse_kl",
         beta: float | None = None,
         top_k: int | None = None,
         temperature: float = 1.0,
         max_new_tokens: int = 128,
-        rollouts_per_prompt: int = 1,
+        rollouts_per_question: int = 1,
         eos_token_ids: tuple[int, ...] = (),
         reward: RewardFunction | None = None,
         gate: Gate | None = None,
@@ -96,136 +100,164 @@ class OnPolicyDistillation(LightningModule):
         super().__init__()
         if not callable(divergence):
             check_divergence(divergence, beta, top_k)
-        if max_new_tokens < 1 or rollouts_per_prompt < 1 or not temperature > 0:
+        if max_new_tokens < 1 or rollouts_per_question < 1 or not temperature > 0:
             raise ValueError(
-                "`max_new_tokens`, `rollouts_per_prompt` and `temperature` must be positive, but "
-                f"{max_new_tokens!r}, {rollouts_per_prompt!r} and {temperature!r} were given."
+                "`max_new_tokens`, `rollouts_per_question` and `temperature` must be positive, but "
+                f"{max_new_tokens!r}, {rollouts_per_question!r} and {temperature!r} were given."
             )
         self.student = student
         self.tokenizer = tokenizer
-        self.teachers = as_teachers(teacher)
-        for each in self.teachers.values():
-            each.check(student, tokenizer)
+        self.teachers = as_teachers(teachers)
+        for teacher in self.teachers.values():
+            teacher.check(student, tokenizer)
         if gate is not None:
             check_gate(gate, rewards=reward is not None, teachers=tuple(self.teachers))
         if len(self.teachers) > 1 and not isinstance(gate, Router):
             raise ValueError(
-                f"`teacher` gives {len(self.teachers)} teachers {list(self.teachers)}, but `gate` chooses none of them "
-                "for a token; give `gate=TeacherRouter()`, or one teacher."
+                f"`teachers` gives {len(self.teachers)} teachers {list(self.teachers)}, but `gate` does not choose "
+                "among them; give `gate=TeacherRouter()`, or one teacher."
             )
         self.divergence, self.beta, self.top_k, self.temperature = divergence, beta, top_k, temperature
-        self.max_new_tokens, self.rollouts_per_prompt = max_new_tokens, rollouts_per_prompt
+        self.max_new_tokens, self.rollouts_per_question = max_new_tokens, rollouts_per_question
         self.eos_token_ids = end_tokens(student, tokenizer, eos_token_ids)
         self.reward, self.gate, self.success_threshold = reward, gate, success_threshold
         self.learning_rate = learning_rate
-        # What the callback's free mode looks at.
+        # The callback's free mode reads them.
         self.last_rollouts: list[tuple[Row, tuple[int, ...]]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Sample rollouts, compare with the teacher, return the loss."""
+        """Sample rollouts, compare them with the teacher, and return the loss."""
         rollouts = self.sample(batch)
-        self.last_rollouts = [(r.question.row, r.response_ids) for r in rollouts]
-        taken = self.token_losses(rollouts)
-        gated = gate_loss(everything if self.gate is None else self.gate, taken.losses, taken.mask, taken.tokens)
-        size = len(rollouts)
-        self.log("train/loss", gated.loss.detach(), batch_size=size, prog_bar=True)
-        self.log("train/response_tokens", taken.mask.sum() / size, batch_size=size)
+        self.last_rollouts = [(rollout.question.row, rollout.response_ids) for rollout in rollouts]
+        batch_losses = self.token_losses(rollouts)
+        gate = everything if self.gate is None else self.gate
+        gated = gate_loss(gate, batch_losses.losses, batch_losses.mask, batch_losses.tokens)
+        count = len(rollouts)
+        self.log("train/loss", gated.loss.detach(), batch_size=count, prog_bar=True)
+        self.log("train/response_tokens", batch_losses.mask.sum() / count, batch_size=count)
         if self.gate is not None:
-            self.log_dict({f"train/{name}": value for name, value in gated.logs.items()}, batch_size=size)
+            self.log_dict({f"train/{name}": value for name, value in gated.logs.items()}, batch_size=count)
         if self.reward is not None:
-            self.log("train/reward", sum(r.reward for r in rollouts) / size, batch_size=size, prog_bar=True)
+            mean_reward = sum(rollout.reward for rollout in rollouts) / count
+            self.log("train/reward", mean_reward, batch_size=count, prog_bar=True)
         return gated.loss
 
     def sample(self, batch: Any) -> list[Rollout]:
-        """Student rollouts on a batch, scored if there is a reward function."""
-        with torch.no_grad(), evaluating(self.student):
+        """Sample student rollouts on a batch, and score them if there is a reward function."""
+        with torch.no_grad(), evaluation_mode(self.student):
             rollouts = sample_rollouts(
                 self.student,
                 self.tokenizer,
                 as_questions(rows_from_batch(batch), self.tokenizer),
-                per_question=self.rollouts_per_prompt,
+                per_question=self.rollouts_per_question,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 eos_token_ids=self.eos_token_ids,
                 randomness=None,
-                batch_size=256,
+                batch_size=SAMPLING_BATCH_SIZE,
             )
         return rollouts if self.reward is None else score_rollouts(Verifier(self.reward), rollouts)
 
     def token_losses(self, rollouts: Sequence[Rollout]) -> TokenLosses:
-        """Distillation loss of every response token, by the teacher that it has."""
-        responses = [r.response_ids for r in rollouts]
-        depths = [range(len(r)) for r in responses]
+        """Compute the distillation loss of every response token, each with its own teacher."""
+        responses = [rollout.response_ids for rollout in rollouts]
+        depths = [range(len(response)) for response in responses]
+        tokens = route(self.gate, self._tokens(rollouts))
+        all_teacher_logits = self._teacher_logits(rollouts, tokens)
+        all_student_logits = node_logits(
+            self.student,
+            [rollout.sequence for rollout in rollouts],
+            [rollout.positions(response_depths) for rollout, response_depths in zip(rollouts, depths, strict=True)],
+        )
+        losses, features = [], []
+        for student_logits, target_logits, response in zip(
+            all_student_logits, all_teacher_logits, responses, strict=True
+        ):
+            student_logits = student_logits[:, : target_logits.shape[-1]]
+            token_ids = torch.tensor(response, device=student_logits.device)
+            losses.append(self._loss(student_logits, target_logits, token_ids))
+            if self.gate is not None:
+                features.append(
+                    policy_features(student_logits, target_logits.to(student_logits), token_ids, self.temperature)
+                )
+        joined: dict[str, Any] = {
+            name: torch.cat([rollout_features[name] for rollout_features in features])
+            for name in (features[0] if features else ())
+        }
+        return TokenLosses(
+            pad_sequence(losses, batch_first=True), self._response_mask(rollouts), replace(tokens, **joined)
+        )
+
+    def _response_mask(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """``(B, T)``, 1 where there is a response token."""
         device = next(self.student.parameters()).device
-        lengths = torch.tensor([len(r) for r in responses], device=device)
-        mask = (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).float()
-        tokens = tokens_of(
-            mask,
-            None if self.reward is None else [r.reward for r in rollouts],
-            [id(r.question) for r in rollouts],
+        lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts], device=device)
+        return (torch.arange(int(lengths.max()), device=device) < lengths[:, None]).float()
+
+    def _tokens(self, rollouts: Sequence[Rollout]) -> Tokens:
+        """The response tokens before a gate has chosen teachers."""
+        return tokens_of(
+            self._response_mask(rollouts),
+            None if self.reward is None else [rollout.reward for rollout in rollouts],
+            [id(rollout.question) for rollout in rollouts],
             success_threshold=self.success_threshold,
             teachers=tuple(self.teachers),
         )
-        tokens = route(self.gate, tokens)
-        taught = self._taught(rollouts, depths, tokens)
-        own = node_logits(
-            self.student,
-            [r.sequence for r in rollouts],
-            [r.positions(d) for r, d in zip(rollouts, depths, strict=True)],
-        )
-        losses, seen = [], []
-        for z, q, response in zip(own, taught, responses, strict=True):
-            z, taken = z[:, : q.shape[-1]], torch.tensor(response, device=z.device)
-            losses.append(self._loss(z, q, taken))
-            if self.gate is not None:
-                seen.append(policy_features(z, q.to(z), taken, self.temperature))
-        found: dict[str, Any] = {name: torch.cat([s[name] for s in seen]) for name in (seen[0] if seen else ())}
-        return TokenLosses(pad_sequence(losses, batch_first=True), mask, replace(tokens, **found))
 
-    def _taught(self, rollouts: Sequence[Rollout], depths: Sequence[Sequence[int]], tokens: Tokens) -> list[Tensor]:
-        """Each token's teacher's logits, ``(T, V')`` for each rollout; a teacher reads only the rollouts it teaches."""
-        owners = [o.tolist() for o in tokens.need("teacher").split([len(d) for d in depths])]
+    def _teacher_logits(self, rollouts: Sequence[Rollout], tokens: Tokens) -> list[Tensor]:
+        """The logits of each token's teacher, ``(T, V')`` for each rollout.
+
+        A teacher reads only the rollouts that have tokens of its own.
+        """
+        lengths = [len(rollout.response_ids) for rollout in rollouts]
+        teacher_of_token = [indices.tolist() for indices in tokens.need("teacher").split(lengths)]
         parts: list[list[tuple[list[int], Tensor]]] = [[] for _ in rollouts]
-        with evaluating(self.student):
-            for k, teacher in enumerate(self.teachers.values()):
-                wanted = [[t for t in d if owner[t] == k] for d, owner in zip(depths, owners, strict=True)]
-                here = [i for i, w in enumerate(wanted) if w]
-                if here:
-                    shown = [teacher_prompt_ids(teacher, self.tokenizer, rollouts[i].question) for i in here]
-                    responses, asked = [rollouts[i].response_ids for i in here], [wanted[i] for i in here]
-                    logits = teacher_logits(teacher, self.student, shown, responses, asked)
-                    for i, rows in zip(here, logits, strict=True):
-                        parts[i].append((wanted[i], rows))
-        width = min(rows.shape[-1] for part in parts for _, rows in part)
-        # Back into the order of depths, where several teachers share a rollout.
-        return [
-            torch.cat([rows[:, :width] for _, rows in part])[torch.tensor([t for ts, _ in part for t in ts]).argsort()]
-            if len(part) > 1
-            else part[0][1][:, :width]
-            for part in parts
-        ]
+        with evaluation_mode(self.student):
+            for teacher_index, teacher in enumerate(self.teachers.values()):
+                depths_of_teacher = [
+                    [depth for depth, chosen_teacher in enumerate(indices) if chosen_teacher == teacher_index]
+                    for indices in teacher_of_token
+                ]
+                rollout_indices = [rollout_index for rollout_index, depths in enumerate(depths_of_teacher) if depths]
+                if not rollout_indices:
+                    continue
+                logits = teacher_logits(
+                    teacher,
+                    self.student,
+                    [
+                        teacher_prompt_ids(teacher, self.tokenizer, rollouts[rollout_index].question)
+                        for rollout_index in rollout_indices
+                    ],
+                    [rollouts[rollout_index].response_ids for rollout_index in rollout_indices],
+                    [depths_of_teacher[rollout_index] for rollout_index in rollout_indices],
+                )
+                for rollout_index, rollout_logits in zip(rollout_indices, logits, strict=True):
+                    parts[rollout_index].append((depths_of_teacher[rollout_index], rollout_logits))
+        vocabulary = min(logits.shape[-1] for rollout_parts in parts for _, logits in rollout_parts)
+        return [_in_order_of_depth(rollout_parts, vocabulary) for rollout_parts in parts]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW on whatever requires gradients."""
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
+        """Return AdamW on all parameters that require gradients."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.learning_rate)
 
     def on_train_start(self) -> None:
-        """Tell the teachers where the student starts."""
+        """Update the teachers with the student at the start of the training."""
         self._update_teachers()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Tell the teachers of the optimizer's step."""
+        """Update the teachers with the student after an optimizer step."""
         self._update_teachers()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what teachers and gate have learned."""
+        """Save the states of the teachers and of the gate."""
         checkpoint["odp_teachers"] = {name: teacher.state_dict() for name, teacher in self.teachers.items()}
         gate: object = self.gate
         if isinstance(gate, Stateful):
             checkpoint["odp_gate"] = gate.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what teachers and gate had learned."""
+        """Restore the states of the teachers and of the gate."""
         for name, state in checkpoint["odp_teachers"].items():
             self.teachers[name].load_state_dict(state)
         gate: object = self.gate
@@ -236,17 +268,27 @@ class OnPolicyDistillation(LightningModule):
         for teacher in self.teachers.values():
             teacher.update(self.student, self.global_step)
 
-    def _loss(self, student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -> Tensor:
-        """``(T, V)`` and ``(T,)`` to ``(T,)``, in float32 at least."""
-        z, q = (x.float() if x.dtype != torch.float64 else x for x in (student_logits, teacher_logits))
+    def _loss(self, student_logits: Tensor, teacher_logits: Tensor, token_ids: Tensor) -> Tensor:
+        """The losses ``(T,)`` of a rollout's tokens, from logits ``(T, V)``; in float32 at least."""
+        student_logits, teacher_logits = (
+            logits.float() if logits.dtype != torch.float64 else logits for logits in (student_logits, teacher_logits)
+        )
         if callable(self.divergence):
-            return self.divergence(z, q)
+            return self.divergence(student_logits, teacher_logits)
         return distillation_loss(
-            z,
-            q,
+            student_logits,
+            teacher_logits,
             self.divergence,
             beta=self.beta,
-            tokens=tokens if self.divergence == "sampled_token" else None,
+            tokens=token_ids if self.divergence == "sampled_token" else None,
             top_k=self.top_k,
             temperature=self.temperature,
         )
+
+
+def _in_order_of_depth(parts: Sequence[tuple[list[int], Tensor]], vocabulary: int) -> Tensor:
+    """Join the logits ``(T', V)`` that several teachers gave at different depths of a rollout into ``(T, V')``."""
+    if len(parts) == 1:
+        return parts[0][1][:, :vocabulary]
+    depths = torch.tensor([depth for part_depths, _ in parts for depth in part_depths])
+    return torch.cat([logits[:, :vocabulary] for _, logits in parts])[depths.argsort()]

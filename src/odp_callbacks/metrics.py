@@ -1,4 +1,4 @@
-"""The gradient alignment score as a torchmetrics metric."""
+"""Gradient alignment as a torchmetrics metric."""
 
 from typing import Any
 
@@ -10,24 +10,29 @@ from odp_callbacks.functional.alignment import gradient_alignment
 
 
 class GradientAlignment(Metric):
-    r"""Mean gradient alignment score over nodes: the modular twin of ``functional.gradient_alignment``.
+    r"""Mean gradient alignment over nodes, the modular version of ``functional.gradient_alignment``.
 
     .. math:: \frac{\sum_u w_u \cos(g_u, d_u)}{\sum_u w_u}
 
-    over the nodes where the cosine exists. Nodes where it does not are counted in :attr:`undefined` and never
-    averaged in; without any defined node the result is NaN. The states are sums, so that ranks and batches add up
-    exactly, also where a rank has no defined node.
+    where :math:`g_u` is the ideal and :math:`d_u` the distillation gradient at node :math:`u`. The sums run over the
+    nodes where the cosine exists. Other nodes are counted in :attr:`undefined` and do not enter the mean, which is NaN
+    if there is no defined node. All states are sums, so batches and ranks add up exactly, even if one of them has no
+    defined node.
 
-    As input to ``forward`` and ``update``:
+    As input to ``forward`` and ``update`` the metric accepts:
 
-    - ``ideal`` (:class:`~torch.Tensor`): ideal gradients, ``(..., P)``.
-    - ``distillation`` (:class:`~torch.Tensor`): distillation gradients, ``(..., P)``.
-    - ``weight`` (:class:`~torch.Tensor`, optional): weight of each node, ``(...)``, not negative, such as the inverse
-      of its inclusion probability; 1 by default.
+    - ``ideal`` (:class:`~torch.Tensor`): ideal gradients, float of shape ``(..., P)``.
+    - ``distillation`` (:class:`~torch.Tensor`): distillation gradients, float of shape ``(..., P)``.
+    - ``weight`` (:class:`~torch.Tensor`, optional): non-negative weight of each node, of shape ``(...)``, such as the
+      inverse of its inclusion probability; 1 by default.
 
-    As output of ``forward`` and ``compute``: a float64 scalar in [-1, 1], or NaN.
+    As output of ``forward`` and ``compute`` the metric returns a float64 scalar in [-1, 1], or NaN.
 
-    Source: arXiv:2605.10889.
+    Of gradients on the logits this is the score of arXiv:2605.10889 (eq. 2.12); of gradients on the parameters it is
+    ours.
+
+    Args:
+        kwargs: Options of :class:`torchmetrics.Metric`.
 
     Examples:
         >>> import torch
@@ -58,23 +63,28 @@ class GradientAlignment(Metric):
         self.add_state("undefined", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, ideal: Tensor, distillation: Tensor, weight: Tensor | None = None) -> None:
-        """Add nodes.
+        """Add nodes to the mean.
+
+        Args:
+            ideal: Ideal gradients, ``(..., P)``.
+            distillation: Distillation gradients, ``(..., P)``.
+            weight: Weight of each node, ``(...)``; 1 by default.
 
         Raises:
-            ValueError: If shapes do not fit, or a weight is negative or not finite.
+            ValueError: If the shapes do not match, or a weight is negative or not finite.
         """
-        score = gradient_alignment(ideal.detach(), distillation.detach()).double()
-        weight = torch.ones_like(score) if weight is None else weight.to(score)
-        if weight.shape != score.shape:
-            raise ValueError(f"`weight` must have shape {tuple(score.shape)}, but {tuple(weight.shape)} was given.")
+        alignment = gradient_alignment(ideal.detach(), distillation.detach()).double()
+        weight = torch.ones_like(alignment) if weight is None else weight.to(alignment)
+        if weight.shape != alignment.shape:
+            raise ValueError(f"`weight` must have shape {tuple(alignment.shape)}, but {tuple(weight.shape)} was given.")
         if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
             raise ValueError("`weight` must be finite and not negative.")
-        defined = ~torch.isnan(score)
-        self.aligned += (weight * score)[defined].sum()
+        defined = ~torch.isnan(alignment)
+        self.aligned += (weight * alignment)[defined].sum()
         self.weight += weight[defined].sum()
         self.nodes += defined.sum()
         self.undefined += (~defined).sum()
 
     def compute(self) -> Tensor:
-        """Weighted mean over the defined nodes; NaN (0 / 0) where there is none."""
+        """Weighted mean over the defined nodes; NaN if there is none."""
         return self.aligned / self.weight

@@ -1,27 +1,35 @@
-"""What a probe leaves behind: per node all that its figures are computed from, and nothing that needs a model."""
+"""The records of a probe: everything that its figures are computed from, without a model."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # what the methods of ProbeReport return; they import it when they are called
+    from pandas import DataFrame
+
+    from odp_callbacks.analysis.ranking import Ranking
+    from odp_callbacks.analysis.summaries import ClassSummary
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """A rollout as a reader needs it.
+    """One rollout: what the student was asked, what it answered and what reward it got.
 
     Attributes:
         question: Id of the question.
-        prompt: What the student was shown, decoded.
+        prompt: Text of the student's prompt.
         pieces: Text of each response token.
-        text: The response as the verifier saw it.
-        reward: In [0, 1].
+        text: Text of the response as the verifier saw it.
+        reward: Reward in [0, 1].
         correct: Whether the reward reached the success threshold.
-        truncated: Whether the length limit cut it.
+        truncated: Whether the length limit cut the response.
     """
 
     question: str
@@ -35,32 +43,33 @@ class RolloutRecord:
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """A node: ``A`` branches, ``K`` teachers, ``M`` LoRA modules, ``C = A - 1 + K`` directions.
+    """One node with ``A`` branches, ``K`` teachers and ``M`` LoRA modules; it has ``C = A - 1 + K`` directions.
 
-    The ideal gradient is ``sum_a weight_a (Q_a - Q_0) u_a`` over the branches ``a = 1 .. A - 1``, where ``u_a`` is the
-    direction ``(e_token - p) / temperature``. The Gram matrices are those of ``u_1 .. u_{A-1}`` and then of each
-    teacher's distillation gradient.
+    The ideal gradient is ``sum_a weight_a (Q_a - Q_0) u_a`` over the branches ``a = 1 .. A - 1``, where ``Q_a`` is the
+    success of branch ``a`` and ``u_a`` the gradient that belongs to the direction ``(e_token - p) / temperature`` on
+    the logits. The Gram matrices hold the inner products of ``u_1 .. u_{A-1}``, followed by each teacher's distillation
+    gradient.
 
     Attributes:
         rollout: Index of the rollout in its probe.
         question: Id of the question.
-        depth: Response tokens before the node.
-        inclusion: Probability that the node was selected.
+        depth: Number of response tokens before the node.
+        inclusion: Probability with which the node was selected.
         correct: Whether its rollout was correct.
-        tokens: ``(A,)`` int64; the first is the student's most probable.
-        probability: ``(A,)``, the student's.
+        tokens: ``(A,)`` int64, the token of each branch; the first is the student's most probable one.
+        probability: ``(A,)``, the student's probability of each token.
         weight: ``(A,)``, see :class:`~odp_callbacks.engine.tree.branches.Branch`.
-        tail: ``(A,)`` bool: drawn from the tail.
-        taken: Which branch the rollout took.
-        count: ``(A,)`` int64, continuations scored.
+        tail: ``(A,)`` bool: the token was drawn from the tail.
+        taken: Index of the branch that the rollout took.
+        count: ``(A,)`` int64, number of scored continuations.
         total: ``(A,)``, sum of their rewards.
-        total_square: ``(A,)``, sum of their squares.
-        exact: ``(A,)`` bool: the branch ends the response, and its success is known.
-        gram: ``(M, C, C)`` float64, on each module's LoRA parameters.
-        logit_gram: ``(C, C)``, on the logits.
-        teacher_probability: ``(K, A)``.
-        teacher_tail: ``(K,)``: each teacher's mass outside the candidates.
-        predictors: ``(K,)`` each: divergences, cosine, entropies (nats).
+        total_square: ``(A,)``, sum of their squared rewards.
+        exact: ``(A,)`` bool: the branch ends the response, so its success is known.
+        gram: ``(M, C, C)`` float64, Gram matrix on each module's LoRA parameters.
+        logit_gram: ``(C, C)`` float64, Gram matrix on the logits.
+        teacher_probability: ``(K, A)``, each teacher's probability of each token.
+        teacher_tail: ``(K,)``, each teacher's probability of all tokens that are not candidates.
+        predictors: ``(K,)`` each: divergences (nats), cosine and entropies (nats) of student and teacher, by name.
     """
 
     rollout: int
@@ -86,18 +95,18 @@ class NodeRecord:
 
 @dataclass(frozen=True)
 class StepSums:
-    """Summed gradients, as inner products: what the step alignment is computed from.
+    """Inner products of summed gradients, from which the step alignment is computed.
 
-    One group for each question and correctness. Its ``2 + K`` vectors are the ideal gradient from two disjoint halves
-    of the continuations, and each teacher's distillation gradient, summed over the group's nodes with their token
-    weights.
+    There is one group for each question and correctness. Each group has ``2 + K`` vectors: the ideal gradient from two
+    disjoint halves of the continuations and each teacher's distillation gradient, summed over the nodes of the group
+    with their token weights.
 
     Attributes:
-        question: ``(G,)`` ids.
-        correct: ``(G,)``.
-        gram: ``(G, 2 + K, G, 2 + K)`` float64, on all LoRA parameters.
-        vectors: ``(G, 2 + K, L)`` float32, the sums themselves or sketches of them, so that the parts of a probe can be
-            put together; no file keeps them.
+        question: ``G`` question ids, one for each group.
+        correct: ``G`` flags, whether the group's rollouts were correct.
+        gram: ``(G, 2 + K, G, 2 + K)`` float64, inner products on all LoRA parameters.
+        vectors: ``(G, 2 + K, L)`` float32, the sums or sketches of them, from which the parts of one probe are merged.
+            Files do not hold them, so they are None after loading.
     """
 
     question: tuple[str, ...]
@@ -107,31 +116,44 @@ class StepSums:
 
 
 def step_sums(question: tuple[str, ...], correct: tuple[bool, ...], vectors: NDArray[np.float32]) -> StepSums:
-    """Summed gradients ``(G, 2 + K, L)`` with their inner products."""
-    rows = vectors.reshape(-1, vectors.shape[-1]).astype(np.float64)
-    return StepSums(question, correct, (rows @ rows.T).reshape(*vectors.shape[:2], *vectors.shape[:2]), vectors)
+    """Compute the inner products of summed gradients.
+
+    Args:
+        question: ``G`` question ids.
+        correct: ``G`` flags.
+        vectors: ``(G, 2 + K, L)`` float32.
+    """
+    flat_vectors = vectors.reshape(-1, vectors.shape[-1]).astype(np.float64)
+    gram = (flat_vectors @ flat_vectors.T).reshape(*vectors.shape[:2], *vectors.shape[:2])
+    return StepSums(question, correct, gram, vectors)
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """All that one probe measured.
+    """Everything that one probe measured.
 
     Attributes:
-        teachers: Names, in the order of every ``K`` axis.
-        modules: LoRA modules, in the order of every ``M`` axis.
+        teachers: Names of the teachers, in the order of every ``K`` axis.
+        modules: Names of the LoRA modules, in the order of every ``M`` axis.
         rollouts: One record for each rollout.
         nodes: One record for each node.
-        generated_tokens: By stage: ``rollouts``, ``continuations``.
-        continuations: How many were sampled.
-        truncated: How many of the rollouts and continuations the length limit cut.
-        seconds: By stage.
-        settings: The probe's configuration, for the reader.
-        step: Of the summed gradients; None where they were not measured.
-        free: No continuations were spent: each node's success is its rollout's own reward against its siblings', so
-            only predicted gain exists, and not split by correctness.
-        token_text: Text of every token that is a branch somewhere, by its id.
-        preconditioned: The same nodes and continuations with gradients measured in another geometry
-            (:class:`~odp_callbacks.engine.gradients.preconditioner.Preconditioner`), named in its settings; None where none was asked for.
+        generated_tokens: Number of generated tokens by stage, ``rollouts`` and ``continuations``.
+        continuations: Number of sampled continuations.
+        truncated: Number of rollouts and continuations that the length limit cut.
+        stage_seconds: Seconds that each stage took.
+        settings: The configuration of the probe, as names and JSON values; its geometry is under ``"geometry"``.
+        step: Sums of gradients for the step alignment; None if they were not measured.
+        free: Whether the probe ran in the free mode, without continuations. The success at a node is then the reward of
+            its rollout compared with the other rollouts of the question, so only predicted gain exists, and not by
+            correctness.
+        token_text: Text of each token that is a branch somewhere, by token id.
+        preconditioned: The same nodes and continuations with gradients in another geometry, see
+            :class:`~odp_callbacks.engine.gradients.preconditioner.Preconditioner`; None if none was asked for.
+
+    Examples:
+        >>> report = ProbeReport(("base",), (), (), (), {}, 0, 0, {})  # of no node; a real one comes from a probe
+        >>> [(summary.teacher, summary.split) for summary in report.summary()][:2]
+        [('base', 'all'), ('base', 'correct')]
     """
 
     teachers: tuple[str, ...]
@@ -141,9 +163,126 @@ class ProbeReport:
     generated_tokens: Mapping[str, int]
     continuations: int
     truncated: int
-    seconds: Mapping[str, float]
+    stage_seconds: Mapping[str, float]
     settings: Mapping[str, Any] = field(default_factory=dict)
     step: StepSums | None = None
     free: bool = False
     token_text: Mapping[int, str] = field(default_factory=dict)
     preconditioned: "ProbeReport | None" = None
+
+    def summary(self, confidence: float = 0.95, by: str = "correctness") -> "list[ClassSummary]":
+        """Summarise the report by teacher and class of nodes, each figure with its interval.
+
+        Args:
+            confidence: Level of the intervals, in (0, 1).
+            by: What the nodes are split by: ``"correctness"`` of their rollout, ``"depth"``, ``"module"``,
+                ``"question"`` or ``"rollout"``.
+
+        Raises:
+            ValueError: If ``confidence`` is not in (0, 1) or ``by`` is none of these.
+        """
+        from odp_callbacks.analysis.summaries import summarise
+
+        return summarise(self, confidence, by)
+
+    def ranking(self, confidence: float = 0.95) -> "Ranking":
+        """Rank the teachers by predicted gain, over all rollouts, by class and by question.
+
+        Args:
+            confidence: Level of the intervals, in (0, 1).
+
+        Raises:
+            ValueError: If ``confidence`` is not in (0, 1).
+        """
+        from odp_callbacks.analysis.ranking import rank
+
+        return rank(self, confidence)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the report to a folder of Parquet tables, either completely or not at all.
+
+        Args:
+            folder: Folder to create, with its parents.
+            overwrite: Replace the folder if it exists.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: If the folder exists and ``overwrite`` is False.
+        """
+        from odp_callbacks.storage import save
+
+        return save(self, folder, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "ProbeReport":
+        """Read a report that :meth:`save` wrote.
+
+        Args:
+            folder: The folder.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If it holds no records of odp-callbacks, or records that this release cannot read.
+        """
+        from odp_callbacks.storage import load
+
+        return load(folder)
+
+    def to_html(
+        self, path: str | os.PathLike[str], *, title: str = "Is my teacher helping?", confidence: float = 0.95
+    ) -> Path:
+        """Write the report as one HTML file that needs no other file.
+
+        Args:
+            path: File to write.
+            title: Headline of the page.
+            confidence: Level of the intervals, in (0, 1).
+
+        Returns:
+            The file.
+
+        Raises:
+            ModuleNotFoundError: If the extra ``report`` is not installed.
+            ValueError: If the report has no nodes.
+        """
+        try:
+            from odp_callbacks.visualization.html_report import write_report
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"`to_html` needs {error.name}; install it with: pip install 'odp-callbacks[report]'", name=error.name
+            ) from error
+
+        return write_report(self, path, title=title, confidence=confidence)
+
+    def to_pandas(self, confidence: float = 0.95) -> "DataFrame":
+        """All figures as a pandas table with one row per figure.
+
+        Args:
+            confidence: Level of the intervals, in (0, 1).
+
+        Returns:
+            A table with the columns ``teacher``, ``split``, ``figure``, ``value``, ``low`` and ``high``, followed by
+            ``uncorrected``, ``questions``, ``nodes``, ``note`` and ``geometry``. The splits are ``"all"``,
+            ``"correct"``, ``"incorrect"`` and, for the difference between the last two, ``"incorrect-correct"``. Rows
+            for the difference between two teachers have ``"a - b"`` as their teacher.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+            ValueError: If ``confidence`` is not in (0, 1).
+
+        Examples:
+            >>> ProbeReport(("base",), (), (), (), {}, 0, 0, {}).to_pandas().iloc[0, :3].tolist()
+            ['base', 'all', 'predicted_gain']
+        """
+        from odp_callbacks.analysis.figure_table import COLUMNS, figure_rows
+
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "`to_pandas` needs pandas; install it with: pip install pandas", name="pandas"
+            ) from error
+
+        return pandas.DataFrame(figure_rows(self, confidence), columns=list(COLUMNS))

@@ -1,92 +1,106 @@
-"""Text that users and models wrote, made fit to be shown: whatever stands in it stays text of a bounded length."""
+"""Safe display of text that users or models wrote: visible, harmless to a terminal or page, and of bounded length."""
 
 import unicodedata
 
-SIGNS = {"\n": "⏎", "\t": "⇥"}
+VISIBLE_WHITESPACE = {"\n": "⏎", "\t": "⇥"}
+"""Symbols that stand for line breaks and tabs."""
 JOINERS = "\u200c\u200d"
-"""Invisible, but they make one emoji or one word of several signs."""
-LONGEST = 60
-"""Characters of a token or a name that are shown."""
+"""Invisible characters that are kept, because they join several characters into one emoji or word."""
+MAXIMUM_LENGTH = 60
+"""Default number of characters to which a token or a name is cut."""
 
 
-def shown(text: str, longest: int = LONGEST) -> str:
-    r"""A piece of text with its white space and control characters visible, and no longer than a line.
+def displayable(text: str, max_length: int = MAXIMUM_LENGTH) -> str:
+    r"""Make white space and control characters visible and cut the text to one line.
 
     Lone surrogates, control characters and marks that reorder text become the replacement character.
 
     Args:
-        text: Whatever.
-        longest: Characters that are kept; more are cut, which an ellipsis says.
+        text: Any text.
+        max_length: Number of characters to keep; an ellipsis marks a cut.
 
     Examples:
-        >>> shown("a\nb\x1b"), shown("  "), shown("abcdef", 3)
+        >>> displayable("a\nb\x1b"), displayable("  "), displayable("abcdef", 3)
         ('a⏎b�', '␣␣', 'abc…')
     """
-    text = "".join(_sign(c) for c in text[: longest + 1])
+    text = "".join(_displayable_character(character) for character in text[: max_length + 1])
     if text and not text.strip():
         text = "␣" * len(text)
-    return text if len(text) <= longest else text[:longest] + "…"
+    return text if len(text) <= max_length else text[:max_length] + "…"
 
 
-def middle(text: str, longest: int = 24) -> str:
-    """A name, its middle left out where it is too long: names often differ at their end.
+def shorten_middle(text: str, max_length: int = 24) -> str:
+    """Shorten a name by leaving out its middle, because names often differ at the end.
+
+    Args:
+        text: Any text.
+        max_length: Number of characters of the result, the ellipsis included.
 
     Examples:
-        >>> middle("qwen2.5-1.5b-instruct-sft-a", 15)
+        >>> shorten_middle("qwen2.5-1.5b-instruct-sft-a", 15)
         'qwen2.5…t-sft-a'
     """
-    text = shown(text, max(len(text), 1))
-    half = (longest - 1) // 2
-    return text if len(text) <= longest else f"{text[: longest - 1 - half]}…{text[-half:]}"
+    text = displayable(text, max(len(text), 1))
+    end_length = (max_length - 1) // 2
+    return text if len(text) <= max_length else f"{text[: max_length - 1 - end_length]}…{text[-end_length:]}"
 
 
-def cut(text: str, longest: int) -> str:
-    r"""The end of a long text, which is where the question stands; line breaks are kept.
+def keep_end(text: str, max_length: int) -> str:
+    r"""Keep the end of a long text, where a prompt has its question; line breaks are kept.
+
+    Args:
+        text: Any text.
+        max_length: Number of characters to keep; an ellipsis marks a cut.
 
     Examples:
-        >>> cut("first\nlast", 4)
+        >>> keep_end("first\nlast", 4)
         '… last'
     """
-    end = printable(text[-longest:])
-    return end if len(text) <= longest else "… " + end
+    end = printable(text[-max_length:])
+    return end if len(text) <= max_length else "… " + end
 
 
 def printable(text: str) -> str:
-    r"""The same text with its line breaks and spaces, and nothing else that a screen would obey.
+    r"""Replace everything that a terminal would interpret, except spaces and line breaks.
 
     Examples:
         >>> printable("a\n\x1b[31mb")
         'a\n�[31mb'
     """
-    return "".join(c if c == "\n" else _sign(c) for c in text)
+    return "".join(character if character == "\n" else _displayable_character(character) for character in text)
 
 
-def wide(text: str) -> int:
-    r"""Columns of a monospaced font that a text takes: two for each wide character of East Asia, none for marks.
+def display_width(text: str) -> int:
+    r"""Number of columns in a monospaced font: two for a wide East Asian character, none for a combining mark.
 
     Examples:
-        >>> wide("ab"), wide("日本"), wide("a\u0301")
+        >>> display_width("ab"), display_width("日本"), display_width("a\u0301")
         (2, 4, 1)
     """
-    marks = {"Mn", "Me", "Cf"}
-    return sum(
-        0 if unicodedata.category(c) in marks else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    return sum(_character_width(character) for character in text)
+
+
+def is_visible(text: str) -> bool:
+    r"""Whether a text holds only visible characters, spaces and :data:`JOINERS`.
+
+    Examples:
+        >>> is_visible("a b"), is_visible("a\u202eb"), is_visible("\ud800")
+        (True, False, False)
+    """
+    return all(
+        character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs" for character in text
     )
 
 
-def visible(text: str) -> bool:
-    r"""Whether a text has only what can be seen, spaces, and what joins letters or emoji.
-
-    Examples:
-        >>> visible("a b"), visible("a\u202eb"), visible("\ud800")
-        (True, False, False)
-    """
-    return all(c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs" for c in text)
+def _character_width(character: str) -> int:
+    if unicodedata.category(character) in {"Mn", "Me", "Cf"}:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _sign(c: str) -> str:
-    if c in SIGNS:
-        return SIGNS[c]
-    if c.isprintable() or c in JOINERS:
-        return c
-    return "␣" if unicodedata.category(c) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+def _displayable_character(character: str) -> str:
+    if character in VISIBLE_WHITESPACE:
+        return VISIBLE_WHITESPACE[character]
+    if character.isprintable() or character in JOINERS:
+        return character
+    return "␣" if unicodedata.category(character) == "Zs" else "\N{REPLACEMENT CHARACTER}"

@@ -9,20 +9,23 @@ from odp_callbacks.analysis.jackknife import Estimator, jackknife
 RNG = np.random.default_rng(0)
 
 
-def mean(values, weights, groups, **more):
+def weighted_mean(values, weights, groups, **options):
     """Weighted mean as a function of question weights."""
-    labels = sorted(set(groups))
-    sums = np.array([[(weights * x)[groups == g].sum() for x in (values, np.ones(len(values)))] for g in labels])
+    questions = sorted(set(groups))
+    columns = values, np.ones(len(values))
+    question_sums = np.array(
+        [[(weights * column)[groups == question].sum() for column in columns] for question in questions]
+    )
 
-    def function(w):
-        total = w @ sums.reshape(-1, 2)
+    def statistic(question_weights):
+        total = question_weights @ question_sums.reshape(-1, 2)
         return total[..., 0] / total[..., 1]
 
-    return Estimator(function, np.ones(len(labels), bool), len(values), **more)
+    return Estimator(statistic, np.ones(len(questions), bool), len(values), **options)
 
 
 def jackknife_mean(values, weights, groups, confidence=0.95):
-    return jackknife(mean(values, weights, groups), confidence)
+    return jackknife(weighted_mean(values, weights, groups), confidence)
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
@@ -30,89 +33,101 @@ def test_jackknife_leaves_out_one_group_at_a_time(confidence):
     groups = np.array([*"aaabbcddddeff"])
     values, weights = RNG.normal(size=len(groups)), RNG.uniform(0.5, 8, size=len(groups))
     labels = sorted(set(groups))
-    m = len(labels)
-    out = [np.average(values[groups != g], weights=weights[groups != g]) for g in labels]
-    error = math.sqrt((m - 1) / m * sum((x - sum(out) / m) ** 2 for x in out))
+    group_count = len(labels)
+    leave_one_out = [np.average(values[groups != label], weights=weights[groups != label]) for label in labels]
+    centre = sum(leave_one_out) / group_count
+    squared_deviations = sum((mean - centre) ** 2 for mean in leave_one_out)
+    standard_error = math.sqrt((group_count - 1) / group_count * squared_deviations)
     mean = np.average(values, weights=weights)
-    half = stats.t.ppf(0.5 + confidence / 2, m - 1) * error
-    found = jackknife_mean(values, weights, groups, confidence)
-    assert (found.value, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), rel=1e-12)
-    assert (found.questions, found.nodes) == (6, 13)
+    half_width = stats.t.ppf(0.5 + confidence / 2, group_count - 1) * standard_error
+    estimate = jackknife_mean(values, weights, groups, confidence)
+    expected = (mean, mean - half_width, mean + half_width)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx(expected, rel=1e-12)
+    assert (estimate.questions, estimate.nodes) == (6, 13)
 
 
 def test_equal_groups_give_students_interval():
     values = RNG.normal(size=(8, 5))
     means = values.mean(axis=1)
     expected = stats.t.interval(0.95, 7, loc=means.mean(), scale=stats.sem(means))
-    found = jackknife_mean(values.ravel(), np.full(40, 2.5), np.repeat([*"abcdefgh"], 5))
-    assert (found.low, found.high) == pytest.approx(expected, rel=1e-12)
+    estimate = jackknife_mean(values.ravel(), np.full(40, 2.5), np.repeat([*"abcdefgh"], 5))
+    assert (estimate.low, estimate.high) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_interval_covers():
-    """95 % over simulated sets of 8 questions whose nodes depend on each other."""
-    rng, hits, runs = np.random.default_rng(1), 0, 1000
+    """In 95 % of simulated sets of 8 questions whose nodes depend on each other."""
+    generator, covered, repetitions = np.random.default_rng(1), 0, 1000
     groups = np.repeat(np.arange(8), 4).astype(str)
-    for _ in range(runs):
-        figure = jackknife_mean(np.repeat(rng.normal(size=8), 4) + rng.normal(size=32), np.ones(32), groups)
-        hits += figure.low <= 0 <= figure.high
-    assert stats.binomtest(hits, runs, 0.95).pvalue > 1e-3
+    for _ in range(repetitions):
+        values = np.repeat(generator.normal(size=8), 4) + generator.normal(size=32)
+        estimate = jackknife_mean(values, np.ones(32), groups)
+        covered += estimate.low <= 0 <= estimate.high
+    assert stats.binomtest(covered, repetitions, 0.95).pvalue > 1e-3
 
 
 def test_too_few_groups_have_no_interval():
-    one = jackknife_mean(np.array([1.0, 3.0]), np.array([3.0, 1.0]), np.array(["a", "a"]))
-    assert one.value == 1.5
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    assert (one.questions, one.nodes) == (1, 2)
-    none = jackknife_mean(np.array([]), np.array([]), np.array([], dtype=str))
-    assert math.isnan(none.value)
-    assert math.isnan(none.low)
-    assert (none.questions, none.nodes) == (0, 0)
+    one_group = jackknife_mean(np.array([1.0, 3.0]), np.array([3.0, 1.0]), np.array(["a", "a"]))
+    assert one_group.value == 1.5
+    assert math.isnan(one_group.low)
+    assert math.isnan(one_group.high)
+    assert (one_group.questions, one_group.nodes) == (1, 2)
+    no_group = jackknife_mean(np.array([]), np.array([]), np.array([], dtype=str))
+    assert math.isnan(no_group.value)
+    assert math.isnan(no_group.low)
+    assert (no_group.questions, no_group.nodes) == (0, 0)
 
 
 def test_a_difference_covers_as_its_parts_do():
-    """Parts that rest on different questions, some on both: 95 % over 2,000 simulated sets."""
-    rng, hits, runs = np.random.default_rng(3), 0, 2000
+    """Parts that rest on different questions, some on both: in about 95 % of 2,000 simulated sets."""
+    generator, covered, repetitions = np.random.default_rng(3), 0, 2000
     groups = np.array([*"abcdefgh"])
-    first, second = np.array([1, 1, 1, 1, 1, 0, 0, 0], bool), np.array([0, 0, 0, 1, 1, 1, 1, 1], bool)
-    for _ in range(runs):
-        x = rng.normal(size=8)
+    in_first, in_second = np.array([1, 1, 1, 1, 1, 0, 0, 0], bool), np.array([0, 0, 0, 1, 1, 1, 1, 1], bool)
+    for _ in range(repetitions):
+        question_effect = generator.normal(size=8)
         parts = []
-        for used, shift in ((first, 0.5), (second, 0.0)):
-            values = np.where(used, x + rng.normal(size=8) + shift, 0)
-            parts.append(
-                Estimator(lambda w, v=values, u=used: (w * u) @ v / (w @ u.astype(float)), used, int(used.sum()))
-            )
-        figure = jackknife(parts[0] - parts[1])
-        hits += figure.low <= 0.5 <= figure.high
-    assert figure.questions == 5
-    assert 0.93 < hits / runs < 0.975
+        for questions, shift in ((in_first, 0.5), (in_second, 0.0)):
+            values = np.where(questions, question_effect + generator.normal(size=8) + shift, 0)
+            parts.append(mean_over(values, questions))
+        estimate = jackknife(parts[0] - parts[1])
+        covered += estimate.low <= 0.5 <= estimate.high
+    assert estimate.questions == 5
+    assert 0.93 < covered / repetitions < 0.975
     assert groups.size == 8
 
 
+def mean_over(values, questions):
+    def statistic(question_weights):
+        return (question_weights * questions) @ values / (question_weights @ questions.astype(float))
+
+    return Estimator(statistic, questions, int(questions.sum()))
+
+
 def test_a_difference_that_hangs_on_one_question_has_no_interval():
-    used = np.array([1, 0, 0, 0], bool)
-    lone = Estimator(lambda w: (w @ np.array([2.0, 0, 0, 0])) / (w @ used.astype(float)), used, 3)
-    rest = mean(RNG.normal(size=4), np.ones(4), np.array([*"abcd"]))
+    only_first = np.array([1, 0, 0, 0], bool)
+    lone = Estimator(lambda weights: (weights @ [2.0, 0, 0, 0]) / (weights @ only_first.astype(float)), only_first, 3)
+    rest = weighted_mean(RNG.normal(size=4), np.ones(4), np.array([*"abcd"]))
     assert jackknife(lone).note == "one question"
-    figure = jackknife(rest - lone)
-    assert math.isnan(figure.low)
-    assert figure.note == "one question"
+    difference = jackknife(rest - lone)
+    assert math.isnan(difference.low)
+    assert difference.note == "one question"
 
 
-def test_ends_cut_the_interval_and_say_so_of_the_value():
+def test_bounds_clip_the_interval_and_the_note_tells_of_the_value():
     values = np.array([0.9, 1.2, 1.1, 0.95])
-    plain = jackknife(mean(values, np.ones(4), np.array([*"abcd"])))
-    cut = jackknife(mean(values, np.ones(4), np.array([*"abcd"]), ends=(-1.0, 1.0)))
-    assert plain.value > 1
-    assert (cut.value, cut.low, cut.high) == (1.0, plain.low, 1.0)
-    assert cut.note == "cut to +1"
-    above = jackknife(mean(values + 2, np.ones(4), np.array([*"abcd"]), ends=(-1.0, 1.0)))
-    assert above.value == above.high == 1
-    assert above.low == pytest.approx(1 - plain.half_width)
+    unbounded = jackknife(weighted_mean(values, np.ones(4), np.array([*"abcd"])))
+    bounded = jackknife(weighted_mean(values, np.ones(4), np.array([*"abcd"]), bounds=(-1.0, 1.0)))
+    assert unbounded.value > 1
+    assert (bounded.value, bounded.low, bounded.high) == (1.0, unbounded.low, 1.0)
+    assert bounded.note == "cut to +1"
+    outside = jackknife(weighted_mean(values + 2, np.ones(4), np.array([*"abcd"]), bounds=(-1.0, 1.0)))
+    assert outside.value == outside.high == 1
+    assert outside.low == pytest.approx(1 - unbounded.half_width)
 
 
-def test_what_is_withheld_keeps_its_uncorrected_value():
-    figure = jackknife(mean(RNG.normal(size=4), np.ones(4), np.array([*"abcd"]), withheld="too noisy", uncorrected=0.3))
-    assert math.isnan(figure.value)
-    assert (figure.note, figure.uncorrected) == ("too noisy", 0.3)
+def test_a_withheld_figure_keeps_its_uncorrected_value():
+    estimator = weighted_mean(
+        RNG.normal(size=4), np.ones(4), np.array([*"abcd"]), withheld="too noisy", uncorrected=0.3
+    )
+    estimate = jackknife(estimator)
+    assert math.isnan(estimate.value)
+    assert (estimate.note, estimate.uncorrected) == ("too noisy", 0.3)

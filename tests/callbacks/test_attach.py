@@ -1,4 +1,4 @@
-"""Attached to LightningModules as people write them, in both packages that Lightning comes in."""
+"""The callback with LightningModules as people write them, in both packages of Lightning."""
 
 from importlib import import_module
 from pathlib import Path
@@ -12,36 +12,45 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from odp_callbacks import AdapterTeacher, BaseTeacher, Teacher
-from odp_callbacks.analysis.summaries import scalars
-from odp_callbacks.engine.gradients.optimizer_geometry import adam_preconditioner
+from odp_callbacks.analysis.scalars import scalars
+from odp_callbacks.engine.gradients.adam import adam_preconditioner
 from odp_callbacks.engine.student import uncompiled
 from tests.helpers.models import tiny, tiny_base, word_tokenizer
-from tests.helpers.training import ROWS, Manual, end_state, loader, make_module, make_trainer, odd, same, watcher
+from tests.helpers.training import (
+    ROWS,
+    ManualOptimization,
+    end_state,
+    make_loader,
+    make_module,
+    make_trainer,
+    make_watching_callback,
+    odd_length_reward,
+    states_equal,
+)
 
 IDS = torch.tensor([[1, 5, 6, 9, 7, 8]])
 
 
-def plain(package: str, place: str, student: nn.Module, **changes: Any) -> Any:
-    """A module that has nothing of this library, with the student at ``place``."""
+def user_module(package: str, student_path: str, student: nn.Module, automatic: bool = True) -> Any:
+    """A module that uses nothing of this library, with the student at ``student_path``."""
     lightning = import_module(package)
 
-    class Plain(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class UserModule(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            *path, last = place.split(".")
+            *parents, attribute = student_path.split(".")
             holder: Any = self
-            for name in path:
-                setattr(holder, name, nn.Module())
-                holder = getattr(holder, name)
-            setattr(holder, last, student)
+            for parent in parents:
+                setattr(holder, parent, nn.Module())
+                holder = getattr(holder, parent)
+            setattr(holder, attribute, student)
             self.tokenizer = word_tokenizer()
-            self.place = place
-            self.automatic_optimization = changes.get("automatic", True)
+            self.automatic_optimization = automatic
 
         def loss(self) -> torch.Tensor:
-            model: Any = self.get_submodule(self.place)
-            found: torch.Tensor = model(input_ids=IDS, labels=IDS).loss
-            return found
+            model: Any = self.get_submodule(student_path)
+            loss: torch.Tensor = model(input_ids=IDS, labels=IDS).loss
+            return loss
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             loss = self.loss()
@@ -53,34 +62,34 @@ def plain(package: str, place: str, student: nn.Module, **changes: Any) -> Any:
             return loss
 
         def configure_optimizers(self) -> Any:
-            trained = [p for p in self.parameters() if p.requires_grad]
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
             if self.automatic_optimization:
                 return torch.optim.AdamW(trained, lr=1e-2)
             return [torch.optim.AdamW(trained[::2], lr=1e-2), torch.optim.AdamW(trained[1::2], lr=1e-2)]
 
-    return Plain()
+    return UserModule()
 
 
-def fitted(package: str, module: Any, callback: Any = None, **changes: Any) -> Any:
+def fit(package: str, module: Any, callback: Any = None, **changes: Any) -> Any:
     import_module(package).seed_everything(0, verbose=False)
     options = {"max_steps": 4, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     options |= {"enable_model_summary": False, "enable_progress_bar": False, "log_every_n_steps": 1}
     trainer = import_module(package).Trainer(**(options | changes), callbacks=[] if callback is None else [callback])
-    trainer.fit(module, loader())
+    trainer.fit(module, make_loader())
     return trainer
 
 
-def lora(**options: Any) -> nn.Module:
+def lora_student(**options: Any) -> nn.Module:
     return tiny("llama", **options).float().train()
 
 
-def two_adapters() -> nn.Module:
-    student: Any = lora()
+def student_with_two_adapters() -> nn.Module:
+    student: Any = lora_student()
     torch.manual_seed(1)
     student.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    for name, p in student.named_parameters():
+    for name, parameter in student.named_parameters():
         if "lora_B.other" in name:
-            nn.init.normal_(p)
+            nn.init.normal_(parameter)
     student.set_adapter("default")
     return student  # type: ignore[no-any-return]
 
@@ -90,40 +99,45 @@ def package(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-SHAPES: dict[str, Any] = {
-    "any name": {"place": "pupil"},
-    "nested": {"place": "one.two.pupil"},
-    "compiled": {"student": lambda: torch.compile(lora(), backend="eager")},
+MODULES: dict[str, Any] = {
+    "any name": {"student_path": "pupil"},
+    "nested": {"student_path": "one.two.pupil"},
+    "compiled": {"student": lambda: torch.compile(lora_student(), backend="eager")},
     "manual, two optimizers": {"automatic": False},
-    "two adapters": {"student": two_adapters, "teachers": {"other": AdapterTeacher("other"), "base": BaseTeacher()}},
+    "two adapters": {
+        "student": student_with_two_adapters,
+        "teachers": {"other": AdapterTeacher("other"), "base": BaseTeacher()},
+    },
     "shared with the base": {"teachers": {"base": BaseTeacher()}},
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_it_measures_and_changes_no_bit(shape: dict[str, Any], package: str) -> None:
-    ends = []
+@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
+def test_it_measures_and_changes_no_bit(options: dict[str, Any], package: str) -> None:
+    end_states = []
+    student_path = options.get("student_path", "student")
+    teachers = options.get("teachers", {"hint": Teacher("a {prompt}")})
     for watched in (False, True):
-        make = shape.get("student", lora)
-        module = plain(package, shape.get("place", "student"), make(), automatic=shape.get("automatic", True))
-        callback = watcher(teachers=shape.get("teachers", {"hint": Teacher("a {prompt}")})) if watched else None
-        # Found without being told where, but for a compiled one, whose wrapper holds the peft model.
-        trainer = fitted(package, module, callback)
-        ends.append(end_state(trainer))
+        student = options.get("student", lora_student)()
+        module = user_module(package, student_path, student, automatic=options.get("automatic", True))
+        callback = make_watching_callback(teachers=teachers) if watched else None
+        # The student is found without its path, also inside the wrapper of a compiled one.
+        trainer = fit(package, module, callback)
+        end_states.append(end_state(trainer))
         if callback is not None:
             assert callback.last_report is not None
             assert callback.monitor.probe is not None
-            assert callback.monitor.probe.student is uncompiled(module.get_submodule(shape.get("place", "student")))
-            assert callback.monitor.probes == 2
+            assert callback.monitor.probe.student is uncompiled(module.get_submodule(student_path))
+            assert callback.monitor.probe_count == 2
             assert np.isfinite(float(trainer.callback_metrics["odp/probe/seconds"]))
-    assert same(*ends)
+    assert states_equal(*end_states)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, in its compiler
 def test_a_student_that_inductor_compiled() -> None:
-    module = plain("lightning.pytorch", "student", torch.compile(lora()))
-    callback = watcher()
-    fitted("lightning.pytorch", module, callback)
+    module = user_module("lightning.pytorch", "student", torch.compile(lora_student()))
+    callback = make_watching_callback()
+    fit("lightning.pytorch", module, callback)
     assert callback.last_report is not None
 
 
@@ -131,23 +145,25 @@ def test_a_student_that_inductor_compiled() -> None:
 def test_pytorch_lightning_resumes_and_logs(tmp_path: Path) -> None:
     lightning = import_module("pytorch_lightning")
     loggers = import_module("pytorch_lightning.loggers")
-    saving = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=2, save_top_k=-1)
-    whole = watcher()
+    checkpoints = lightning.callbacks.ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=2, save_top_k=-1)
+    uninterrupted = make_watching_callback()
     trainer = lightning.Trainer(
-        max_steps=4, accelerator="cpu", logger=loggers.CSVLogger(str(tmp_path)), callbacks=[whole, saving],
+        max_steps=4, accelerator="cpu", logger=loggers.CSVLogger(str(tmp_path)), callbacks=[uninterrupted, checkpoints],
         enable_model_summary=False, enable_progress_bar=False, log_every_n_steps=1,
     )  # fmt: skip
-    trainer.fit(plain("pytorch_lightning", "student", lora()), loader())
+    trainer.fit(user_module("pytorch_lightning", "student", lora_student()), make_loader())
     assert "odp/alignment/answer/all" in (Path(trainer.logger.log_dir) / "metrics.csv").read_text()
-    resumed = watcher()
-    again = lightning.Trainer(
+    resumed = make_watching_callback()
+    resumed_trainer = lightning.Trainer(
         max_steps=4, accelerator="cpu", logger=False, callbacks=[resumed], enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False, log_every_n_steps=1,
     )  # fmt: skip
-    (kept,) = (tmp_path / "kept").glob("*step=2.ckpt")
-    again.fit(plain("pytorch_lightning", "student", lora()), loader(), ckpt_path=kept)
-    assert resumed.monitor.probes == 2
-    assert resumed.monitor.order == whole.monitor.order
+    (checkpoint,) = (tmp_path / "saved").glob("*step=2.ckpt")
+    resumed_trainer.fit(
+        user_module("pytorch_lightning", "student", lora_student()), make_loader(), ckpt_path=checkpoint
+    )
+    assert resumed.monitor.probe_count == 2
+    assert resumed.monitor.questions.remaining == uninterrupted.monitor.questions.remaining
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -161,31 +177,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:.student. also trains 192 parameters:UserWarning")
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_variants_of_lora_in_a_live_run(variant: dict[str, Any]) -> None:
-    ends = []
+    end_states = []
     for watched in (False, True):
         torch.manual_seed(0)
         options = {"r": 2, "target_modules": ["q_proj", "v_proj"], **variant}
         student = get_peft_model(tiny_base().float(), LoraConfig(**options)).train()
-        callback = watcher() if watched else None
-        ends.append(end_state(fitted("lightning.pytorch", plain("lightning.pytorch", "student", student), callback)))
+        callback = make_watching_callback() if watched else None
+        module = user_module("lightning.pytorch", "student", student)
+        end_states.append(end_state(fit("lightning.pytorch", module, callback)))
         assert callback is None or callback.last_report is not None
-    assert same(*ends)
+    assert states_equal(*end_states)
 
 
 def test_adam_s_geometry_in_a_live_run(tmp_path: Path) -> None:
-    module, callback = make_module(reward=odd), watcher(optimizer_geometry=True, at_start=True, records=tmp_path / "r")
-    seen: list[Any] = []
-    original = callback.monitor.run
+    module = make_module(reward=odd_length_reward)
+    callback = make_watching_callback(optimizer_geometry=True, at_start=True, records=tmp_path / "r")
+    preconditioners: list[Any] = []
+    run_probe = callback.monitor.run_probe
 
-    def run(host: Any, batch: Any) -> None:
-        seen.append(adam_preconditioner(host.optimizers, module.student))
-        original(host, batch)
+    def run_probe_and_keep_the_preconditioner(context: Any, batch: Any = None) -> None:
+        preconditioners.append(adam_preconditioner(context.optimizers, module.student))
+        run_probe(context, batch)
 
-    callback.monitor.run = run  # type: ignore[method-assign]
+    callback.monitor.run_probe = run_probe_and_keep_the_preconditioner  # type: ignore[method-assign]
     trainer = make_trainer(callback, logger=CSVLogger(str(tmp_path)))
-    trainer.fit(module, loader())
-    assert seen[0] is None, "no step was taken yet"
-    assert seen[1] is not None
+    trainer.fit(module, make_loader())
+    assert preconditioners[0] is None, "no step was taken yet"
+    assert preconditioners[1] is not None
     report = callback.last_report
     assert report is not None
     assert report.preconditioned is not None
@@ -198,24 +216,24 @@ def test_adam_s_geometry_in_a_live_run(tmp_path: Path) -> None:
     assert not (tmp_path / "r" / "step-00000000" / "preconditioned").exists()
 
 
-def test_its_figures_are_those_of_a_probe_in_that_metric() -> None:
-    """Euclidean figures are what they are without it, and training ends in the same bits."""
-    ends, reports = [], []
+def test_adam_s_geometry_changes_neither_the_euclidean_figures_nor_the_training() -> None:
+    end_states, reports = [], []
     for geometry in (False, True):
         torch.manual_seed(0)
-        callback = watcher(optimizer_geometry=geometry)
-        ends.append(end_state(fitted("lightning.pytorch", make_module(reward=odd), callback)))
+        callback = make_watching_callback(optimizer_geometry=geometry)
+        trainer = fit("lightning.pytorch", make_module(reward=odd_length_reward), callback)
+        end_states.append(end_state(trainer))
         assert callback.last_report is not None
         reports.append(callback.last_report)
-    assert same(*ends)
+    assert states_equal(*end_states)
     assert reports[0].preconditioned is None
-    for a, b in zip(reports[0].nodes, reports[1].nodes, strict=True):
-        np.testing.assert_array_equal(a.gram, b.gram)
+    for without, with_geometry in zip(reports[0].nodes, reports[1].nodes, strict=True):
+        np.testing.assert_array_equal(without.gram, with_geometry.gram)
 
 
 def test_other_optimizers_are_refused_before_the_first_step() -> None:
     torch.manual_seed(0)
-    module = Manual(lora(), word_tokenizer(), Teacher("{answer} {prompt}"), max_new_tokens=5)
+    module = ManualOptimization(lora_student(), word_tokenizer(), Teacher("{answer} {prompt}"), max_new_tokens=5)
     with pytest.raises(ValueError, match="is trained by SGD; leave `optimizer_geometry` off"):
-        make_trainer(watcher(optimizer_geometry=True)).fit(module, loader(ROWS))
+        make_trainer(make_watching_callback(optimizer_geometry=True)).fit(module, make_loader(ROWS))
     assert module.trainer.global_step == 0

@@ -1,4 +1,4 @@
-"""Weights in the batch."""
+"""The callback that adds a gate's weights to the batch."""
 
 from typing import Any
 
@@ -19,24 +19,24 @@ ROWS = [
 ]
 
 
-class Mine(LightningModule):
-    """A user's module: per-token losses that are weighed by what the batch says."""
+class UserModule(LightningModule):
+    """A user's module, whose per-token losses are multiplied by the batch's weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(()))
-        self.seen: list[Tensor] = []
+        self.weights: list[Tensor] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.seen.append(batch["loss_weights"])
+        self.weights.append(batch["loss_weights"])
         return (batch["loss_weights"] * self.scale).sum() / batch["completion_mask"].sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(callback: LossWeightCallback, rows: Any = ROWS, **options: Any) -> tuple[Mine, Trainer]:
-    module = Mine()
+def fit(callback: LossWeightCallback, rows: Any = ROWS, **options: Any) -> tuple[UserModule, Trainer]:
+    module = UserModule()
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, log_every_n_steps=1, callbacks=[callback],
@@ -45,24 +45,24 @@ def fit(callback: LossWeightCallback, rows: Any = ROWS, **options: Any) -> tuple
     return module, trainer
 
 
-def test_weights_of_mean_one_come_with_the_batch() -> None:
+def test_the_batch_gets_weights_with_a_mean_of_one() -> None:
     module, trainer = fit(LossWeightCallback(IncorrectRolloutGate()))
-    (weights,) = module.seen
+    (weights,) = module.weights
     assert weights.flatten().tolist() == pytest.approx([0, 0, 0, *[7 / 5] * 3, 7 / 5, 0, 0, 7 / 5, 0, 0])
     assert weights.dtype == torch.float32
     assert float(trainer.callback_metrics["train/gate/rollout_share"]) == pytest.approx(3 / 4)
 
 
-def test_pass_rates_go_by_the_questions_of_the_batch() -> None:
+def test_pass_rates_use_the_questions_of_the_batch() -> None:
     module, _ = fit(LossWeightCallback(pass_rate, questions="question"))
-    assert module.seen[0][0].tolist() == pytest.approx([7 / 5, 7 / 5, 0])
-    assert module.seen[0][2:].sum() == 0
+    assert module.weights[0][0].tolist() == pytest.approx([7 / 5, 7 / 5, 0])
+    assert module.weights[0][2:].sum() == 0
 
 
-def test_a_batch_of_no_use_is_refused_before_the_first_step() -> None:
-    with pytest.raises(ValueError, match=r"`mask` is 'mask', but the batch has no such entry; it is \['completion"):
+def test_an_unusable_batch_is_refused_before_the_first_step() -> None:
+    with pytest.raises(ValueError, match=r"`mask` is 'mask', but the batch has no such entry; it has \['completion"):
         fit(LossWeightCallback(IncorrectRolloutGate(), mask="mask"))
-    with pytest.raises(ValueError, match="but the batch has no such entry; it is list"):
+    with pytest.raises(ValueError, match="`batch` must be a mapping to which weights can be added, but is list"):
         fit(LossWeightCallback(IncorrectRolloutGate()), collate_fn=list)
     with pytest.raises(ValueError, match="`gate` needs 'correct'"):
         fit(LossWeightCallback(IncorrectRolloutGate(), rewards="scores"))

@@ -5,106 +5,142 @@ from typing import Any
 
 import pytest
 
-from odp_callbacks.callbacks.monitor import Host, Monitor
+from odp_callbacks.callbacks.monitor import Monitor
 from odp_callbacks.callbacks.processes import Processes
+from odp_callbacks.callbacks.schedule import resolve_options
+from odp_callbacks.callbacks.trainer_context import TrainerContext
 from tests.helpers.models import tiny, word_tokenizer
-from tests.helpers.training import ROWS, TEACHERS, Gate, loader, make_callback, make_module, make_trainer, starts_right
+from tests.helpers.training import (
+    ROWS,
+    TEACHERS,
+    LearningGate,
+    contains_answer_reward,
+    make_callback,
+    make_loader,
+    make_module,
+    make_trainer,
+)
 
 
-class Log:
+class RecordingTrainer:
+    """Takes the place of a trainer, and keeps what the monitor logs and warns about."""
+
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
-        self.warned: list[str] = []
+        self.warnings: list[str] = []
 
-    def host(self, step: int) -> Host:
-        return Host(
+    def context(self, step: int) -> TrainerContext:
+        return TrainerContext(
             step=step,
-            first=True,
+            is_global_zero=True,
             processes=Processes(),
-            context=nullcontext,
-            progress=lambda last: nullcontext(lambda stage, done, total: None),
+            precision_context=nullcontext,
+            progress=lambda last_seconds: nullcontext(lambda stage, done, total: None),
             log=lambda metrics, report: self.logged.append((step, metrics)),
-            warn=self.warned.append,
-            note=lambda message: None,
+            warn=self.warnings.append,
+            inform=lambda message: None,
         )
 
 
-def make_monitor(**changes: Any) -> Monitor:
-    options: dict[str, Any] = {"every_n_steps": 2, "max_overhead": None, "questions_per_probe": 2, "strict": True}
-    probe = {"rollouts_per_question": 2, "max_new_tokens": 4, "continuations": 2}
-    return Monitor(dict(TEACHERS), ROWS, starts_right, **(options | probe | changes))
+def make_monitor(reward: Any = contains_answer_reward, gate: object | None = None, **changes: Any) -> Monitor:
+    schedule_options = {"every_n_steps": 2, "max_overhead": None, "questions_per_probe": 2, "strict": True}
+    probe_options = {"rollouts_per_question": 2, "max_new_tokens": 4, "continuations": 2}
+    schedule, config = resolve_options(None, schedule_options | probe_options | changes)
+    return Monitor(dict(TEACHERS), ROWS, reward, schedule=schedule, config=config, gate=gate)
 
 
-def watch(monitor: Monitor, steps: int, gate: object = None) -> Log:
-    log = Log()
-    monitor.prepare(tiny("llama").float().train(), word_tokenizer(), gate)
-    monitor.start(log.host(0))
+def run_steps(monitor: Monitor, steps: int, training_gate: object = None) -> RecordingTrainer:
+    trainer = RecordingTrainer()
+    monitor.prepare(tiny("llama").float().train(), word_tokenizer(), training_gate)
+    monitor.on_train_start(trainer.context(0))
     for step in range(1, steps + 1):
-        monitor.advance(log.host(step))
-        monitor.advance(log.host(step))  # a batch without an optimizer step
-    monitor.stop()
-    return log
+        monitor.on_batch_end(trainer.context(step))
+        monitor.on_batch_end(trainer.context(step))  # a batch without an optimizer step
+    monitor.on_train_end()
+    return trainer
 
 
 def test_it_needs_no_trainer() -> None:
-    log = watch(make_monitor(at_start=True), 5)
-    assert [step for step, _ in log.logged] == [0, 2, 4]
-    assert all("odp/alignment/answer/all" in metrics for _, metrics in log.logged)
+    trainer = run_steps(make_monitor(at_start=True), 5)
+    assert [step for step, _ in trainer.logged] == [0, 2, 4]
+    assert all("odp/alignment/answer/all" in metrics for _, metrics in trainer.logged)
 
 
-def test_a_gate_sees_every_report_and_comes_back_with_the_state() -> None:
-    gate = Gate()
+def test_a_gate_observes_every_report_and_is_restored_with_the_state() -> None:
+    gate = LearningGate()
     monitor = make_monitor(gate=gate)
-    watch(monitor, 4, Gate(broken=True))  # the given one is preferred to the one found
+    run_steps(monitor, 4, LearningGate(broken=True))  # the given gate is preferred to the training's
     assert gate.count == 2
-    assert gate.seen[-1] is monitor.last_report
-    again = Gate()
-    make_monitor(gate=again).load_state_dict(monitor.state_dict())
-    assert again.count == 2
+    assert gate.reports[-1] is monitor.last_report
+    restored = LearningGate()
+    make_monitor(gate=restored).load_state_dict(monitor.state_dict())
+    assert restored.count == 2
 
 
-def test_a_gate_found_after_the_state_was_read_gets_its_part_once() -> None:
-    saved = make_monitor(gate=Gate())
-    saved.gate.count = 7  # type: ignore[attr-defined]
-    monitor, gate = make_monitor(), Gate()
+def test_a_gate_found_after_the_state_was_loaded_is_restored_once() -> None:
+    saved_gate = LearningGate()
+    saved_gate.count = 7
+    saved = make_monitor(gate=saved_gate)
+    monitor, gate = make_monitor(), LearningGate()
     monitor.load_state_dict(saved.state_dict())
-    watch(monitor, 2, gate)
+    run_steps(monitor, 2, gate)
     assert gate.count == 8
     monitor.prepare(monitor.probe.student, word_tokenizer(), gate)  # type: ignore[union-attr]
     assert gate.count == 8
 
 
-def test_a_gate_that_fails_is_said_once_and_the_probe_counts() -> None:
-    monitor = make_monitor(gate=Gate(broken=True), strict=False)
-    log = watch(monitor, 4)
-    assert log.warned == ["odp-callbacks: `gate` did not learn from a probe: RuntimeError: no"]
+def test_a_failing_gate_causes_one_warning_and_the_probe_counts() -> None:
+    monitor = make_monitor(gate=LearningGate(broken=True), strict=False)
+    trainer = run_steps(monitor, 4)
+    assert trainer.warnings == ["odp-callbacks: `gate` failed to learn from a probe: RuntimeError: no"]
     assert monitor.last_report is not None
     with pytest.raises(RuntimeError, match="no"):
-        watch(make_monitor(gate=Gate(broken=True)), 2)
+        run_steps(make_monitor(gate=LearningGate(broken=True)), 2)
 
 
-def test_a_probe_that_fails_teaches_nothing() -> None:
-    def broken(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+def test_a_gate_learns_nothing_from_a_failed_probe() -> None:
+    def broken_reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         if any(completions):
             raise RuntimeError("verifier")
         return [0.0] * len(completions)
 
-    gate = Gate()
-    monitor = Monitor(dict(TEACHERS), ROWS, broken, every_n_steps=1, gate=gate, max_new_tokens=4)
-    (warned,) = watch(monitor, 1).warned
-    assert "RuntimeError: verifier" in warned
+    gate = LearningGate()
+    monitor = make_monitor(broken_reward, gate, every_n_steps=1, strict=False)
+    (warning,) = run_steps(monitor, 1).warnings
+    assert "RuntimeError: verifier" in warning
     assert gate.count == 0
+    assert monitor.last_report is None
 
 
-def test_lightning_takes_the_modules_gate() -> None:
-    module, gate = make_module(), Gate()
+def test_a_failed_probe_keeps_the_last_report() -> None:
+    verifier_works = True
+
+    def unreliable_reward(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+        if not verifier_works:
+            raise RuntimeError("verifier")
+        return contains_answer_reward(prompts, completions, answer)
+
+    monitor = make_monitor(unreliable_reward, strict=False, every_n_steps=1)
+    run_steps(monitor, 1)
+    last_report = monitor.last_report
+    assert last_report is not None
+    verifier_works = False
+    trainer = RecordingTrainer()
+    monitor.on_batch_end(trainer.context(2))
+    assert "RuntimeError: verifier" in trainer.warnings[0]
+    assert monitor.probe_count == 2
+    assert monitor.last_report is last_report
+
+
+def test_lightning_uses_the_module_s_gate() -> None:
+    module, gate = make_module(), LearningGate()
     module.gate = gate  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="'self' teaches; name them alike"):
+    with pytest.raises(ValueError, match="distils from 'self'; give the teachers the same names"):
         make_callback().setup(make_trainer(), module, "fit")
     callback = make_callback(teachers={"self": TEACHERS["answer"]})
     callback.setup(make_trainer(), module, "fit")
-    assert callback.monitor.gate is gate
-    given = Gate()
-    callback = make_callback(gate=given)
-    make_trainer(callback, max_steps=2).fit(make_module(), loader())
-    assert given.count == 1
+    assert callback.monitor.gate_learning.gate is gate
+    given_gate = LearningGate()
+    callback = make_callback(gate=given_gate)
+    make_trainer(callback, max_steps=2).fit(make_module(), make_loader())
+    assert given_gate.count == 1

@@ -29,20 +29,20 @@ def message(role, content):
         ((message("user", "a"), message("assistant", "b c")), [BOS, USER, A, EOS, ASSISTANT, B, C]),
     ],
 )
-def test_encode(tokenizer, prompt, expected):
-    """A string as the tokenizer does it; messages with one BOS, that of the template; a started answer goes on."""
+def test_encode_prompt(tokenizer, prompt, expected):
+    """Strings with the tokenizer; messages with the template's BOS only; an assistant's last message is continued."""
     ids = encode_prompt(tokenizer, prompt)
     assert ids.dtype == torch.long
     assert ids.tolist() == expected
 
 
 @pytest.mark.parametrize("prompt", [[], None, 3, ["a"], [{"content": "a"}], b"a"])
-def test_encode_rejects_what_is_no_prompt(tokenizer, prompt):
+def test_other_types_of_prompts_are_refused(tokenizer, prompt):
     with pytest.raises(ValueError, match="`prompt` must be a string or a non-empty list of messages with a 'role'"):
         encode_prompt(tokenizer, prompt)
 
 
-def test_encode_needs_tokens_and_a_template(world):
+def test_prompts_need_tokens_and_messages_need_a_template(world):
     with pytest.raises(ValueError, match=r"`prompt` '' has no tokens; a prompt needs at least one"):
         encode_prompt(world.tokenizer, "")
     with pytest.raises(ValueError, match="`tokenizer` has no chat template"):
@@ -66,7 +66,7 @@ def test_questions_have_ids(tokenizer):
     ("ids", "mask"),
     [([PAD, PAD, BOS, A, B], [0, 0, 1, 1, 1]), ([BOS, A, B, PAD], [1, 1, 1, 0]), ([BOS, A, B], None)],
 )
-def test_padding_goes_on_either_side(tokenizer, kind, ids, mask):
+def test_padding_on_either_side_is_removed(tokenizer, kind, ids, mask):
     row = {"input_ids": kind(ids)} | ({} if mask is None else {"attention_mask": kind(mask)})
     (question,) = as_questions([row], tokenizer)
     assert question.prompt_ids.tolist() == [BOS, A, B]
@@ -79,25 +79,25 @@ def test_a_template_over_encoded_rows_adds_no_second_bos(tokenizer):
     assert teacher_prompt_ids(Teacher("{prompt}"), tokenizer, question).tolist() == [BOS, A, B]
 
 
-def test_rows_without_a_prompt(tokenizer):
+def test_rows_without_a_prompt_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"needs a column 'prompt' \(or 'input_ids'\), but row 1 has \['question'\]"):
         as_questions([{"prompt": "a"}, {"question": "b"}], tokenizer)
-    with pytest.raises(ValueError, match="`input_ids` are empty once its padding is taken off"):
+    with pytest.raises(ValueError, match="`input_ids` need at least one token, but a row has only padding"):
         as_questions([{"input_ids": [PAD], "attention_mask": [0]}], tokenizer)
 
 
-def test_rows_from_batches():
+def test_rows_from_lists_and_mappings():
     rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
     assert rows_from_batch(rows) == rows
     assert rows_from_batch({"prompt": ["a", "b"], "answer": ["1", "2"], "loss": 3.0}) == rows
-    found = rows_from_batch(
+    tokenized = rows_from_batch(
         {"input_ids": torch.tensor([[1, 2], [3, 4]]), "attention_mask": torch.ones(2, 2), "id": [5, 6]}
     )
-    assert [(r["input_ids"].tolist(), r["id"]) for r in found] == [([1, 2], 5), ([3, 4], 6)]
+    assert [(r["input_ids"].tolist(), r["id"]) for r in tokenized] == [([1, 2], 5), ([3, 4], 6)]
 
 
 @pytest.mark.parametrize("batch", [torch.zeros(2, 2), {"labels": [1]}, [], [1, 2], "ab", None])
-def test_rows_from_other_batches(batch):
+def test_other_batches_are_refused(batch):
     with pytest.raises(ValueError, match="questions can be taken from the current batch only if"):
         rows_from_batch(batch)
 

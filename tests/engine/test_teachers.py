@@ -34,7 +34,7 @@ DEPTHS = [[0, 2], [1]]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def with_other(family="llama", dropout=0.0):
+def student_with_two_adapters(family="llama", dropout=0.0):
     """A student with a second adapter, which does not train."""
     student = tiny(family, dropout=dropout)
     targets = ["c_attn", "c_proj"] if family == "gpt2" else TARGETS
@@ -42,8 +42,8 @@ def with_other(family="llama", dropout=0.0):
     return randomise(student, "other", 0.2, 1).double()
 
 
-def plain(model, prompts=PROMPTS):
-    """Logits by one full forward a sequence."""
+def reference_logits(model, prompts=PROMPTS):
+    """Logits by one full forward for each sequence."""
     with torch.no_grad():
         return [
             model(input_ids=torch.cat([p, torch.tensor(r)])[None]).logits[0, [len(p) - 1 + t for t in d]]
@@ -51,56 +51,56 @@ def plain(model, prompts=PROMPTS):
         ]
 
 
-def close(found, expected):
-    for a, b in zip(found, expected, strict=True):
+def assert_all_close(all_logits, expected):
+    for a, b in zip(all_logits, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def logits(teacher, student, prompts=PROMPTS):
+def logits_of(teacher, student, prompts=PROMPTS):
     return teacher_logits(teacher, student, prompts, RESPONSES, DEPTHS)
 
 
-def test_the_student_itself_gives_the_same_bits(family):
+def test_the_student_as_teacher_gives_bit_identical_logits(family):
     student = paddable(family)
     with torch.no_grad():
-        own = response_logits(student, PROMPTS, RESPONSES, DEPTHS)
-    for a, b in zip(logits(Teacher(), student), own, strict=True):
+        of_student = response_logits(student, PROMPTS, RESPONSES, DEPTHS)
+    for a, b in zip(logits_of(Teacher(), student), of_student, strict=True):
         assert torch.equal(a, b)
 
 
-def test_base(family):
+def test_the_base_teacher_is_the_student_without_adapters(family):
     student = tiny(family)
     with student.disable_adapter():
-        expected = plain(student)
-    close(logits(BaseTeacher(), student), expected)
-    assert not torch.allclose(expected[0], plain(student)[0], atol=1e-3)
+        expected = reference_logits(student)
+    assert_all_close(logits_of(BaseTeacher(), student), expected)
+    assert not torch.allclose(expected[0], reference_logits(student)[0], atol=1e-3)
 
 
-def test_another_adapter(family):
-    student = with_other(family)
-    own = plain(student)
-    found = logits(AdapterTeacher("other"), student)
+def test_an_adapter_teacher_is_the_student_with_that_adapter(family):
+    student = student_with_two_adapters(family)
+    of_student = reference_logits(student)
+    all_logits = logits_of(AdapterTeacher("other"), student)
     student.set_adapter("other")
-    close(found, plain(student))
-    assert not torch.allclose(found[0], own[0], atol=1e-3)
+    assert_all_close(all_logits, reference_logits(student))
+    assert not torch.allclose(all_logits[0], of_student[0], atol=1e-3)
 
 
-def test_another_model(student):
+def test_a_model_teacher_is_that_model(student):
     other = tiny_base("gpt2")
-    close(logits(ModelTeacher(other), student), plain(other))
+    assert_all_close(logits_of(ModelTeacher(other), student), reference_logits(other))
 
 
-def test_a_longer_context_sees_the_same_response(student):
+def test_a_teacher_with_a_longer_context_receives_the_same_response(student):
     longer = [torch.tensor([BOS, C, C, A, A, B])] * 2
-    found = logits(Teacher("c c a {prompt}"), student, longer)
-    close(found, plain(student, longer))
-    assert not torch.allclose(found[0], plain(student)[0], atol=1e-3)
+    all_logits = logits_of(Teacher("c c a {prompt}"), student, longer)
+    assert_all_close(all_logits, reference_logits(student, longer))
+    assert not torch.allclose(all_logits[0], reference_logits(student)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("make", [BaseTeacher, lambda: AdapterTeacher("other"), EMATeacher, Teacher])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_student_is_put_back(make, fails):
-    student = with_other(dropout=0.5)
+def test_the_student_is_restored(make, fails):
+    student = student_with_two_adapters(dropout=0.5)
     student.train()
     next(student.get_base_model().lm_head.parameters()).requires_grad_(True)
     next(iter(lora_parameters(student).values())).requires_grad_(False)
@@ -111,17 +111,19 @@ def test_the_student_is_put_back(make, fails):
     before.check()
 
 
-def test_a_student_whose_adapters_are_off_stays_so():
-    student = with_other()
+def test_disabled_adapters_stay_disabled():
+    student = student_with_two_adapters()
     with student.disable_adapter():
         before = Snapshot(student)
         with AdapterTeacher("other").policy(student) as (model, _):
-            close([model(input_ids=PROMPTS[0][None]).logits], [_switched("other")(input_ids=PROMPTS[0][None]).logits])
+            assert_all_close(
+                [model(input_ids=PROMPTS[0][None]).logits], [_switched("other")(input_ids=PROMPTS[0][None]).logits]
+            )
         before.check()
 
 
 def _switched(adapter):
-    student = with_other()
+    student = student_with_two_adapters()
     student.set_adapter(adapter)
     return student
 
@@ -138,7 +140,7 @@ def test_another_model_runs_in_evaluation_mode(student, fails):
     before.check()
 
 
-def test_average_follows_the_student(student):
+def test_the_average_follows_the_student(student):
     teacher = EMATeacher(decay=0.75)
     vectors = [flat_parameters(student)]
     teacher.update(student, 0)
@@ -146,7 +148,7 @@ def test_average_follows_the_student(student):
         randomise(student, "default", 0.5, step)
         vectors.append(flat_parameters(student))
         teacher.update(student, step)
-        teacher.update(student, step)  # told twice of the same step
+        teacher.update(student, step)  # a second call for the same step
     expected = 0.75 * (0.75 * vectors[0] + 0.25 * vectors[1]) + 0.25 * vectors[2]
     average = torch.cat([p.flatten() for p in teacher.average.values()])
     torch.testing.assert_close(average, expected, rtol=1e-14, atol=1e-15)
@@ -156,25 +158,25 @@ def test_average_follows_the_student(student):
         parameter.data = expected[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
     before = Snapshot(student)
-    close(logits(teacher, student), plain(reference))
+    assert_all_close(logits_of(teacher, student), reference_logits(reference))
     before.check()
-    again = EMATeacher(decay=0.75)
-    again.load_state_dict(teacher.state_dict())
-    again.update(student, 2)  # a step that it already knows
-    close(logits(again, student), plain(reference))
+    restored = EMATeacher(decay=0.75)
+    restored.load_state_dict(teacher.state_dict())
+    restored.update(student, 2)  # a step that the average includes already
+    assert_all_close(logits_of(restored, student), reference_logits(reference))
 
 
-def test_average_starts_at_the_student(student):
-    close(logits(EMATeacher(), student), plain(student))
+def test_the_average_starts_at_the_student(student):
+    assert_all_close(logits_of(EMATeacher(), student), reference_logits(student))
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_average_needs_a_share(decay):
+def test_a_decay_out_of_range_is_refused(decay):
     with pytest.raises(ValueError, match=r"`decay` must lie in \[0, 1\)"):
         EMATeacher(decay)
 
 
-def test_another_vocabulary_is_an_error(student, tokenizer):
+def test_another_vocabulary_is_refused(student, tokenizer):
     with pytest.raises(ValueError, match="student has 12 logits and this teacher 16; if they differ by padding rows"):
         ModelTeacher(tiny_base(vocabulary=16)).check(student, tokenizer)
     with pytest.raises(ValueError, match=r"this teacher's 12 tokens differs from the student's 12"):
@@ -183,17 +185,17 @@ def test_another_vocabulary_is_an_error(student, tokenizer):
 
 
 @pytest.mark.parametrize("rows", [16, 12])
-def test_padding_rows_go(tokenizer, rows):
-    """Whichever of the two has more logits than the tokenizer has tokens."""
+def test_padding_rows_are_left_out(tokenizer, rows):
+    """In student and teacher alike, if they have more logits than the tokenizer has tokens."""
     student, other = tiny(vocabulary=28 - rows), tiny_base(vocabulary=rows, seed=2)
     teacher = ModelTeacher(other, tokenizer=word_tokenizer())
     teacher.check(student, tokenizer)
-    found = logits(teacher, student)
-    assert all(x.shape[-1] == 12 for x in found)
-    close(found, [x[:, :12] for x in plain(other)])
+    all_logits = logits_of(teacher, student)
+    assert all(x.shape[-1] == 12 for x in all_logits)
+    assert_all_close(all_logits, [x[:, :12] for x in reference_logits(other)])
 
 
-def test_an_unknown_adapter(student, tokenizer):
+def test_an_unknown_adapter_is_refused(student, tokenizer):
     with pytest.raises(ValueError, match=r"one of the student's adapters \['default'\], but 'gold' was given"):
         AdapterTeacher("gold").check(student, tokenizer)
 
@@ -219,12 +221,12 @@ CHAT = [{"role": "system", "content": "e"}, user("f"), {"role": "assistant", "co
         (lambda row: [user(row["answer"])], ROW, [user("c")]),
     ],
 )
-def test_contexts(context, row, expected):
+def test_prompts_in_context(context, row, expected):
     assert Teacher(context).prompt(row) == expected
-    assert row["prompt"] in ("a b", CHAT, [*CHAT, CHAT[2]]), "the row itself is left as it was"
+    assert row["prompt"] in ("a b", CHAT, [*CHAT, CHAT[2]]), "the row itself is unchanged"
 
 
-def test_contexts_that_cannot_be(tokenizer):
+def test_contexts_that_do_not_fit_are_refused(tokenizer):
     with pytest.raises(ValueError, match=r"`context` names the column 'solution', but the row has only \['answer'"):
         Teacher("{solution}").prompt(ROW)
     with pytest.raises(ValueError, match=r"`context` replaces the last user message, but .* has none"):
@@ -266,6 +268,6 @@ def test_as_teachers(student):
         (None, "takes teachers, models"),
     ],
 )
-def test_as_teachers_rejects(bad, message):
+def test_as_teachers_refuses_other_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
         as_teachers(bad)

@@ -13,13 +13,13 @@ PAIRS = st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=20)
 MODERATE = st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=1, max_size=20)
 
 
-def columns(pairs):
+def vectors_of(pairs):
     return torch.tensor(pairs, dtype=torch.float64).T
 
 
 @given(PAIRS)
 def test_lies_in_minus_one_to_one_or_is_undefined(pairs):
-    a, b = columns(pairs)
+    a, b = vectors_of(pairs)
     score = gradient_alignment(a, b)
     assert bool(score.isnan()) == (not a.any() or not b.any())
     assert score.isnan() or -1 <= score <= 1
@@ -27,12 +27,12 @@ def test_lies_in_minus_one_to_one_or_is_undefined(pairs):
 
 
 @given(MODERATE, st.floats(1e-150, 1e150), st.floats(1e-150, 1e150))
-def test_does_not_depend_on_scale(pairs, s, t):
-    a, b = columns(pairs)
+def test_does_not_depend_on_scale(pairs, scale_a, scale_b):
+    a, b = vectors_of(pairs)
     assume(a.abs().max() > 1e-100 and b.abs().max() > 1e-100)
     expected = gradient_alignment(a, b)
-    assert abs(gradient_alignment(s * a, t * b) - expected) < 1e-12
-    assert abs(gradient_alignment(-s * a, t * b) + expected) < 1e-12
+    assert abs(gradient_alignment(scale_a * a, scale_b * b) - expected) < 1e-12
+    assert abs(gradient_alignment(-scale_a * a, scale_b * b) + expected) < 1e-12
 
 
 def test_equals_the_plain_cosine():
@@ -43,7 +43,7 @@ def test_equals_the_plain_cosine():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extremes_of_a_dtype(dtype):
+def test_extreme_values_of_a_dtype_neither_underflow_nor_overflow(dtype):
     tiny, huge = torch.finfo(dtype).tiny, torch.finfo(dtype).max
     a = torch.tensor([[tiny, tiny], [huge, huge], [tiny, -tiny]], dtype=dtype)
     b = torch.tensor([huge, huge], dtype=dtype)
@@ -53,7 +53,7 @@ def test_extremes_of_a_dtype(dtype):
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, -math.inf])
-def test_nan_where_there_is_no_gradient(bad):
+def test_is_nan_where_a_gradient_is_zero_or_not_finite(bad):
     a = torch.tensor([[0.0, bad], [1.0, 0.0]])
     score = gradient_alignment(a, torch.ones(2, 2))
     assert score[0].isnan()
@@ -66,7 +66,7 @@ def test_broadcasts_and_takes_the_wider_dtype():
     assert score.dtype == torch.float64
 
 
-def test_errors():
+def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="last dimension, but 2 and 3 do not"):
         gradient_alignment(torch.zeros(2), torch.zeros(3))
     with pytest.raises(TypeError, match=r"`b` must be a floating-point tensor .* \(2,\) torch.int64 was given"):

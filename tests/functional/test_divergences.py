@@ -21,37 +21,39 @@ every_divergence = pytest.mark.parametrize(("divergence", "options"), DIVERGENCE
 V = 8
 
 
-def logits(rows=6, seed=0):
+def random_logits(rows=6, seed=0):
     torch.manual_seed(seed)
     return 2 * torch.randn(rows, V, dtype=torch.float64), 2 * torch.randn(rows, V, dtype=torch.float64)
 
 
-def sampled(divergence, z):
-    return {"tokens": torch.arange(len(z)) % z.shape[-1]} if divergence == "sampled_token" else {}
+def token_option(divergence, student):
+    return {"tokens": torch.arange(len(student)) % student.shape[-1]} if divergence == "sampled_token" else {}
 
 
-def plain_loss(z, t, divergence, beta=None, tokens=None, top_k=None, temperature=1.0):
-    """The definition, row by row, with torch's own KL."""
+def reference_loss(student, teacher, divergence, beta=None, tokens=None, top_k=None, temperature=1.0):
+    """The loss by its definition, row by row, with torch's KL divergence."""
     beta = {"reverse_kl": 1.0, "sampled_token": 1.0, "forward_kl": 0.0}.get(divergence, 0.5 if beta is None else beta)
     losses = []
-    for row in range(len(z)):
-        kept = set(range(z.shape[-1]))
+    for row in range(len(student)):
+        kept = set(range(student.shape[-1]))
         if top_k is not None:
-            of_student, of_teacher = (set(x[row].argsort(descending=True)[:top_k].tolist()) for x in (z, t))
-            kept = (of_student if beta > 0 else set()) | (of_teacher if beta < 1 else set())
-        at = sorted(kept)
-        lp, lq = (F.log_softmax(x[row, at] / temperature, dim=0) for x in (z, t))
+            top_of_student, top_of_teacher = (
+                set(x[row].argsort(descending=True)[:top_k].tolist()) for x in (student, teacher)
+            )
+            kept = (top_of_student if beta > 0 else set()) | (top_of_teacher if beta < 1 else set())
+        support = sorted(kept)
+        log_p, log_q = (F.log_softmax(x[row, support] / temperature, dim=0) for x in (student, teacher))
         if divergence == "sampled_token":
-            y = int(tokens[row])
-            here = at.index(y) if y in kept else None
-            losses.append(lp.sum() * 0 if here is None else -(lq[here] - lp[here]).detach() * lp[here])
+            token = int(tokens[row])
+            index = support.index(token) if token in kept else None
+            losses.append(log_p.sum() * 0 if index is None else -(log_q[index] - log_p[index]).detach() * log_p[index])
         elif beta in (0.0, 1.0):
-            target, source = (lq, lp) if beta == 0 else (lp, lq)
+            target, source = (log_q, log_p) if beta == 0 else (log_p, log_q)
             losses.append(F.kl_div(source, target, reduction="sum", log_target=True))
         else:
-            m = torch.log(beta * lq.exp() + (1 - beta) * lp.exp())
-            first, second = (F.kl_div(m, x, reduction="sum", log_target=True) for x in (lq, lp))
-            losses.append(beta * first + (1 - beta) * second)
+            mixture = torch.log(beta * log_q.exp() + (1 - beta) * log_p.exp())
+            of_teacher, of_student = (F.kl_div(mixture, x, reduction="sum", log_target=True) for x in (log_q, log_p))
+            losses.append(beta * of_teacher + (1 - beta) * of_student)
     return torch.stack(losses)
 
 
@@ -59,14 +61,14 @@ def plain_loss(z, t, divergence, beta=None, tokens=None, top_k=None, temperature
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("top_k", [None, 1, 3, V, 100])
 def test_direction_is_minus_the_gradient_of_the_loss(divergence, options, temperature, top_k):
-    z, t = logits()
-    options = {**options, **sampled(divergence, z), "top_k": top_k, "temperature": temperature}
-    direction = distillation_logit_gradient(z, t, divergence, **options)
+    student, teacher = random_logits()
+    options = {**options, **token_option(divergence, student), "top_k": top_k, "temperature": temperature}
+    direction = distillation_logit_gradient(student, teacher, divergence, **options)
     values = []
-    for loss in (distillation_loss, plain_loss):
-        leaf = z.clone().requires_grad_()
-        value = loss(leaf, t, divergence, **options)
-        assert value.shape == (len(z),)
+    for loss in (distillation_loss, reference_loss):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, teacher, divergence, **options)
+        assert value.shape == (len(student),)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         torch.testing.assert_close(direction, -gradient, rtol=1e-10, atol=1e-12)
         values.append(value)
@@ -77,38 +79,40 @@ def test_direction_is_minus_the_gradient_of_the_loss(divergence, options, temper
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("constant", [0.0, 3.7])
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_a_teacher_that_equals_the_student_says_nothing(divergence, options, dtype, constant, top_k):
+def test_a_teacher_that_equals_the_student_gives_exact_zeros(divergence, options, dtype, constant, top_k):
     torch.manual_seed(1)
-    z = (5 * torch.randn(40, 61, dtype=torch.float64)).to(dtype)
-    t = z + constant
-    direction = distillation_logit_gradient(z, t, divergence, **options, **sampled(divergence, z), top_k=top_k)
+    student = (5 * torch.randn(40, 61, dtype=torch.float64)).to(dtype)
+    teacher = student + constant
+    direction = distillation_logit_gradient(
+        student, teacher, divergence, **options, **token_option(divergence, student), top_k=top_k
+    )
     assert direction.dtype == dtype
     assert (direction == 0).all()
-    assert gradient_alignment(direction, torch.ones_like(z)).isnan().all()
+    assert gradient_alignment(direction, torch.ones_like(student)).isnan().all()
 
 
 @every_divergence
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_teacher_that_differs_visibly_is_heard(divergence, options, dtype):
-    z = torch.linspace(-1, 1, 12).to(dtype).expand(12, -1)
-    t = z + 16 * torch.finfo(dtype).eps * torch.eye(12, dtype=dtype).roll(5, 0)
-    # A difference at the token that is asked for, where only one token is.
-    where = {"tokens": (torch.arange(12) - 5) % 12} if divergence == "sampled_token" else {}
-    direction = distillation_logit_gradient(z, t, divergence, **options, **where)
+def test_a_teacher_that_differs_beyond_rounding_gives_a_direction(divergence, options, dtype):
+    student = torch.linspace(-1, 1, 12).to(dtype).expand(12, -1)
+    teacher = student + 16 * torch.finfo(dtype).eps * torch.eye(12, dtype=dtype).roll(5, 0)
+    # For the sampled token, the logits must differ at that token.
+    tokens = {"tokens": (torch.arange(12) - 5) % 12} if divergence == "sampled_token" else {}
+    direction = distillation_logit_gradient(student, teacher, divergence, **options, **tokens)
     assert (direction != 0).any(dim=-1).all()
 
 
 @every_divergence
-def test_a_masked_token_in_the_teacher_is_no_agreement(divergence, options):
-    """-inf is a statement: the teacher never takes the token, the student does."""
-    z = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
-    t = torch.tensor([2.0, 1.0, -math.inf], dtype=torch.float64)
+def test_a_token_masked_in_the_teacher_is_a_difference(divergence, options):
+    """With a logit of -inf the teacher never takes the token, although the student does."""
+    student = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    teacher = torch.tensor([2.0, 1.0, -math.inf], dtype=torch.float64)
     tokens = {"tokens": torch.tensor(0)} if divergence == "sampled_token" else {}
-    direction = distillation_logit_gradient(z, t, divergence, **options, **tokens)
-    leaf = z.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(distillation_loss(leaf, t, divergence, **options, **tokens), leaf)
+    direction = distillation_logit_gradient(student, teacher, divergence, **options, **tokens)
+    leaf = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(distillation_loss(leaf, teacher, divergence, **options, **tokens), leaf)
     reverse = options.get("beta") == 1.0 or divergence == "reverse_kl"
-    if reverse:  # infinitely far: no finite direction, and certainly not zero
+    if reverse:  # the divergence is infinite, so the direction is not finite, and not zero
         assert not torch.equal(direction, torch.zeros(3, dtype=torch.float64))
     else:
         torch.testing.assert_close(direction, -gradient, rtol=1e-10, atol=1e-12)
@@ -116,32 +120,34 @@ def test_a_masked_token_in_the_teacher_is_no_agreement(divergence, options):
 
 
 @every_divergence
-def test_tokens_that_neither_can_take_do_not_disturb(divergence, options):
-    z, t = logits()
-    tokens = sampled(divergence, z)
-    expected = distillation_logit_gradient(z, t, divergence, **options, **tokens)
-    masked = [F.pad(x, (0, 2), value=-math.inf) for x in (z, t)]
-    found = distillation_logit_gradient(*masked, divergence, **options, **tokens)
-    torch.testing.assert_close(found, F.pad(expected, (0, 2)), rtol=1e-12, atol=1e-14)
+def test_tokens_masked_in_both_models_change_nothing(divergence, options):
+    student, teacher = random_logits()
+    tokens = token_option(divergence, student)
+    expected = distillation_logit_gradient(student, teacher, divergence, **options, **tokens)
+    masked = [F.pad(x, (0, 2), value=-math.inf) for x in (student, teacher)]
+    direction = distillation_logit_gradient(*masked, divergence, **options, **tokens)
+    torch.testing.assert_close(direction, F.pad(expected, (0, 2)), rtol=1e-12, atol=1e-14)
     loss = distillation_loss(*masked, divergence, **options, **tokens)
-    torch.testing.assert_close(loss, distillation_loss(z, t, divergence, **options, **tokens), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        loss, distillation_loss(student, teacher, divergence, **options, **tokens), rtol=1e-12, atol=1e-14
+    )
 
 
-def test_silence_is_judged_on_the_support():
-    """Forward KL on the teacher's top 5; the teacher agrees there, and differs where nobody looks."""
-    z, _ = logits(rows=50)
-    z[:, 0] = 9.0
-    t = z + 0.7
-    t[:, 0] = -9.0
-    assert (distillation_logit_gradient(z, t, "forward_kl", top_k=5) == 0).all()
+def test_agreement_is_judged_on_the_support():
+    """Under forward KL on the teacher's top 5, a teacher that differs only outside them gives exact zeros."""
+    student, _ = random_logits(rows=50)
+    student[:, 0] = 9.0
+    teacher = student + 0.7
+    teacher[:, 0] = -9.0
+    assert (distillation_logit_gradient(student, teacher, "forward_kl", top_k=5) == 0).all()
 
 
-def test_masking_the_students_choice_under_top_k_is_no_agreement():
-    z = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
-    t = torch.tensor([3.0, 0.0, -math.inf], dtype=torch.float64)
-    p, q = torch.softmax(z[:2], 0), torch.softmax(t[:2], 0)
-    found = distillation_logit_gradient(z, t, "forward_kl", top_k=2)
-    torch.testing.assert_close(found, F.pad(q - p, (0, 1)), rtol=1e-12, atol=1e-14)
+def test_a_students_top_token_masked_in_the_teacher_is_a_difference_under_top_k():
+    student = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
+    teacher = torch.tensor([3.0, 0.0, -math.inf], dtype=torch.float64)
+    p, q = torch.softmax(student[:2], 0), torch.softmax(teacher[:2], 0)
+    direction = distillation_logit_gradient(student, teacher, "forward_kl", top_k=2)
+    torch.testing.assert_close(direction, F.pad(q - p, (0, 1)), rtol=1e-12, atol=1e-14)
 
 
 @given(
@@ -150,37 +156,38 @@ def test_masking_the_students_choice_under_top_k_is_no_agreement():
     st.sampled_from([None, 2, 5]),
 )
 def test_directions_are_finite_and_sum_to_zero(pairs, divergence, top_k):
-    z, t = torch.tensor(pairs, dtype=torch.float64).T
+    student, teacher = torch.tensor(pairs, dtype=torch.float64).T
     name, options = divergence
     tokens = {"tokens": torch.tensor(1)} if name == "sampled_token" else {}
-    direction = distillation_logit_gradient(z, t, name, **options, **tokens, top_k=top_k)
+    direction = distillation_logit_gradient(student, teacher, name, **options, **tokens, top_k=top_k)
     assert direction.isfinite().all()
     assert abs(direction.sum()) <= 1e-11 * max(1.0, float(direction.abs().max()))
 
 
 @every_divergence
 @pytest.mark.parametrize("dtype", DTYPES[2:])
-def test_half_precision_is_computed_wide(divergence, options, dtype):
-    z, t = (x.to(dtype) for x in logits())
-    tokens = sampled(divergence, z)
-    found = distillation_logit_gradient(z, t, divergence, **options, **tokens)
-    wide = distillation_logit_gradient(z.double(), t.double(), divergence, **options, **tokens)
-    torch.testing.assert_close(found.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-6)
+def test_half_precision_is_computed_in_float32(divergence, options, dtype):
+    student, teacher = (x.to(dtype) for x in random_logits())
+    tokens = token_option(divergence, student)
+    direction = distillation_logit_gradient(student, teacher, divergence, **options, **tokens)
+    wide = distillation_logit_gradient(student.double(), teacher.double(), divergence, **options, **tokens)
+    torch.testing.assert_close(direction.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_descending_lowers_the_loss():
-    z, t = logits()
+def test_a_step_along_the_direction_lowers_the_loss():
+    student, teacher = random_logits()
     for divergence, options in DIVERGENCES[:-1]:
-        step = 1e-3 * distillation_logit_gradient(z, t, divergence, **options)
+        step = 1e-3 * distillation_logit_gradient(student, teacher, divergence, **options)
         assert (
-            distillation_loss(z + step, t, divergence, **options) < distillation_loss(z, t, divergence, **options)
+            distillation_loss(student + step, teacher, divergence, **options)
+            < distillation_loss(student, teacher, divergence, **options)
         ).all()
 
 
-def test_predictors_against_scipy():
-    z, t = logits()
-    found = node_predictors(z, t, temperature=0.7)
-    p, q = (torch.softmax(x / 0.7, dim=-1).numpy() for x in (z, t))
+def test_predictors_equal_those_of_scipy():
+    student, teacher = random_logits()
+    predictors = node_predictors(student, teacher, temperature=0.7)
+    p, q = (torch.softmax(x / 0.7, dim=-1).numpy() for x in (student, teacher))
     expected = {
         "forward_kl": entropy(q, p, axis=1),
         "reverse_kl": entropy(p, q, axis=1),
@@ -189,33 +196,39 @@ def test_predictors_against_scipy():
         "student_entropy": entropy(p, axis=1),
         "teacher_entropy": entropy(q, axis=1),
     }
-    assert found.keys() == expected.keys()
+    assert predictors.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-10, err_msg=name)
+        np.testing.assert_allclose(predictors[name].numpy(), value, rtol=1e-10, err_msg=name)
 
 
-Z = torch.zeros(2, 3)
+ZEROS = torch.zeros(2, 3)
 
 
 @pytest.mark.parametrize("function", [distillation_loss, distillation_logit_gradient])
 @pytest.mark.parametrize(
     ("teacher", "divergence", "options", "error", "message"),
     [
-        (Z, "kl", {}, ValueError, r"`divergence` must be one of .*, got 'kl'"),
+        (ZEROS, "kl", {}, ValueError, r"`divergence` must be one of .*, got 'kl'"),
         (torch.zeros(2, 4), "reverse_kl", {}, ValueError, r"shape of `student_logits`, but \(2, 4\) and \(2, 3\)"),
-        (Z.long(), "reverse_kl", {}, TypeError, r"`teacher_logits` must be a floating-point"),
-        (Z, "reverse_kl", {"beta": 0.5}, ValueError, r"`beta` belongs to divergence 'jsd'"),
-        (Z, "jsd", {"beta": 1.5}, ValueError, r"`beta` must lie in \[0, 1\], but 1.5"),
-        (Z, "jsd", {"beta": math.nan}, ValueError, r"`beta` must lie in \[0, 1\]"),
-        (Z, "jsd", {"top_k": 0}, ValueError, r"`top_k` must be a positive integer or None, but 0"),
-        (Z, "jsd", {"top_k": True}, ValueError, r"`top_k` must be a positive integer"),
-        (Z, "jsd", {"top_k": 2.0}, ValueError, r"`top_k` must be a positive integer"),
-        (Z, "sampled_token", {}, ValueError, r"'sampled_token' needs `tokens`"),
-        (Z, "jsd", {"tokens": torch.zeros(2).long()}, ValueError, r"'sampled_token' is the only divergence that takes"),
-        (Z, "sampled_token", {"tokens": torch.zeros(3).long()}, ValueError, r"`tokens` must have shape \(2,\)"),
-        (Z, "jsd", {"temperature": -1.0}, ValueError, r"`temperature` must be a positive number"),
+        (ZEROS.long(), "reverse_kl", {}, TypeError, r"`teacher_logits` must be a floating-point"),
+        (ZEROS, "reverse_kl", {"beta": 0.5}, ValueError, r"`beta` belongs to divergence 'jsd'"),
+        (ZEROS, "jsd", {"beta": 1.5}, ValueError, r"`beta` must lie in \[0, 1\], but 1.5"),
+        (ZEROS, "jsd", {"beta": math.nan}, ValueError, r"`beta` must lie in \[0, 1\]"),
+        (ZEROS, "jsd", {"top_k": 0}, ValueError, r"`top_k` must be a positive integer or None, but 0"),
+        (ZEROS, "jsd", {"top_k": True}, ValueError, r"`top_k` must be a positive integer"),
+        (ZEROS, "jsd", {"top_k": 2.0}, ValueError, r"`top_k` must be a positive integer"),
+        (ZEROS, "sampled_token", {}, ValueError, r"'sampled_token' needs `tokens`, but none were given"),
+        (
+            ZEROS,
+            "jsd",
+            {"tokens": torch.zeros(2).long()},
+            ValueError,
+            r"`tokens` belongs to divergence 'sampled_token', but .* is 'jsd'",
+        ),
+        (ZEROS, "sampled_token", {"tokens": torch.zeros(3).long()}, ValueError, r"`tokens` must have shape \(2,\)"),
+        (ZEROS, "jsd", {"temperature": -1.0}, ValueError, r"`temperature` must be a positive number"),
     ],
 )
-def test_errors(function, teacher, divergence, options, error, message):
+def test_arguments_that_do_not_fit_are_refused(function, teacher, divergence, options, error, message):
     with pytest.raises(error, match=message):
-        function(Z, teacher, divergence, **options)
+        function(ZEROS, teacher, divergence, **options)

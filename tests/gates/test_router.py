@@ -1,4 +1,4 @@
-"""Which teacher gets which class of tokens."""
+"""The router: which teacher each class of tokens gets."""
 
 import pickle
 
@@ -23,7 +23,7 @@ def test_each_class_gets_the_teacher_that_helps_it_most(make_report: MakeReport)
     assert routes(router) == [[0] * 8, [1] * 8]
 
 
-def test_it_stays_where_the_difference_is_noise_or_the_other_is_as_good(make_report: MakeReport) -> None:
+def test_it_keeps_its_teacher_if_the_difference_is_noise_or_the_other_is_only_as_good(make_report: MakeReport) -> None:
     router = TeacherRouter(explore=0.0, probes=1)
     router.observe(make_report(lambda correct, depth: (0.3, 0.3)))
     assert routes(router) == [[0] * 8] * 2
@@ -33,15 +33,15 @@ def test_it_stays_where_the_difference_is_noise_or_the_other_is_as_good(make_rep
     assert routes(router) == [[1] * 8] * 2
 
 
-def test_differences_are_paired_so_that_noise_common_to_both_does_not_hide_them(make_report: MakeReport) -> None:
+def test_differences_are_paired_so_that_common_noise_does_not_hide_them(make_report: MakeReport) -> None:
     router = TeacherRouter(explore=0.0)
     # Gains scatter by 0.4 from node to node, the same for both; the difference of 0.1 hardly does.
     router.observe(make_report(lambda correct, depth: (0.0, 0.1), noise=0.4))
     assert routes(router) == [[1] * 8] * 2
-    assert router.evidence.figure((True, -1), "far").low < 0
+    assert router.evidence.estimate((True, -1), "far").low < 0
 
 
-def test_a_window_may_have_another_teacher_than_its_side(make_report: MakeReport) -> None:
+def test_a_window_can_have_another_teacher_than_its_side(make_report: MakeReport) -> None:
     router = TeacherRouter(explore=0.0)
     router.observe(make_report(lambda correct, depth: (0.9, 0.1) if depth == 0 else (0.1, 0.9)))
     assert routes(router) == [[0, *[1] * 7]] * 2
@@ -52,35 +52,36 @@ def test_it_explores_whole_rollouts_at_the_stated_rate() -> None:
     tokens = tokens_of(torch.ones(4000, 2), [0.0] * 4000, teachers=("a", "b", "c"))
     chosen = router.route(tokens).reshape(4000, 2)
     assert (chosen[:, 0] == chosen[:, 1]).all()
-    share = torch.bincount(chosen[:, 0]) / 4000
-    error = (0.25 * 0.75 / 4000) ** 0.5
-    assert abs(float(1 - share[0]) - 0.25) < 3 * error
-    assert abs(float(share[1] - share[2])) < 3 * (0.25 / 4000) ** 0.5
+    shares = torch.bincount(chosen[:, 0]) / 4000
+    standard_error = (0.25 * 0.75 / 4000) ** 0.5
+    assert abs(float(1 - shares[0]) - 0.25) < 3 * standard_error
+    assert abs(float(shares[1] - shares[2])) < 3 * (0.25 / 4000) ** 0.5
 
 
 def test_it_only_routes_unless_it_has_a_floor(make_report: MakeReport) -> None:
     harmful = make_report(lambda correct, depth: (-0.5, -0.8))
-    plain, closing = TeacherRouter(explore=0.0), TeacherRouter(explore=0.0, floor=0.0)
-    plain.observe(harmful), closing.observe(harmful)
-    assert plain(TOKENS).tolist() == [1] * 16
-    assert closing(TOKENS).tolist() == [0] * 16
+    without_floor, with_floor = TeacherRouter(explore=0.0), TeacherRouter(explore=0.0, floor=0.0)
+    without_floor.observe(harmful)
+    with_floor.observe(harmful)
+    assert without_floor(TOKENS).tolist() == [1] * 16
+    assert with_floor(TOKENS).tolist() == [0] * 16
 
 
-def test_it_chooses_among_those_that_training_has(make_report: MakeReport) -> None:
+def test_it_chooses_among_the_teachers_of_the_training(make_report: MakeReport) -> None:
     router = TeacherRouter(explore=0.0)
-    only = tokens_of(torch.ones(1, 2), [0.0], teachers=("near", "third"))
-    router.route(only)
+    tokens = tokens_of(torch.ones(1, 2), [0.0], teachers=("near", "third"))
+    router.route(tokens)
     router.observe(make_report(lambda correct, depth: (0.1, 0.9, 0.5), teachers=("near", "far", "third")))
-    assert router.route(only).tolist() == [1, 1]
+    assert router.route(tokens).tolist() == [1, 1]
 
 
-def test_a_checkpoint_keeps_choices_and_the_stream(make_report: MakeReport) -> None:
-    first = TeacherRouter(explore=0.5)
-    first.route(TOKENS)
-    first.observe(make_report(lambda correct, depth: (0.1, 0.6)))
-    second = TeacherRouter(explore=0.5)
-    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
-    assert [routes(second) for _ in range(5)] == [routes(first) for _ in range(5)]
+def test_a_checkpoint_keeps_choices_and_the_random_stream(make_report: MakeReport) -> None:
+    router = TeacherRouter(explore=0.5)
+    router.route(TOKENS)
+    router.observe(make_report(lambda correct, depth: (0.1, 0.6)))
+    restored = TeacherRouter(explore=0.5)
+    restored.load_state_dict(pickle.loads(pickle.dumps(router.state_dict())))
+    assert [routes(restored) for _ in range(5)] == [routes(router) for _ in range(5)]
 
 
 @pytest.mark.parametrize("explore", [-0.1, 1.0])

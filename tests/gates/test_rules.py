@@ -1,4 +1,4 @@
-"""Published rules: what each weighs."""
+"""Published rules: the weights that they give."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.gates import Tokens, tokens_of
-from odp_callbacks.gates.loss import weigh
+from odp_callbacks.gates.loss import checked_weights
 from odp_callbacks.gates.rules import (
     RULES,
     correct_rollouts,
@@ -22,41 +22,41 @@ from odp_callbacks.gates.rules import (
 )
 
 
-def some(**changes: Any) -> Tokens:
+def example_tokens() -> Tokens:
     generator = torch.Generator().manual_seed(1)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     tokens = tokens_of(mask, [1.0, 0.0], ["a", "a"])
-    z, q = torch.randn(2, 10, 5, generator=generator, dtype=torch.float64)
-    return tokens.with_policies(z, q, torch.randint(5, (10,), generator=generator))
+    student_logits, teacher_logits = torch.randn(2, 10, 5, generator=generator, dtype=torch.float64)
+    return tokens.with_policies(student_logits, teacher_logits, torch.randint(5, (10,), generator=generator))
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_every_rule_gives_weights_between_0_and_1_and_lets_something_through(name: str) -> None:
-    weights = weigh(RULES[name], some())
+def test_every_rule_gives_weights_between_0_and_1_that_are_not_all_0(name: str) -> None:
+    weights = checked_weights(RULES[name], example_tokens())
     assert 0 <= float(weights.min()) <= float(weights.max()) <= 1
     assert float(weights.sum()) > 0
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_weights_are_as_exact_where_training_makes_bfloat16_the_default(name: str) -> None:
-    expected = weigh(RULES[name], some())
+    expected = checked_weights(RULES[name], example_tokens())
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = weigh(RULES[name], some())
+        weights = checked_weights(RULES[name], example_tokens())
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found.double(), expected.double())
+    assert torch.equal(weights.double(), expected.double())
 
 
-def test_correct_and_incorrect_share_the_tokens_between_them() -> None:
-    tokens = some()
+def test_each_token_is_either_correct_or_incorrect() -> None:
+    tokens = example_tokens()
     assert incorrect_rollouts(tokens).tolist() == [0] * 6 + [1] * 4
     assert (incorrect_rollouts(tokens) + correct_rollouts(tokens) == 1).all()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
 def test_high_entropy_keeps_that_share_of_the_tokens(share: float) -> None:
-    tokens = some()
+    tokens = example_tokens()
     weights, entropy = high_entropy(tokens, share), tokens.need("student_entropy")
     assert int(weights.sum()) == round(10 * share)
     if share < 1:
@@ -67,8 +67,7 @@ def test_high_entropy_counts_a_sampled_node_as_the_tokens_it_stands_for() -> Non
     from dataclasses import replace
 
     entropy = torch.tensor([3.0, 2.0, 1.0])
-    base = tokens_of(torch.ones(1, 3))
-    tokens = replace(base, student_entropy=entropy, weight=torch.tensor([1.0, 8.0, 1.0]))
+    tokens = replace(tokens_of(torch.ones(1, 3)), student_entropy=entropy, weight=torch.tensor([1.0, 8.0, 1.0]))
     assert high_entropy(tokens, 0.1).tolist() == [1, 0, 0]
     assert high_entropy(tokens, 0.5).tolist() == [1, 1, 0]
 
@@ -79,9 +78,10 @@ def test_confidence_is_one_over_the_number_of_equal_choices() -> None:
 
 
 def test_the_margin_is_one_half_where_teacher_and_student_agree() -> None:
-    z = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    q = torch.tensor([[0.0, 0.0], [5.0, 0.0], [-5.0, 0.0]])
-    weights = teacher_margin(tokens_of(torch.ones(1, 3)).with_policies(z, q, torch.tensor([0, 0, 0])))
+    student_logits = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    teacher_logits = torch.tensor([[0.0, 0.0], [5.0, 0.0], [-5.0, 0.0]])
+    tokens = tokens_of(torch.ones(1, 3)).with_policies(student_logits, teacher_logits, torch.tensor([0, 0, 0]))
+    weights = teacher_margin(tokens)
     assert float(weights[0]) == pytest.approx(0.5)
     assert float(weights[1]) < 0.5 < float(weights[2])
 
@@ -93,7 +93,7 @@ def test_position_rises_or_falls_with_the_sign_of_its_power() -> None:
     assert (falling.diff() < 0).all()
 
 
-def test_prefix_is_whole_then_fades_then_ends() -> None:
+def test_prefix_is_constant_then_decreases_to_0() -> None:
     tokens = tokens_of(torch.ones(1, 10))
     assert prefix(tokens, 0.2, 0.6).tolist() == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0])
     assert prefix(tokens, 0.5, 0.5).tolist() == [1] * 5 + [0] * 5
@@ -118,4 +118,4 @@ def test_pass_rate_is_largest_where_half_of_the_rollouts_succeed() -> None:
 )
 def test_numbers_out_of_range_are_refused(rule: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        rule(some())
+        rule(example_tokens())

@@ -1,4 +1,4 @@
-"""What a gate sees."""
+"""The tokens that a gate sees."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def test_pass_rates_are_shares_of_correct_siblings() -> None:
     tokens = tokens_of(MASK, [1.0, 0.4, 0.0, 0.5], ["a", "a", "b", "b"], success_threshold=0.5)
     assert tokens.correct.tolist() == [True] * 3 + [False] + [True] * 2
     assert tokens.pass_rate.tolist() == [0.5] * 6
-    alone = tokens_of(MASK, [1.0, 0.4, 0.0, 0.5])
-    assert alone.pass_rate.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    without_questions = tokens_of(MASK, [1.0, 0.4, 0.0, 0.5])
+    assert without_questions.pass_rate.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -42,35 +42,37 @@ def test_numbers_that_do_not_fit_are_refused(options: dict[str, object], match: 
 
 def test_policy_features_against_torch_distributions() -> None:
     generator = torch.Generator().manual_seed(0)
-    z, q = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
-    taken = torch.randint(7, (5,), generator=generator)
-    student, teacher = (torch.distributions.Categorical(logits=x / 0.7) for x in (z, q))
-    found = policy_features(z, q, taken, 0.7)
+    student_logits, teacher_logits = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    token_ids = torch.randint(7, (5,), generator=generator)
+    student, teacher = (
+        torch.distributions.Categorical(logits=logits / 0.7) for logits in (student_logits, teacher_logits)
+    )
+    features = policy_features(student_logits, teacher_logits, token_ids, 0.7)
     expected = {
         "student_entropy": student.entropy(),
         "teacher_entropy": teacher.entropy(),
-        "student_log_prob": student.log_prob(taken),
-        "teacher_log_prob": teacher.log_prob(taken),
+        "student_log_prob": student.log_prob(token_ids),
+        "teacher_log_prob": teacher.log_prob(token_ids),
         "reverse_kl": torch.distributions.kl_divergence(student, teacher),
     }
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(features[name], value, rtol=1e-12, atol=1e-12)
 
 
-def test_tokens_that_a_policy_excludes_leave_no_nan() -> None:
-    z = torch.tensor([[0.0, 1.0, -torch.inf]])
-    found = policy_features(z, z, torch.tensor([0]))
-    assert all(bool(torch.isfinite(value).all()) for value in found.values())
-    assert float(found["reverse_kl"]) == 0
+def test_tokens_that_a_policy_excludes_cause_no_nan() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    features = policy_features(logits, logits, torch.tensor([0]))
+    assert all(bool(torch.isfinite(value).all()) for value in features.values())
+    assert float(features["reverse_kl"]) == 0
 
 
-def test_features_take_no_gradient() -> None:
-    z = torch.randn(2, 3, requires_grad=True)
-    tokens = tokens_of(torch.ones(1, 2)).with_policies(z, z, torch.tensor([0, 1]))
+def test_features_carry_no_gradient() -> None:
+    logits = torch.randn(2, 3, requires_grad=True)
+    tokens = tokens_of(torch.ones(1, 2)).with_policies(logits, logits, torch.tensor([0, 1]))
     assert not tokens.need("student_entropy").requires_grad
 
 
-def test_what_is_missing_is_named_with_its_cure() -> None:
+def test_the_error_for_a_missing_feature_says_what_to_give() -> None:
     tokens: Tokens = tokens_of(MASK)
     with pytest.raises(ValueError, match=r"'pass_rate'.*give rewards"):
         tokens.need("pass_rate")

@@ -14,7 +14,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from odp_callbacks import GradientAlignmentTrainerCallback
 from tests.helpers.models import tiny, tiny_base, word_tokenizer
-from tests.helpers.training import ROWS, TEACHERS, odd
+from tests.helpers.training import ROWS, TEACHERS, odd_length_reward
 
 COMMON: dict[str, Any] = {
     "max_steps": 4,
@@ -47,8 +47,8 @@ def distillation_trainer(folder: Path, dropout: float = 0.0, **changes: Any) -> 
 def chat_rows() -> Dataset:
     return Dataset.from_list(
         [
-            {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["answer"]}]}
-            for r in ROWS
+            {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]}
+            for row in ROWS
         ]
     )
 
@@ -84,19 +84,19 @@ def plain_trainer(folder: Path, dropout: float = 0.0, **changes: Any) -> Trainer
 
 
 def add_callback(trainer: Any, **changes: Any) -> GradientAlignmentTrainerCallback:
-    options: dict[str, Any] = {"every_n_steps": 2, "max_overhead": None, "questions_per_probe": 2, "strict": True}
-    probe = {"rollouts_per_question": 2, "max_new_tokens": 4, "continuations": 2}
-    given = {"teachers": dict(TEACHERS), "prompts": ROWS, "reward": odd}
-    callback = GradientAlignmentTrainerCallback(trainer, **(given | options | probe | changes))
+    arguments: dict[str, Any] = {"teachers": dict(TEACHERS), "prompts": ROWS, "reward": odd_length_reward}
+    schedule_options = {"every_n_steps": 2, "max_overhead": None, "questions_per_probe": 2, "strict": True}
+    probe_options = {"rollouts_per_question": 2, "max_new_tokens": 4, "continuations": 2}
+    callback = GradientAlignmentTrainerCallback(trainer, **(arguments | schedule_options | probe_options | changes))
     trainer.add_callback(callback)
     return callback
 
 
 def trainer_end_state(trainer: Any) -> dict[str, Any]:
     """Weights, optimizer and random streams when training is over."""
-    state = {f"weight {name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
-    for i, found in enumerate(trainer.optimizer.state_dict()["state"].values()):
-        state |= {f"optimizer {i} {name}": torch.as_tensor(value).clone() for name, value in found.items()}
+    state = {f"weight {name}": weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    for index, moments in enumerate(trainer.optimizer.state_dict()["state"].values()):
+        state |= {f"optimizer {index} {name}": torch.as_tensor(value).clone() for name, value in moments.items()}
     state["torch"] = torch.get_rng_state()
     state["numpy"] = torch.tensor(np.random.get_state()[1].astype(np.int64))  # noqa: NPY002
     state["python"] = torch.tensor(random.getstate()[1])

@@ -12,23 +12,23 @@ from odp_callbacks import BaseTeacher, GradientAlignmentCallback, OnPolicyDistil
 from odp_callbacks.records import ProbeReport
 from tests.helpers.models import tiny, word_tokenizer
 
-ROWS = [{"prompt": p, "answer": a} for p, a in zip(("a b", "c", "b a d", "d c"), "abcd", strict=True)]
-
-
+ROWS = [
+    {"prompt": prompt, "answer": answer} for prompt, answer in zip(("a b", "c", "b a d", "d c"), "abcd", strict=True)
+]
 TEACHERS = {"answer": Teacher("{answer} {prompt}"), "base": BaseTeacher()}
 
 
-def starts_right(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
-    """A verifier that draws from every global random stream, as careless ones do."""
+def contains_answer_reward(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+    """Rewards the answer; it draws from every global random stream, as careless verifiers do."""
     torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
-    return [float(a in c.split()) for c, a in zip(completions, answer, strict=True)]
+    return [float(right in completion.split()) for completion, right in zip(completions, answer, strict=True)]
 
 
 def make_callback(**changes: Any) -> GradientAlignmentCallback:
     options: dict[str, Any] = {
         "teachers": dict(TEACHERS),
         "prompts": ROWS,
-        "reward": starts_right,
+        "reward": contains_answer_reward,
         "every_n_steps": 2,
         "max_overhead": None,
         "questions_per_probe": 3,
@@ -42,7 +42,7 @@ def make_callback(**changes: Any) -> GradientAlignmentCallback:
 
 def make_module(dropout: float = 0.0, **changes: Any) -> OnPolicyDistillation:
     student = tiny("llama", dropout=dropout).float().train()
-    options = {"max_new_tokens": 5, "learning_rate": 1e-2, "reward": starts_right}
+    options = {"max_new_tokens": 5, "learning_rate": 1e-2, "reward": contains_answer_reward}
     return OnPolicyDistillation(student, word_tokenizer(), Teacher("{answer} {prompt}"), **(options | changes))
 
 
@@ -60,67 +60,71 @@ def make_trainer(callback: Any = None, **changes: Any) -> Trainer:
     return Trainer(**(options | changes))
 
 
-def loader(rows: Any = ROWS, batch_size: int = 2) -> DataLoader[Any]:
+def make_loader(rows: Any = ROWS, batch_size: int = 2) -> DataLoader[Any]:
     return DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=list)
 
 
-class Manual(OnPolicyDistillation):
-    """The same by manual optimization, with two optimizers."""
+class ManualOptimization(OnPolicyDistillation):
+    """Distillation by manual optimization, with two optimizers."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        taken = self.token_losses(self.sample(batch))
-        self.manual_backward(taken.losses.sum() / taken.mask.sum())
+        batch_losses = self.token_losses(self.sample(batch))
+        self.manual_backward(batch_losses.losses.sum() / batch_losses.mask.sum())
         for optimizer in self.optimizers():
             optimizer.step()
             optimizer.zero_grad()
 
     def configure_optimizers(self) -> Any:
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [torch.optim.Adam(parameters[::2], lr=1e-2), torch.optim.SGD(parameters[1::2], lr=1e-2, momentum=0.9)]
 
 
 def end_state(trainer: Trainer) -> tuple[Any, ...]:
+    """Everything that a callback could have changed: weights, optimizers, random streams, modes and flags."""
     module = trainer.lightning_module
     return (
-        {name: p.detach().clone() for name, p in module.named_parameters()},
+        {name: parameter.detach().clone() for name, parameter in module.named_parameters()},
         [optimizer.state_dict() for optimizer in trainer.optimizers],
         torch.get_rng_state(),
         random.getstate(),
         np.random.get_state()[1].tolist(),  # noqa: NPY002
-        [m.training for m in module.modules()],
-        [p.requires_grad for p in module.parameters()],
+        [submodule.training for submodule in module.modules()],
+        [parameter.requires_grad for parameter in module.parameters()],
     )
 
 
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
+def states_equal(first: Any, second: Any) -> bool:
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(states_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(states_equal, first, second))
+    return bool(first == second)
 
 
-def odd(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
-    """A verifier that draws from every global random stream, as careless ones do."""
+def odd_length_reward(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+    """Rewards an odd number of words; like :func:`contains_answer_reward`, it draws from every random stream."""
     torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
-    return [float(len(c.split()) % 2) for c in completions]
+    return [float(len(completion.split()) % 2) for completion in completions]
 
 
-class Gate:
+class LearningGate:
+    """A gate that counts the probes it has learned from."""
+
     def __init__(self, broken: bool = False) -> None:
-        self.seen: list[ProbeReport] = []
+        self.reports: list[ProbeReport] = []
         self.broken, self.count = broken, 0
 
     def observe(self, report: ProbeReport) -> None:
         if self.broken:
             raise RuntimeError("no")
-        self.seen.append(report)
+        self.reports.append(report)
         self.count += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,5 +134,6 @@ class Gate:
         self.count = state["count"]
 
 
-def watcher(**changes: Any) -> GradientAlignmentCallback:
-    return make_callback(**{"reward": odd, "questions_per_probe": 2, **changes})
+def make_watching_callback(**changes: Any) -> GradientAlignmentCallback:
+    """A callback with few questions and a reward that needs no answers."""
+    return make_callback(**{"reward": odd_length_reward, "questions_per_probe": 2, **changes})

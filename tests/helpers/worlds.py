@@ -84,8 +84,8 @@ class World:
                         found[(*prefix, k)] = float(node.reach * p[k])
         return found
 
-    def pull(self, node: ExactNode, *directions: Tensor) -> Tensor:
-        """Directions on the node's logits on the LoRA parameters, ``(C, P)``."""
+    def parameter_gradients(self, node: ExactNode, *directions: Tensor) -> Tensor:
+        """The gradients on the LoRA parameters, ``(C, P)``, that directions on the node's logits correspond to."""
         ids = self.ids(node.prefix)
         return lora_gradients(self.model, ids, torch.tensor([len(ids) - 1]), torch.stack(directions)[None])[0]
 

@@ -1,135 +1,69 @@
-"""Pictures: what they hold, and what they do with too much of it."""
+"""Pictures of rollouts: how tokens are drawn, and what is left out of a long response."""
 
 from dataclasses import replace
-from typing import Any
 
 import matplotlib.figure
 import numpy as np
-import pytest
 from matplotlib.patches import FancyBboxPatch
 
 from odp_callbacks.analysis.node_estimates import DEFINED, UNDETERMINED
 from odp_callbacks.analysis.summaries import Analysis
-from odp_callbacks.visualization import plots
-from odp_callbacks.visualization.rollout_pictures import KEY, rollout_figure, telling_rollout
-from odp_callbacks.visualization.tensorboard import pictures
-from tests.helpers.records import HOSTILE, MakeReport, hostile, in_modules, many_teachers, split
+from odp_callbacks.visualization.rollout_pictures import KEY, most_informative_rollout, plot_rollout
+from tests.helpers.records import MakeReport, many_teachers, split
 
 
-def boxes(figure: matplotlib.figure.Figure) -> list[tuple[str, FancyBboxPatch]]:
-    """Tokens with a frame: text and patch."""
-    found = [(text.get_text(), text.get_bbox_patch()) for text in figure.axes[0].texts]
-    return [(text, patch) for text, patch in found if patch is not None]
+def framed_tokens(plot: matplotlib.figure.Figure) -> list[tuple[str, FancyBboxPatch]]:
+    """Find the tokens that have a frame, with its patch."""
+    candidates = [(text.get_text(), text.get_bbox_patch()) for text in plot.axes[0].texts]
+    return [(text, patch) for text, patch in candidates if patch is not None]
 
 
-def test_sure_tokens_are_filled_and_the_others_only_framed(make_report: MakeReport) -> None:
+def test_significant_tokens_are_filled_and_the_others_only_framed(make_report: MakeReport) -> None:
     report = make_report(split)
-    totals = {0: (0.0, 4.0), 2: (2.0, 2.5), 5: (2.0, 2.0)}  # clear, doubtful, no difference
-    report = replace(report, nodes=tuple(replace(n, total=np.array(totals[n.depth])) for n in report.nodes))
+    totals = {0: (0.0, 4.0), 2: (2.0, 2.5), 5: (2.0, 2.0)}  # by depth: significant, not significant, no difference
+    report = replace(report, nodes=tuple(replace(node, total=np.array(totals[node.depth])) for node in report.nodes))
     analysis = Analysis(report)
-    index = telling_rollout(analysis, correct=True)
-    assert index is not None
-    here = [n for n, node in enumerate(report.nodes) if node.rollout == index]
-    assert analysis.sure()[here].tolist() == [[True, True], [False, False], [False, False]]
-    assert analysis.status[here, 0].tolist() == [DEFINED, DEFINED, UNDETERMINED]
-    drawn = boxes(rollout_figure(analysis, index))
-    assert len(drawn) == 3 * len(report.teachers)
-    for (_, patch), kind in zip(drawn, ["filled", "framed", "dashed"] * 2, strict=True):
-        white = patch.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
-        assert white == (kind != "filled")
-        assert (patch.get_linestyle() == "--") == (kind == "dashed")
-        grey = len(set(patch.get_edgecolor()[:3])) == 1
-        assert grey == (kind != "framed")
+    rollout_index = most_informative_rollout(analysis, correct=True)
+    assert rollout_index is not None
+    node_indices = [index for index, node in enumerate(report.nodes) if node.rollout == rollout_index]
+    significant = analysis.significant_tokens()[node_indices]
+    assert significant.tolist() == [[True, True], [False, False], [False, False]]
+    assert analysis.status[node_indices, 0].tolist() == [DEFINED, DEFINED, UNDETERMINED]
+    drawn_tokens = framed_tokens(plot_rollout(analysis, rollout_index))
+    assert len(drawn_tokens) == 3 * len(report.teachers)
+    for (_, patch), style in zip(drawn_tokens, ["filled", "framed", "dashed"] * 2, strict=True):
+        is_white = patch.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
+        assert is_white == (style != "filled")
+        assert (patch.get_linestyle() == "--") == (style == "dashed")
+        is_grey = len(set(patch.get_edgecolor()[:3])) == 1
+        assert is_grey == (style != "framed")
 
 
 def test_of_a_long_response_the_lines_with_measured_tokens_are_shown(make_report: MakeReport) -> None:
     report = many_teachers(8, depths=(0, 700, 1500, 4000))
-    long = tuple(replace(r, pieces=tuple(f"w{d}" for d in range(4096))) for r in report.rollouts)
-    figure = rollout_figure(Analysis(replace(report, rollouts=long)), 0)
-    assert figure.get_size_inches()[1] < 20
-    said = [text.get_text() for text in figure.axes[0].texts]
-    assert [text for text, _ in boxes(figure)] == ["w0", "w700", "w1500"] * 8, (
-        "the fourth does not fit, and that is said"
+    pieces = tuple(f"w{depth}" for depth in range(4096))
+    long_rollouts = tuple(replace(rollout, pieces=pieces) for rollout in report.rollouts)
+    plot = plot_rollout(Analysis(replace(report, rollouts=long_rollouts)), 0)
+    assert plot.get_size_inches()[1] < 20
+    texts = [text.get_text() for text in plot.axes[0].texts]
+    assert [text for text, _ in framed_tokens(plot)] == ["w0", "w700", "w1500"] * 8, (
+        "the fourth does not fit, and the key says so"
     )
-    assert said.count("…") == 3 * 8
-    assert said[-1] == f"{KEY.format(sure=95)}; 1 more measured tokens are not shown"
-    alone = rollout_figure(Analysis(replace(make_report(split, depths=(0, 700, 1500, 4000)), rollouts=long)), 0)
-    assert [text for text, _ in boxes(alone)] == ["w0", "w700", "w1500", "w4000"] * 2
+    assert texts.count("…") == 3 * 8
+    assert texts[-1] == f"{KEY.format(level='95%')}\n1 more measured tokens are not shown"
+    few_teachers = replace(make_report(split, depths=(0, 700, 1500, 4000)), rollouts=long_rollouts)
+    tokens = framed_tokens(plot_rollout(Analysis(few_teachers), 0))
+    assert [text for text, _ in tokens] == ["w0", "w700", "w1500", "w4000"] * 2
 
 
-@pytest.mark.parametrize("teachers", [1, 8])
-def test_layers_stand_across_and_modules_down(teachers: int) -> None:
-    report = many_teachers(teachers)
-    analysis = Analysis(in_modules(report, layers=3))
-    figure = plots.by_module(analysis)
-    assert figure is not None
-    maps = figure.axes[:teachers]
-    assert [axes.get_title(loc="left") for axes in maps] == list(report.teachers)
-    assert [label.get_text() for label in maps[0].get_yticklabels()] == ["self_attn.q_proj", "self_attn.v_proj"]
-    assert [label.get_text() for label in maps[-1].get_xticklabels()] == ["0", "1", "2"]
-    summaries = {s.split: s.figures["gain_weighted_alignment"].value for s in analysis.summaries("module")[:6]}
-    shown = np.asarray(maps[0].collections[0].get_array())
-    wanted = [[summaries[f"model.layers.{i}.self_attn.{m}_proj"] for i in range(3)] for m in "qv"]
-    np.testing.assert_allclose(shown, wanted)
-    assert plots.by_module(Analysis(report)) is None
-
-
-def test_layers_of_two_towers_are_told_apart(make_report: MakeReport) -> None:
-    report = in_modules(make_report(split))
-    names = tuple(f"{tower}.layers.0.{m}_proj" for tower in ("vision", "language") for m in "qv")
-    figure = plots.by_module(Analysis(replace(report, modules=names)))
-    assert figure is not None
-    kinds = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert [kind[:6] for kind in kinds] == ["vision", "vision", "langua", "langua"]
-    assert np.asarray(figure.axes[0].collections[0].get_array()).shape == (4, 1)
-
-
-def test_a_probe_without_nodes_has_pictures_too(make_report: MakeReport) -> None:
-    names = [name for name, _ in pictures(replace(make_report(split), nodes=()))]
-    assert "summary/alignment_over_depth" in names
-
-
-def test_a_withheld_alignment_is_shown_hollow_and_uncorrected(make_report: MakeReport) -> None:
+def test_the_confidence_level_decides_which_tokens_are_filled(make_report: MakeReport) -> None:
     report = make_report(split)
-    few = tuple(replace(n, count=np.array([1, 1]), total=n.total.round() / 4) for n in report.nodes)
-    analysis = Analysis(replace(report, nodes=few))
-    summary = analysis.summaries("depth")[0].figures["gain_weighted_alignment"]
-    assert np.isnan(summary.value)
-    figure = plots.over_depth(analysis)
-    (first, *_) = figure.axes[0].containers
-    assert first[0].get_ydata() == pytest.approx(summary.uncorrected)
-    assert first[0].get_markerfacecolor() == "none"
-
-
-@pytest.mark.parametrize("odd", [*HOSTILE, "a" * 5000, "\u0644\u0627", "日本" * 40])
-def test_every_picture_is_drawn_whatever_the_text_is(make_report: MakeReport, odd: str) -> None:
-    report = in_modules(hostile(make_report))
-    rollouts = tuple(replace(r, question=odd, prompt=odd) for r in report.rollouts)
-    report = replace(report, teachers=(odd, "other"), rollouts=rollouts)
-    drawn = []
-    for name, figure in pictures(report):
-        figure.savefig(Nowhere(), dpi=60)
-        drawn.append(name)
-    assert len(set(drawn)) == 8
-
-
-class Nowhere:
-    """A file that keeps nothing."""
-
-    def write(self, data: Any) -> int:
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing to do."""
-
-
-def test_a_picture_that_fails_does_not_take_the_others_along(
-    make_report: MakeReport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise RuntimeError("no ink")
-
-    monkeypatch.setattr(plots, "gains", broken)
-    with pytest.warns(UserWarning, match="no picture summary/gain: RuntimeError: no ink"):
-        names = [name for name, _ in pictures(make_report(split))]
-    assert "summary/alignment_over_depth" in names
+    totals = {0: (0.0, 4.0), 2: (0.0, 3.0), 5: (1.0, 3.0)}
+    report = replace(report, nodes=tuple(replace(node, total=np.array(totals[node.depth])) for node in report.nodes))
+    filled = {}
+    for confidence in (0.8, 0.9999):
+        plot = plot_rollout(Analysis(report, confidence), 0)
+        white = (1.0, 1.0, 1.0, 1.0)
+        filled[confidence] = sum(patch.get_facecolor() != white for _, patch in framed_tokens(plot))
+        assert f"the {100 * confidence:g}% interval" in plot.axes[0].texts[-1].get_text()
+    assert filled == {0.8: 6, 0.9999: 4}

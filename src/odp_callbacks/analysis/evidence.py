@@ -1,7 +1,7 @@
-"""Many nodes as arrays: what every figure is computed from, at once for all of them."""
+"""Many nodes as arrays, from which every figure is computed for all nodes at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -9,33 +9,34 @@ from numpy.typing import NDArray
 
 from odp_callbacks.records import Floats, NodeRecord
 
-NOISE = 16 * float(np.finfo(np.float64).eps)
-"""Two means of the same rewards differ by rounding; no two successes differ by as little."""
-MOST = 1e4
-"""Continuations that a success known for certain counts as."""
+ROUNDING_ERROR = 16 * float(np.finfo(np.float64).eps)
+"""Two means of the same rewards may differ by this much; a smaller difference in success counts as none."""
+MAXIMUM_POOLED_CONTINUATIONS = 1e4
+"""How many continuations a success counts as where pooling finds it known for certain."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    r"""``N`` nodes with ``A`` branches at the most and ``K`` teachers; missing branches count for nothing.
+    r"""``N`` nodes with up to ``A`` branches and ``K`` teachers; branches that a node lacks have no weight.
 
     The ideal gradient is linear in the successes :math:`Q` of the branches, so its squared norm is :math:`Q^\top H Q`
-    and its inner product with a teacher's unit direction is :math:`b^\top Q`. Both vanish on a common constant.
+    and its inner product with a teacher's unit direction is :math:`b^\top Q`. Both are 0 if all successes are equal.
 
     Attributes:
-        question: ``(N,)``, a number for each question.
+        question: ``(N,)`` int64, a number for each question.
         token_weight: ``(N,)``, inverse inclusion probability.
-        correct: ``(N,)`` bool, of the rollout.
-        depth: ``(N,)``.
-        norm_form: ``(N, A, A)``, :math:`H`.
-        gain_form: ``(N, K, A)``, :math:`b`; 0 for a silent teacher, NaN for one that is infinitely far.
-        teacher_norm: ``(N, K)``.
+        correct: ``(N,)`` bool, whether the node's rollout was correct.
+        depth: ``(N,)`` int64, response tokens before the node.
+        norm_form: ``(N, A, A)``, the quadratic form :math:`H`.
+        gain_form: ``(N, K, A)``, the linear form :math:`b`; 0 where the teacher's gradient is 0, NaN where it is
+            infinite.
+        teacher_norm: ``(N, K)``, norm of the distillation gradient.
         real: ``(N, A)`` bool: the branch exists.
         count: ``(N, A)``, continuations scored; 1 where there is no branch.
         total: ``(N, A)``, sum of rewards.
-        total_square: ``(N, A)``, sum of their squares.
-        exact: ``(N, A)`` bool: success is known.
-        certain: ``(N,)`` bool: every possible token was seen and its success is known.
+        total_square: ``(N, A)``, sum of squared rewards.
+        exact: ``(N, A)`` bool: success is known, because the branch ends the response.
+        certain: ``(N,)`` bool: every possible token is a branch whose success is known.
     """
 
     question: NDArray[np.int64]
@@ -55,8 +56,8 @@ class Evidence:
     @cached_property
     def success(self) -> Floats:
         """Mean reward of each branch, ``(N, A)``."""
-        mean: Floats = self.total / self.count
-        return mean
+        mean_reward: Floats = self.total / self.count
+        return mean_reward
 
     @cached_property
     def gain(self) -> Floats:
@@ -66,131 +67,180 @@ class Evidence:
 
     @cached_property
     def ideal_norm(self) -> Floats:
-        """Norm of the estimated ideal gradient, ``(N,)``; noise lengthens it."""
+        """Norm of the estimated ideal gradient, ``(N,)``; noise in the successes makes it too large on average."""
         return norm(self.norm_form, self.offset)
 
     @cached_property
     def cosine(self) -> Floats:
-        """Alignment of each node and teacher as it comes, ``(N, K)``; NaN where either gradient is zero."""
-        there = (self.ideal_norm[:, None] > 0) & (self.teacher_norm > 0)
-        ratio: Floats = np.divide(self.gain, self.ideal_norm[:, None], out=np.full(there.shape, np.nan), where=there)
-        return ratio.clip(-1, 1)  # rounding only: a Gram matrix keeps the inequality of Cauchy and Schwarz
+        """Alignment of each node and teacher without a correction for noise, ``(N, K)``; NaN if a gradient is zero."""
+        nonzero = (self.ideal_norm[:, None] > 0) & (self.teacher_norm > 0)
+        blank = np.full(nonzero.shape, np.nan)
+        ratio: Floats = np.divide(self.gain, self.ideal_norm[:, None], out=blank, where=nonzero)
+        return ratio.clip(-1, 1)  # only rounding can leave [-1, 1]: a Gram matrix keeps the Cauchy-Schwarz inequality
 
     @cached_property
     def variance(self) -> Floats:
         """Unbiased variance of each branch's mean, ``(N, A)``; 0 where it is known, NaN with one continuation."""
-        n = self.count
+        count = self.count
         with np.errstate(divide="ignore", invalid="ignore"):
-            spread = (self.total_square - self.total**2 / n).clip(min=0) / (n - 1) / n
-        return np.where(self.exact | ~self.real, 0.0, np.where(n > 1, spread, np.nan))
+            mean_variance = (self.total_square - self.total**2 / count).clip(min=0) / (count - 1) / count
+        return np.where(self.exact | ~self.real, 0.0, np.where(count > 1, mean_variance, np.nan))
 
     @property
     def norm_square(self) -> Floats:
-        r"""Unbiased estimate of the ideal gradient's squared norm, ``(N,)``; may be negative, NaN where ``n`` is 1.
+        r"""Unbiased estimate of the ideal gradient's squared norm, ``(N,)``; it may be negative.
 
-        :math:`\hat Q^\top H \hat Q - \sum_a \hat v_a H_{aa}`.
+        :math:`\hat Q^\top H \hat Q - \sum_a \hat v_a H_{aa}`; NaN where a branch has a single continuation.
         """
-        plain: Floats = np.einsum("na,nab,nb->n", self.offset, self.norm_form, self.offset)
-        curve = np.einsum("naa->na", self.norm_form)
-        noise: Floats = np.where(curve > 0, self.variance * curve, 0).sum(axis=1)
-        return plain - noise
+        plain_square: Floats = np.einsum("na,nab,nb->n", self.offset, self.norm_form, self.offset)
+        diagonal = np.einsum("naa->na", self.norm_form)
+        noise_square: Floats = np.where(diagonal > 0, self.variance * diagonal, 0).sum(axis=1)
+        return plain_square - noise_square
 
     @cached_property
     def offset(self) -> Floats:
-        """Successes less that of the first branch, ``(N, A)``: equal ones cancel exactly."""
+        """Success of each branch minus that of the first, ``(N, A)``; exactly 0 where they are equal."""
         difference = self.success - self.success[:, :1]
-        return np.where(self.real & (np.abs(difference) > NOISE), difference, 0)
+        return np.where(self.real & (np.abs(difference) > ROUNDING_ERROR), difference, 0)
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> "Evidence":
-        """The chosen nodes, a mask ``(N,)`` or indices."""
+        """Select nodes by a mask ``(N,)`` or by indices."""
         return Evidence(**{name: getattr(self, name)[chosen] for name in self.__dataclass_fields__})
 
 
 def norm(form: Floats, success: Floats) -> Floats:
-    """Norm of the ideal gradient for ``form`` ``(N, A, A)`` and ``success`` ``(N, ..., A)``: ``(N, ...)``."""
+    """Compute the norm of the ideal gradient.
+
+    Args:
+        form: ``(N, A, A)``, see :attr:`Evidence.norm_form`.
+        success: ``(N, ..., A)``, of the branches.
+
+    Returns:
+        ``(N, ...)``.
+    """
     square: Floats = np.einsum("n...a,nab,n...b->n...", success, form, success, optimize=True)
-    length: Floats = np.sqrt(square.clip(min=0))  # a quadratic form can come out at -1e-20 where it is zero
+    length: Floats = np.sqrt(square.clip(min=0))  # rounding can make a quadratic form -1e-20 where it is zero
     return length
 
 
 def gather(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool = False, teachers: int = 0) -> Evidence:
-    """Put nodes into arrays.
-
-    Neighbours help each other: what was measured behind the token that a rollout took counts for that token.
+    """Turn node records into arrays, as recorded (:func:`stack`), and then pool neighbours (:func:`pool_neighbours`).
 
     Args:
         nodes: ``N`` records with the same teachers.
         module: Index of one LoRA module; None for all LoRA parameters together.
-        logits: Take gradients on the logits instead.
-        teachers: How many teachers there are, where no node says so.
+        logits: Use the gradients on the logits instead of those on the parameters.
+        teachers: Number of teachers, used only if ``nodes`` is empty.
 
     Examples:
         >>> gather([]).gain.shape
         (0, 0)
     """
-    size = max((len(node.tokens) for node in nodes), default=1)
+    return pool_neighbours(stack(nodes, module, logits, teachers), nodes)
+
+
+def stack(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool = False, teachers: int = 0) -> Evidence:
+    """Turn node records into arrays, with the continuations exactly as recorded.
+
+    Args:
+        nodes: ``N`` records with the same teachers.
+        module: Index of one LoRA module; None for all LoRA parameters together.
+        logits: Use the gradients on the logits instead of those on the parameters.
+        teachers: Number of teachers, used only if ``nodes`` is empty.
+
+    Examples:
+        >>> stack([], teachers=2).gain.shape
+        (0, 2)
+    """
     teachers = len(nodes[0].teacher_tail) if nodes else teachers
-    count = len(nodes)
-    labels = {name: i for i, name in enumerate(dict.fromkeys(node.question for node in nodes))}
-    form, gain = np.zeros((count, size, size)), np.zeros((count, teachers, size))
-    norms = np.zeros((count, teachers))
-    columns = {name: np.zeros((count, size)) for name in ("total", "total_square")}
-    counts, exact, real = np.ones((count, size)), np.ones((count, size), bool), np.zeros((count, size), bool)
-    certain = np.zeros(count, bool)
-    for n, node in enumerate(nodes):
-        arms = len(node.tokens)
+    shape = len(nodes), max((len(node.tokens) for node in nodes), default=1)
+    norm_form, gain_form = np.zeros((*shape, shape[1])), np.zeros((shape[0], teachers, shape[1]))
+    teacher_norm = np.zeros((shape[0], teachers))
+    count, total, total_square = np.ones(shape), np.zeros(shape), np.zeros(shape)
+    exact, exists = np.ones(shape, bool), np.zeros(shape, bool)
+    for node_index, node in enumerate(nodes):
+        branches = len(node.tokens)
         gram = node.logit_gram if logits else node.gram.sum(axis=0) if module is None else node.gram[module]
-        # From the branches' directions to their successes: the first is the reference.
-        lift = np.concatenate([-node.weight[1:, None], np.diag(node.weight[1:])], axis=1)
-        form[n, :arms, :arms] = lift.T @ gram[: arms - 1, : arms - 1] @ lift
-        norms[n] = np.sqrt(np.diagonal(gram)[arms - 1 :].clip(min=0))
-        inner = (lift.T @ gram[: arms - 1, arms - 1 :]).T
-        nothing = np.where(norms[n] == 0, 0.0, np.nan)[:, None] * np.ones(arms)
-        gain[n, :, :arms] = np.divide(inner, norms[n][:, None], out=nothing, where=norms[n][:, None] > 0)
-        columns["total"][n, :arms], columns["total_square"][n, :arms] = node.total, node.total_square
-        counts[n, :arms], exact[n, :arms], real[n, :arms] = node.count, node.exact, True
-        # A tail holds more than the tokens that were drawn from it.
-        seen = np.isclose(node.weight[node.tail].sum(), node.probability[node.tail].sum(), rtol=1e-9, atol=0)
-        certain[n] = bool(seen) and (arms == 1 or bool(node.exact.all()))
-    _smooth(nodes, counts, columns, exact)
+        node_norm_form, node_gain_form, teacher_norm[node_index] = _forms_in_success(node, gram)
+        norm_form[node_index, :branches, :branches] = node_norm_form
+        gain_form[node_index, :, :branches] = node_gain_form
+        count[node_index, :branches], exact[node_index, :branches] = node.count, node.exact
+        total[node_index, :branches], total_square[node_index, :branches] = node.total, node.total_square
+        exists[node_index, :branches] = True
+    question_numbers = {name: number for number, name in enumerate(dict.fromkeys(node.question for node in nodes))}
     return Evidence(
-        question=np.array([labels[node.question] for node in nodes], dtype=np.int64),
+        question=np.array([question_numbers[node.question] for node in nodes], dtype=np.int64),
         token_weight=np.array([1 / node.inclusion for node in nodes]),
         correct=np.array([node.correct for node in nodes], dtype=bool),
         depth=np.array([node.depth for node in nodes], dtype=np.int64),
-        norm_form=form,
-        gain_form=gain,
-        teacher_norm=norms,
-        real=real,
-        count=counts,
+        norm_form=norm_form,
+        gain_form=gain_form,
+        teacher_norm=teacher_norm,
+        real=exists,
+        count=count,
+        total=total,
+        total_square=total_square,
         exact=exact,
-        certain=certain,
-        **columns,
+        certain=np.array([_is_certain(node) for node in nodes], dtype=bool),
     )
 
 
-def _smooth(nodes: Sequence[NodeRecord], count: Floats, columns: dict[str, Floats], exact: NDArray[np.bool_]) -> None:
-    """Let the next token's node say what it knows of the branch that leads there.
+def pool_neighbours(evidence: Evidence, nodes: Sequence[NodeRecord]) -> Evidence:
+    """Add what the next token's node measured to the branch that leads to it.
 
-    The success of the token that a rollout took is that of the node behind it, whose branches were measured one by
-    one. Both are unbiased; how they are weighted depends on their numbers of continuations alone, so the sum is too.
+    Where a rollout has nodes at two consecutive tokens, the success of the token that it took at the first is the
+    success of the second node, whose branches were measured one by one. That estimate is added to the branch as
+    continuations. Both estimates are unbiased and their weights depend only on numbers of continuations, so the pooled
+    one is unbiased too. Every node passes on its own continuations only, not what it received.
+
+    Args:
+        evidence: ``N`` nodes as :func:`stack` gives them.
+        nodes: Their records.
     """
-    place = {(node.rollout, node.depth): n for n, node in enumerate(nodes)}
-    added = []
-    for n, node in enumerate(nodes):
-        after = place.get((node.rollout, node.depth + 1))
-        if after is None or exact[n, node.taken] or node.weight[0] == 0:  # 0: the free mode
+    index_of = {(node.rollout, node.depth): node_index for node_index, node in enumerate(nodes)}
+    count, total, total_square = evidence.count.copy(), evidence.total.copy(), evidence.total_square.copy()
+    for node_index, node in enumerate(nodes):
+        next_index = index_of.get((node.rollout, node.depth + 1))
+        in_free_mode = node.weight[0] == 0
+        if next_index is None or evidence.exact[node_index, node.taken] or in_free_mode:
             continue
-        weight = nodes[after].weight
-        size = len(weight)
-        open_ = ~exact[after, :size]
-        noise = float((weight[open_] ** 2 / count[after, :size][open_]).sum())
-        # Known for certain, it counts as very many.
-        worth = min(1 / noise, MOST) if noise > 0 else MOST
-        value = weight @ (columns["total"][after, :size] / count[after, :size]) / weight.sum()
-        added.append((n, node.taken, worth, worth * value))
-    # All at once: no node passes on what it was told.
-    for n, a, worth, total in added:
-        count[n, a] += worth
-        columns["total"][n, a] += total
-        columns["total_square"][n, a] += total
+        weight = nodes[next_index].weight
+        next_count, next_total = evidence.count[next_index, : len(weight)], evidence.total[next_index, : len(weight)]
+        sampled = ~evidence.exact[next_index, : len(weight)]
+        next_variance = float((weight[sampled] ** 2 / next_count[sampled]).sum())
+        # The number of continuations of this branch that would have had the same variance.
+        equivalent_count = (
+            min(1 / next_variance, MAXIMUM_POOLED_CONTINUATIONS) if next_variance > 0 else MAXIMUM_POOLED_CONTINUATIONS
+        )
+        next_success = weight @ (next_total / next_count) / weight.sum()
+        count[node_index, node.taken] += equivalent_count
+        total[node_index, node.taken] += equivalent_count * next_success
+        total_square[node_index, node.taken] += equivalent_count * next_success
+    return replace(evidence, count=count, total=total, total_square=total_square)
+
+
+def _forms_in_success(node: NodeRecord, gram: Floats) -> tuple[Floats, Floats, Floats]:
+    """Norm form ``(A, A)``, gain form ``(K, A)`` and norms of the teachers' gradients ``(K,)`` of one node.
+
+    Args:
+        node: With ``A`` branches.
+        gram: ``(C, C)``, of the branches' directions and then of the teachers' gradients.
+    """
+    branches = len(node.tokens)
+    directions = branches - 1
+    # The ideal gradient weights direction a by weight_a (Q_a - Q_0): (A - 1, A) maps successes to those weights.
+    lift = np.concatenate([-node.weight[1:, None], np.diag(node.weight[1:])], axis=1)
+    norm_form = lift.T @ gram[:directions, :directions] @ lift
+    teacher_norm = np.sqrt(np.diagonal(gram)[directions:].clip(min=0))
+    inner_product = (lift.T @ gram[:directions, directions:]).T
+    # A zero gradient gains nothing; the gain along an infinite one is undefined.
+    gain_form = np.where(teacher_norm == 0, 0.0, np.nan)[:, None] * np.ones(branches)
+    np.divide(inner_product, teacher_norm[:, None], out=gain_form, where=teacher_norm[:, None] > 0)
+    return norm_form, gain_form, teacher_norm
+
+
+def _is_certain(node: NodeRecord) -> bool:
+    """Whether every possible token is a branch whose success is known."""
+    # A tail may hold more tokens than those drawn from it.
+    tail_is_complete = np.isclose(node.weight[node.tail].sum(), node.probability[node.tail].sum(), rtol=1e-9, atol=0)
+    return bool(tail_is_complete) and (len(node.tokens) == 1 or bool(node.exact.all()))

@@ -1,29 +1,28 @@
-"""Intervals: the jackknife over questions, for any smooth function of sums over questions."""
+"""Confidence intervals by the delete-one jackknife over questions, for any smooth function of sums over questions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from odp_callbacks.records import Floats
 
-FEWEST_QUESTIONS = 3
-"""With fewer an interval would not keep its promise."""
+MINIMUM_QUESTIONS = 3
+"""With fewer questions an interval would not reach its stated coverage, so none is given."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number with its interval.
+    """A number with its interval.
 
     Attributes:
-        value: The estimate; NaN where nothing defines it, or where it is withheld.
-        low: Lower end of the interval; NaN where there are too few questions for one.
-        high: Upper end.
-        questions: How many questions it rests on.
-        nodes: How many nodes.
-        uncorrected: The estimate before its correction for noise, where it has one.
-        note: Why value or interval are missing, or what was done to them; empty for most.
+        value: The estimate; NaN where it is undefined or withheld.
+        low: Lower end of the interval; NaN where there are too few questions for an interval.
+        high: Upper end of the interval.
+        questions: Number of questions behind the estimate.
+        nodes: Number of nodes behind the estimate.
+        uncorrected: The estimate before its correction for noise; NaN for a figure that needs none.
+        note: Why the value or the interval is missing, or how the value was changed; empty otherwise.
     """
 
     value: float
@@ -42,71 +41,77 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimator:
-    """A figure before its interval.
+    """A figure as a function of the questions that count; :func:`jackknife` turns it into an :class:`Estimate`.
 
     Attributes:
-        function: From question weights ``(..., m)``, 1 for a question that counts and 0 for one that does not, to the
-            figure ``(...)``.
-        questions: ``(m,)`` bool, those that the figure rests on.
-        nodes: How many nodes it rests on.
+        statistic: Maps question weights ``(..., m)``, 1 for a question that counts and 0 for one that is left out, to
+            the figure ``(...)``.
+        questions: ``(m,)`` bool, the questions that have at least one node behind the figure.
+        nodes: Number of nodes behind the figure.
         uncorrected: The estimate before its correction for noise.
-        withheld: Why there is no figure; empty if there is one.
-        ends: Range of the figure, if it has one.
-        parts: The two figures of which this is the difference.
+        withheld: Why the figure is not reported; empty if it is.
+        bounds: Smallest and largest possible value, if the figure has them.
+        parts: For a difference, the two figures that it is the difference of.
     """
 
-    function: Callable[[Floats], Floats]
+    statistic: Callable[[Floats], Floats]
     questions: np.ndarray[tuple[int], np.dtype[np.bool_]]
     nodes: int
     uncorrected: float = float("nan")
     withheld: str = ""
-    ends: tuple[float, float] | None = None
+    bounds: tuple[float, float] | None = None
     parts: tuple["Estimator", ...] = ()
 
     @property
-    def support(self) -> int:
-        """How many questions the figure rests on; the weaker part of a difference."""
-        return min((part.support for part in self.parts), default=int(self.questions.sum()))
+    def question_count(self) -> int:
+        """Number of questions behind the figure; for a difference, the smaller of its parts' numbers."""
+        return min((part.question_count for part in self.parts), default=int(self.questions.sum()))
 
     @property
     def variance(self) -> float:
-        """The delete-one jackknife's; NaN where leaving out one question leaves nothing."""
-        m = int(self.questions.sum())
+        """Delete-one jackknife variance; NaN where leaving out a question leaves no node."""
+        question_count = int(self.questions.sum())
         with np.errstate(divide="ignore", invalid="ignore"):
-            out = self.function(1 - np.eye(len(self.questions))[self.questions])
-        return float((m - 1) / m * ((out - out.mean()) ** 2).sum())
+            leave_one_out = self.statistic(1 - np.eye(len(self.questions))[self.questions])
+        squared_deviations = (leave_one_out - leave_one_out.mean()) ** 2
+        return float((question_count - 1) / question_count * squared_deviations.sum())
 
     @property
-    def freedom(self) -> float:
-        """Degrees of freedom; of a difference by Welch and Satterthwaite, and not more than the questions give."""
-        most = float(self.questions.sum()) - 1
+    def degrees_of_freedom(self) -> float:
+        """Degrees of freedom of Student's t.
+
+        One less than the number of questions. A difference takes those of Welch and Satterthwaite if they are fewer.
+        """
+        maximum = float(self.questions.sum()) - 1
         if not self.parts:
-            return most
-        spreads = [part.variance for part in self.parts]
-        below = sum(s * s / part.freedom for s, part in zip(spreads, self.parts, strict=True))
-        return min(most, sum(spreads) ** 2 / below) if below > 0 else most
+            return maximum
+        variances = [part.variance for part in self.parts]
+        denominator = sum(
+            variance * variance / part.degrees_of_freedom for variance, part in zip(variances, self.parts, strict=True)
+        )
+        return min(maximum, sum(variances) ** 2 / denominator) if denominator > 0 else maximum
 
     def __sub__(self, other: "Estimator") -> "Estimator":
-        """The difference of two figures of the same questions, as one figure."""
-        ends = None
-        if self.ends is not None and other.ends is not None:
-            ends = self.ends[0] - other.ends[1], self.ends[1] - other.ends[0]
+        """The difference of two figures of the same report, as one figure."""
+        bounds = None
+        if self.bounds is not None and other.bounds is not None:
+            bounds = self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0]
         return Estimator(
-            lambda weights: self.function(weights) - other.function(weights),
+            lambda weights: self.statistic(weights) - other.statistic(weights),
             self.questions | other.questions,
             min(self.nodes, other.nodes),
             self.uncorrected - other.uncorrected,
             self.withheld or other.withheld,
-            ends,
+            bounds,
             (self, other),
         )
 
 
 def check_confidence(confidence: float) -> float:
-    """The level, if it is one.
+    """Return the confidence level if it is valid.
 
     Raises:
-        ValueError: If it is not in (0, 1).
+        ValueError: If ``confidence`` is not in (0, 1).
     """
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
@@ -114,55 +119,66 @@ def check_confidence(confidence: float) -> float:
 
 
 def jackknife(estimator: Estimator, confidence: float = 0.95) -> Estimate:
-    """The figure with the delete-one jackknife's interval and Student's t.
+    """Estimate a figure with its delete-one jackknife interval.
 
-    Nodes of one question are not independent, so questions are what is left out in turn. An interval is cut to the
-    figure's range, which takes nothing from its coverage.
+    Nodes of one question are not independent, so each question is left out in turn. The interval uses Student's t and
+    is clipped to the figure's bounds, which cannot lower its coverage.
 
     Args:
         estimator: The figure.
-        confidence: In (0, 1).
+        confidence: Level of the interval, in (0, 1).
+
+    Returns:
+        The estimate. Its interval is NaN with fewer than :data:`MINIMUM_QUESTIONS` questions.
 
     Examples:
         >>> import numpy as np
         >>> values = np.array([0.0, 1.0, 2.0])
-        >>> f = jackknife(Estimator(lambda w: w @ values / w.sum(-1), np.ones(3, bool), nodes=3))
-        >>> round(f.value, 2), round(f.low, 2), round(f.high, 2)
+        >>> mean = Estimator(lambda weights: weights @ values / weights.sum(-1), np.ones(3, bool), nodes=3)
+        >>> estimate = jackknife(mean)
+        >>> round(estimate.value, 2), round(estimate.low, 2), round(estimate.high, 2)
         (1.0, -1.48, 3.48)
     """
-    support = estimator.support
-    blank = Estimate(np.nan, np.nan, np.nan, support, estimator.nodes, estimator.uncorrected)
+    question_count = estimator.question_count
+    blank = Estimate(np.nan, np.nan, np.nan, question_count, estimator.nodes, estimator.uncorrected)
     if estimator.withheld:
         return replace(blank, note=estimator.withheld)
-    if estimator.nodes == 0 or support == 0:
+    if estimator.nodes == 0 or question_count == 0:
         return replace(blank, note="no node")
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(estimator.function(np.ones(len(estimator.questions))))
+        value = float(estimator.statistic(np.ones(len(estimator.questions))))
     if not np.isfinite(value):
         return replace(blank, note="too noisy")
-    if support < FEWEST_QUESTIONS:
-        note = "one question" if support == 1 else f"{support} questions"
-        return _cut(replace(blank, value=value, note=note), estimator.ends)
+    if question_count < MINIMUM_QUESTIONS:
+        note = "one question" if question_count == 1 else f"{question_count} questions"
+        return _clip(replace(blank, value=value, note=note), estimator.bounds)
     variance = estimator.variance
     if not np.isfinite(variance):
-        return _cut(replace(blank, value=value, note="one question"), estimator.ends)
-    half = float(stats.t.ppf((1 + confidence) / 2, estimator.freedom) * np.sqrt(variance))
-    return _cut(replace(blank, value=value, low=value - half, high=value + half), estimator.ends)
+        return _clip(replace(blank, value=value, note="one question"), estimator.bounds)
+    from scipy import stats  # importing it takes most of a second
+
+    quantile = stats.t.ppf((1 + confidence) / 2, estimator.degrees_of_freedom)
+    half_width = float(quantile * np.sqrt(variance))
+    return _clip(replace(blank, value=value, low=value - half_width, high=value + half_width), estimator.bounds)
 
 
-def _cut(figure: Estimate, ends: tuple[float, float] | None) -> Estimate:
-    """Keep to the range, and say so where the estimate itself lay outside."""
-    if ends is None:
-        return figure
-    low, high = ends
-    value = float(np.clip(figure.value, low, high))
-    note = figure.note if value == figure.value else f"cut to {value:+g}"
-    bottom, top, half = figure.low, figure.high, figure.half_width
-    # Where all of the interval lies outside, its length is kept: the truth cannot be there.
-    if bottom > high:
-        bottom = high - half
-    elif top < low:
-        top = low + half
+def _clip(estimate: Estimate, bounds: tuple[float, float] | None) -> Estimate:
+    """Clip value and interval to the bounds; the note says so if the value lay outside."""
+    if bounds is None:
+        return estimate
+    minimum, maximum = bounds
+    value = float(np.clip(estimate.value, minimum, maximum))
+    note = estimate.note if value == estimate.value else f"cut to {value:+g}"
+    lower_end, upper_end, half_width = estimate.low, estimate.high, estimate.half_width
+    # An interval that lies entirely outside keeps half its length inside, instead of shrinking to a point.
+    if lower_end > maximum:
+        lower_end = maximum - half_width
+    elif upper_end < minimum:
+        upper_end = minimum + half_width
     return replace(
-        figure, value=value, low=float(np.clip(bottom, low, high)), high=float(np.clip(top, low, high)), note=note
+        estimate,
+        value=value,
+        low=float(np.clip(lower_end, minimum, maximum)),
+        high=float(np.clip(upper_end, minimum, maximum)),
+        note=note,
     )

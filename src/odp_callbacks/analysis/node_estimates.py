@@ -1,4 +1,4 @@
-"""From a node's record to its figures: arithmetic on a matrix of about 10 x 10, no model needed."""
+"""The figures of a single node."""
 
 from dataclasses import dataclass
 
@@ -9,21 +9,22 @@ from odp_callbacks.analysis.evidence import Evidence, gather
 from odp_callbacks.records import Floats, NodeRecord
 
 DEFINED, UNDEFINED, UNDETERMINED = "defined", "undefined", "undetermined"
+"""Status of a node's alignment: it exists; a gradient is zero for certain; the continuations cannot tell."""
 
 
 @dataclass(frozen=True)
 class NodeEstimate:
-    """Figures of one node; ``K`` teachers, ``M`` modules. NaN where a figure does not exist.
+    """Figures of one node with ``K`` teachers and ``M`` modules; NaN where a figure does not exist.
 
     Attributes:
-        alignment: ``(K,)``, cosine of ideal and distillation gradient on the LoRA parameters, as it comes: noise in
-            the success pulls it towards 0.
-        module_alignment: ``(M, K)``, the same on each module alone.
+        alignment: ``(K,)``, cosine of ideal and distillation gradient on the LoRA parameters, not corrected for noise
+            in the successes, which pulls it towards 0.
+        module_alignment: ``(M, K)``, the same on the parameters of each module alone.
         logit_alignment: ``(K,)``, the same on the logits.
         predicted_gain: ``(K,)``, success probability gained per unit step of the LoRA parameters along the
-            distillation gradient; 0 where that is zero.
-        teacher_advantage: ``(K,)``, success expected of the teacher's next token less that of the student's.
-        ideal_norm: Norm of the estimated ideal gradient on the LoRA parameters; noise in the success lengthens it.
+            distillation gradient; 0 where that gradient is zero.
+        teacher_advantage: ``(K,)``, expected success after the teacher's next token minus that after the student's.
+        ideal_norm: Norm of the estimated ideal gradient on the LoRA parameters; noise makes it too large on average.
         success: The student's success probability at the node.
         status: ``(K,)``: ``"defined"``; ``"undefined"`` where a gradient is zero for certain; ``"undetermined"``
             where the continuations cannot tell.
@@ -45,27 +46,30 @@ def branch_success(node: NodeRecord) -> Floats:
 
 
 def student_success(node: NodeRecord) -> float:
-    """The student's success probability at the node: weights add up to one over candidates and tail."""
+    """The student's success probability at the node: the weighted mean of its branches' successes."""
     return float(node.weight @ branch_success(node) / node.weight.sum())
 
 
 def statuses(evidence: Evidence) -> NDArray[np.str_]:
-    """Whether each node's alignment with each teacher exists, ``(N, K)``."""
-    zero = np.where(evidence.certain, UNDEFINED, UNDETERMINED)[:, None]
-    ideal = np.where(evidence.ideal_norm[:, None] == 0, zero, DEFINED)
-    found: NDArray[np.str_] = np.where(evidence.teacher_norm > 0, ideal, UNDEFINED)
-    return found
+    """Status of each node's alignment with each teacher, ``(N, K)``; see :data:`DEFINED`."""
+    status_without_ideal = np.where(evidence.certain, UNDEFINED, UNDETERMINED)[:, None]
+    status_with_teacher = np.where(evidence.ideal_norm[:, None] == 0, status_without_ideal, DEFINED)
+    status: NDArray[np.str_] = np.where(evidence.teacher_norm > 0, status_with_teacher, UNDEFINED)
+    return status
 
 
 def estimate(node: NodeRecord) -> NodeEstimate:
     """Compute a node's figures.
 
-    Source: arXiv:2605.10889 for alignment and teacher advantage; predicted gain is this project's.
+    The alignment on the logits and the teacher advantage are those of arXiv:2605.10889 (eqs. 2.12 and 2.1), except that
+    the tail counts as one token here, while the paper renormalises over the tokens that were visited. The alignment on
+    the LoRA parameters and the predicted gain are ours.
     """
     evidence = gather([node])
+    module_cosines = [gather([node], module=module_index).cosine[0] for module_index in range(len(node.gram))]
     return NodeEstimate(
         alignment=evidence.cosine[0],
-        module_alignment=np.stack([gather([node], module=m).cosine[0] for m in range(len(node.gram))]),
+        module_alignment=np.stack(module_cosines),
         logit_alignment=gather([node], logits=True).cosine[0],
         predicted_gain=evidence.gain[0],
         teacher_advantage=teacher_advantage(node),
@@ -76,10 +80,17 @@ def estimate(node: NodeRecord) -> NodeEstimate:
 
 
 def teacher_advantage(node: NodeRecord) -> Floats:
-    """Success of the teacher's next token less the student's, the tail counted as one token: ``(K,)``."""
+    """Expected success after the teacher's next token minus that after the student's, ``(K,)``.
+
+    All tokens of the tail count as one token, whose success is the weighted mean of those drawn from the tail. Success
+    is measured from that of the first branch, so that a common constant cancels.
+    """
     success, candidates = branch_success(node), ~node.tail
-    base = success[0]
-    tail = float(np.average(success[node.tail], weights=node.weight[node.tail])) if node.tail.any() else base
-    gained = node.teacher_probability[:, candidates] @ (success[candidates] - base) + node.teacher_tail * (tail - base)
-    advantage: Floats = gained - (student_success(node) - base)
+    reference = success[0]
+    tail_success = reference
+    if node.tail.any():
+        tail_success = float(np.average(success[node.tail], weights=node.weight[node.tail]))
+    teacher_success = node.teacher_probability[:, candidates] @ (success[candidates] - reference)
+    teacher_success = teacher_success + node.teacher_tail * (tail_success - reference)
+    advantage: Floats = teacher_success - (student_success(node) - reference)
     return advantage

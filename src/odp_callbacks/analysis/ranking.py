@@ -1,4 +1,4 @@
-"""Which teacher helps: by predicted gain, on all rollouts, by class and by question, and what cannot be told."""
+"""Ranking of the teachers by predicted gain, over all rollouts, by class and by question."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.summaries import SPLITS, Analysis
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.text import shown
+from odp_callbacks.text import displayable
 
 
 @dataclass(frozen=True)
 class RankedTeacher:
-    """A teacher's place in one class.
+    """A teacher's rank in one class.
 
     Attributes:
-        teacher: By name.
-        gain: Predicted gain, which ranks.
-        verdict: ``"helps"`` or ``"harms"`` where the interval excludes 0, else ``"undecided"``.
-        behind: By how much it is behind the best of its class, on the same nodes; None for the best.
-        worse: Whether that difference excludes 0.
+        teacher: Name of the teacher.
+        gain: Predicted gain, by which teachers are ranked.
+        verdict: ``"helps"`` or ``"harms"`` where the interval of the gain excludes 0, otherwise ``"undecided"``.
+        behind: Gain of the best teacher of the class minus this one's, on the same nodes; None for the best.
+        worse: Whether the interval of that difference lies above 0.
     """
 
     teacher: str
@@ -30,11 +30,11 @@ class RankedTeacher:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Teachers of a probe, the best first.
+    """The teachers of a probe, best first.
 
     Attributes:
-        classes: ``"all"``, ``"correct"``, ``"incorrect"`` and each ``"question <id>"``.
-        answer: The result in a sentence or two.
+        classes: Ranked teachers of ``"all"``, ``"correct"``, ``"incorrect"`` and of each ``"question <id>"``.
+        answer: The result in one or two sentences.
     """
 
     classes: dict[str, list[RankedTeacher]]
@@ -42,87 +42,98 @@ class Ranking:
 
 
 def rank(report: ProbeReport, confidence: float = 0.95) -> Ranking:
-    """Rank the teachers of a probe by predicted gain; differences are taken on the same nodes.
+    """Rank the teachers of a probe by predicted gain.
 
     Args:
         report: A probe's report.
-        confidence: Level of the intervals.
+        confidence: Level of the intervals, in (0, 1).
     """
     return rank_analysis(Analysis(report, confidence))
 
 
 def rank_analysis(analysis: Analysis) -> Ranking:
-    """The same, from an analysis that is there already."""
+    """Rank the teachers of an analysis that was computed before, see :func:`rank`."""
     gains: dict[str, dict[str, Estimate]] = {}
     for summary in [*analysis.summaries(), *analysis.summaries("question")]:
         if summary.split in SPLITS or summary.split.startswith("question "):
             gains.setdefault(summary.split, {})[summary.teacher] = summary.figures["predicted_gain"]
-    behind = {(c.split, c.teacher): c.figures["predicted_gain"] for c in analysis.contrasts()}
-    classes = {split: _places(split, found, behind) for split, found in gains.items()}
-    return Ranking(classes, _never(analysis.report) or _answer(classes["all"]))
+    differences = {
+        (contrast.split, contrast.teacher): contrast.figures["predicted_gain"] for contrast in analysis.contrasts()
+    }
+    classes = {split: _rank_class(split, class_gains, differences) for split, class_gains in gains.items()}
+    return Ranking(classes, _answer_without_differences(analysis.report) or _answer(classes["all"]))
 
 
-def _never(report: ProbeReport) -> str:
-    """Where success never differs there is nothing to rank by, and that is what must be said."""
-    rewards = {r.reward for r in report.rollouts} | {float(x) for n in report.nodes for x in n.total / n.count.clip(1)}
+def verdict(gain: Estimate) -> str:
+    """Say whether a gain is significantly positive, significantly negative or neither."""
+    return "helps" if gain.low > 0 else "harms" if gain.high < 0 else "undecided"
+
+
+def _rank_class(
+    split: str, gains: dict[str, Estimate], differences: dict[tuple[str, str], Estimate]
+) -> list[RankedTeacher]:
+    def value_or_last(teacher: str) -> float:
+        value = gains[teacher].value
+        return -math.inf if math.isnan(value) else value
+
+    best_first = sorted(gains, key=value_or_last, reverse=True)
+    ranked = []
+    for teacher in best_first:
+        behind = None if teacher == best_first[0] else _difference(differences, split, best_first[0], teacher)
+        worse = behind is not None and behind.low > 0
+        ranked.append(RankedTeacher(teacher, gains[teacher], verdict(gains[teacher]), behind, worse))
+    return ranked
+
+
+def _difference(differences: dict[tuple[str, str], Estimate], split: str, best: str, teacher: str) -> Estimate | None:
+    """Gain of the best teacher minus another's; contrasts hold each pair of teachers in one best_first only."""
+    if (split, f"{best} - {teacher}") in differences:
+        return differences[split, f"{best} - {teacher}"]
+    reverse = differences.get((split, f"{teacher} - {best}"))
+    if reverse is None:
+        return None
+    return replace(reverse, value=-reverse.value, low=-reverse.high, high=-reverse.low)
+
+
+def _answer_without_differences(report: ProbeReport) -> str:
+    """The answer for a probe in which success never differs, so that there is nothing to rank by; otherwise empty."""
+    rewards = {rollout.reward for rollout in report.rollouts}
+    rewards |= {float(mean) for node in report.nodes for mean in node.total / node.count.clip(1)}
     if len(rewards) > 1:
         return ""
     return (
-        f"Nothing can be told: every rollout and continuation has the reward {rewards.pop():g}. Take questions that "
-        "the student sometimes solves, or look at what the reward asks for."
+        f"Nothing can be told: every rollout and continuation has the reward {rewards.pop():g}. Use questions that "
+        "the student sometimes solves, or check what the reward asks for."
     )
 
 
-def verdict(figure: Estimate) -> str:
-    """What an interval says of a sign."""
-    return "helps" if figure.low > 0 else "harms" if figure.high < 0 else "undecided"
-
-
-def _places(split: str, gains: dict[str, Estimate], behind: dict[tuple[str, str], Estimate]) -> list[RankedTeacher]:
-    def key(name: str) -> float:
-        value = gains[name].value
-        return -math.inf if math.isnan(value) else value
-
-    order = sorted(gains, key=key, reverse=True)
-    places = []
-    for name in order:
-        first, difference = order[0], None
-        if name != first:
-            difference = behind.get((split, f"{first} - {name}"))
-            if difference is None and (turned := behind.get((split, f"{name} - {first}"))) is not None:
-                difference = replace(turned, value=-turned.value, low=-turned.high, high=-turned.low)
-        worse = difference is not None and difference.low > 0
-        places.append(RankedTeacher(name, gains[name], verdict(gains[name]), difference, worse))
-    return places
-
-
-def _answer(places: list[RankedTeacher]) -> str:
-    helping = [p.teacher for p in places if p.verdict == "helps"]
-    harming = [p.teacher for p in places if p.verdict == "harms"]
-    rest = [p.teacher for p in places if p.verdict == "undecided"]
-    parts = []
+def _answer(ranked: list[RankedTeacher]) -> str:
+    by_verdict: dict[str, list[str]] = {"helps": [], "harms": [], "undecided": []}
+    for place in ranked:
+        by_verdict[place.verdict].append(place.teacher)
+    helping, harming, undecided = by_verdict["helps"], by_verdict["harms"], by_verdict["undecided"]
+    clauses = []
     if helping:
-        parts.append(f"{_list(helping)} measurably {_verb(helping, 'help')}")
+        clauses.append(f"{_enumerate(helping)} measurably {_conjugate('help', helping)}")
     if harming:
-        parts.append(f"{_list(harming)} measurably {_verb(harming, 'harm')}")
-    if rest:
-        they = "it helps" if len(rest) == 1 else "they help"
-        parts.append(f"of {_list(rest)} the evidence cannot tell whether {they}")
-    text = "; ".join(parts) + "." if parts else "Nothing was measured."
-    if len(places) > 1 and helping:
-        close = [p.teacher for p in places[1:] if not p.worse]
-        text += (
-            f" {_list([places[0].teacher])} comes first, but {_list(close)} may be as good."
-            if close
-            else f" {_list([places[0].teacher])} measurably helps most."
+        clauses.append(f"{_enumerate(harming)} measurably {_conjugate('harm', harming)}")
+    if undecided:
+        clauses.append(f"the evidence does not show whether {_enumerate(undecided)} {_conjugate('help', undecided)}")
+    answer = "; ".join(clauses) + "." if clauses else "Nothing was measured."
+    if len(ranked) > 1 and helping:
+        best, equally_good = [ranked[0].teacher], [place.teacher for place in ranked[1:] if not place.worse]
+        answer += (
+            f" {_enumerate(best)} comes first, but {_enumerate(equally_good)} may be as good."
+            if equally_good
+            else f" {_enumerate(best)} measurably helps most."
         )
-    return text[0].upper() + text[1:]  # a name stands in quotes, and keeps its own
+    return answer[0].upper() + answer[1:]  # names are quoted, so a name's own first letter does not change
 
 
-def _list(names: list[str]) -> str:
-    names = [f"“{shown(name)}”" for name in names]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _enumerate(teachers: list[str]) -> str:
+    quoted = [f"“{displayable(teacher)}”" for teacher in teachers]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
-def _verb(names: list[str], verb: str) -> str:
-    return f"{verb}s" if len(names) == 1 else verb
+def _conjugate(verb: str, subjects: list[str]) -> str:
+    return f"{verb}s" if len(subjects) == 1 else verb

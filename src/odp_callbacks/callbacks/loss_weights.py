@@ -1,4 +1,4 @@
-"""A gate for a training step that takes its weights from the batch."""
+"""The callback that adds a gate's weights to the batch, for training steps that read them there."""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -7,31 +7,34 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from odp_callbacks.gates.loss import gate_weights
-from odp_callbacks.gates.tokens import Gate, tokens_of
+from odp_callbacks.gates.protocols import Gate
+from odp_callbacks.gates.tokens import tokens_of
 
 
 class LossWeightCallback(Callback):
-    """Place a gate's weights in every training batch, under a key of your choice.
+    """Add a gate's weights to every training batch, under a key of your choice.
 
-    For a module that samples its rollouts elsewhere and whose training step multiplies per-token losses by
-    ``batch[key]``: ``(batch[key] * losses).sum() / mask.sum()``. Weights have a mean of 1 over the batch's tokens, so
-    the loss keeps its scale; they are all 0 where nothing is let through. Where the step computes rollouts and losses
-    itself, call :func:`~odp_callbacks.gate_loss` on them instead, which also knows what the policies say.
+    Use it for a module that samples its rollouts elsewhere and whose training step multiplies per-token losses by
+    ``batch[key]``: ``(batch[key] * losses).sum() / mask.sum()``. The weights have a mean of 1 over the batch's tokens,
+    so that the loss keeps its scale; they are all 0 if the gate gives no token a weight. If the training step computes
+    rollouts and losses itself, call :func:`~odp_callbacks.gate_loss` there instead, which also knows the policies'
+    probabilities.
 
-    Logs ``train/gate/token_share``, ``rollout_share`` and ``effective_share`` where the trainer logs.
+    The shares ``train/gate/token_share``, ``train/gate/rollout_share`` and ``train/gate/effective_share`` are logged
+    (:class:`~odp_callbacks.gates.GatedLoss`).
 
     Args:
         gate: The gate. One that learns from probes must be given to the
             :class:`~odp_callbacks.GradientAlignmentCallback` as well.
-        key: Where the weights ``(B, T)`` float32 go.
-        mask: Where the batch has its mask of response tokens, ``(B, T)``.
-        rewards: Where the batch has its rewards, ``(B,)``; gates that do not need them do without.
-        questions: Where the batch has what tells rollouts of one question from others, ``B`` labels; for pass rates.
+        key: Key under which the weights ``(B, T)``, float32, are added.
+        mask: Key of the batch's mask of response tokens, ``(B, T)``.
+        rewards: Key of the batch's rewards, ``(B,)``; the batch may lack them if the gate does not need them.
+        questions: Key of ``B`` labels that are equal for rollouts of the same question, for pass rates.
         success_threshold: Reward from which a rollout counts as correct.
         teacher: Name of the teacher, as the probes have it.
 
     Raises:
-        ValueError: At the first batch, if it is no mapping, has no mask, or the gate needs what is not there.
+        ValueError: At the first batch, if it is not a mapping, has no mask, or lacks what the gate needs.
 
     Examples:
         >>> from odp_callbacks import LossWeightCallback, IncorrectRolloutGate
@@ -57,9 +60,12 @@ class LossWeightCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not isinstance(batch, MutableMapping) or self.mask not in batch:
-            what = sorted(map(str, batch)) if isinstance(batch, MutableMapping) else type(batch).__name__
-            raise ValueError(f"`mask` is {self.mask!r}, but the batch has no such entry; it is {what}.")
+        if not isinstance(batch, MutableMapping):
+            raise ValueError(f"`batch` must be a mapping to which weights can be added, but is {type(batch).__name__}.")
+        if self.mask not in batch:
+            raise ValueError(
+                f"`mask` is {self.mask!r}, but the batch has no such entry; it has {sorted(map(str, batch))}."
+            )
         mask = batch[self.mask]
         labels: Any = None if self.questions is None else batch[self.questions]
         tokens = tokens_of(

@@ -1,65 +1,61 @@
-"""What any trainer needs of a probe: when, of which questions, at what price, and where the outcome goes."""
+"""Probes a training run, whatever trainer it has: decides when to measure, and logs what was measured."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
-from os import PathLike
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from odp_callbacks.analysis.summaries import SPLITS, free_scalars, scalars
-from odp_callbacks.callbacks.processes import Processes
+from odp_callbacks.analysis.scalars import free_scalars, scalars
+from odp_callbacks.analysis.summaries import SPLITS
+from odp_callbacks.callbacks.constant_reward import warn_of_constant_reward
+from odp_callbacks.callbacks.failures import FailureHandler
+from odp_callbacks.callbacks.gate_learning import GateLearning
+from odp_callbacks.callbacks.question_order import QuestionOrder
+from odp_callbacks.callbacks.report_merging import merge_processes
+from odp_callbacks.callbacks.schedule import ProbeSchedule
 from odp_callbacks.callbacks.time_budget import TimeBudget
+from odp_callbacks.callbacks.trainer_context import TrainerContext
+from odp_callbacks.callbacks.training_rollouts import TrainingRollouts, measure_training_rollouts
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.gradients.optimizer_geometry import adam_preconditioner
+from odp_callbacks.engine.gradients.adam import adam_preconditioner
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
 from odp_callbacks.engine.probe import Probe
-from odp_callbacks.engine.prompts import Row, rows_from_batch
+from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.teachers import as_teachers
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.storage import merge, save
+from odp_callbacks.storage import save
 
-Rollouts = Callable[[], Iterable[tuple[Row, Sequence[int]]]]
-
-
-@dataclass(frozen=True)
-class Host:
-    """What a monitor asks of the trainer that it is a guest of, at one moment of the training.
-
-    Args:
-        step: Optimizer steps taken.
-        first: Whether this is the process that writes files and pictures.
-        processes: Those that train together; they share each probe's questions.
-        context: The precision that the student is trained in.
-        progress: Of what each stage took in the last probe, in seconds; gives, when entered, a function of a stage's
-            name, what is done of it and how much there is.
-        log: Takes figures, and the report of a probe if there is one to be drawn, to the trainer's loggers.
-        warn: Says something that the user should change, in the first process only.
-        note: Says something worth knowing, in the first process only.
-        optimizers: Those that train the student.
-    """
-
-    step: int
-    first: bool
-    processes: Processes
-    context: Callable[[], AbstractContextManager[Any]]
-    progress: Callable[[Mapping[str, float]], AbstractContextManager[Callable[[str, int, int], None]]]
-    log: Callable[[dict[str, float], ProbeReport | None], None]
-    warn: Callable[[str], None]
-    note: Callable[[str], None]
-    optimizers: Sequence[Optimizer] = ()
+FULL_PROBE, FREE_PROBE = "probe", "free probe"
+"""The kinds of probes, whose costs the time budget knows separately."""
+ROWS_CHECKED = 1000
+"""About how many rows of a large dataset are checked before training."""
 
 
 class Monitor:
-    """Probes a training run: a trainer's callback tells it where the run is, and it measures, logs and keeps.
+    """Probes a training run; a trainer's callback calls it at every event of the training.
 
-    The arguments are those of :class:`~odp_callbacks.GradientAlignmentCallback`, but for what finds the student.
+    Args:
+        teachers: As in :class:`~odp_callbacks.GradientAlignmentCallback`.
+        prompts: The questions; None for the rows of the current training batch.
+        reward: The TRL reward function.
+        schedule: When to probe.
+        config: How a probe measures.
+        gate: A gate that learns from the probes; None for the gate of the training.
+
+    Attributes:
+        last_report: The report of the last probe that succeeded; None before any.
+        probe_count: How many probes were started.
+        last_step: The optimizer step seen last; -1 before any.
+        last_probe_step: The optimizer step of the last probe; -1 before any.
+
+    Raises:
+        TypeError: If ``reward`` is not callable, or ``prompts`` cannot be indexed.
+        ValueError: If the teachers cannot be used.
     """
 
     def __init__(
@@ -68,372 +64,272 @@ class Monitor:
         prompts: Sequence[Row] | None,
         reward: RewardFunction,
         *,
-        every_n_steps: int = 100,
-        questions_per_probe: int = 8,
-        max_overhead: float | None = 0.1,
-        free_every_n_steps: int | None = None,
-        records: str | PathLike[str] | None = None,
-        at_start: bool = False,
-        on_validation: bool = False,
-        confidence: float = 0.95,
-        seed: int = 0,
-        strict: bool = False,
+        schedule: ProbeSchedule,
+        config: ProbeConfig,
         gate: object | None = None,
-        optimizer_geometry: bool = False,
-        config: ProbeConfig | None = None,
-        **options: Any,
     ) -> None:
-        numbers = {
-            "every_n_steps": every_n_steps,
-            "questions_per_probe": questions_per_probe,
-            "free_every_n_steps": 1 if free_every_n_steps is None else free_every_n_steps,
-        }
-        for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"`{name}` must be a positive integer, but {number!r} was given.")
-        if max_overhead is not None and not 0 < max_overhead < 1:
-            raise ValueError(f"`max_overhead` must lie in (0, 1) or be None, but {max_overhead!r} was given.")
-        if not 0 < confidence < 1:
-            raise ValueError(f"`confidence` must lie in (0, 1), but {confidence!r} was given.")
         if not callable(reward):
             raise TypeError(f"`reward` must be a function of prompts, completions and columns, but got {reward!r}.")
         if prompts is not None and not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
             raise TypeError(f"`prompts` must be rows with `len` and indexing, or None, but got {prompts!r}.")
-        known = {field.name for field in fields(ProbeConfig)}
-        if unknown := sorted(set(options) - known):
-            raise TypeError(f"unknown argument {unknown[0]!r}; a probe's options are {sorted(known)}.")
         self.teachers = as_teachers(teachers)
         self.prompts = prompts
         self.reward = reward
-        self.every_n_steps = every_n_steps
-        self.questions_per_probe = questions_per_probe
-        self.free_every_n_steps = free_every_n_steps
-        self.records = None if records is None else Path(records)
-        self.at_start = at_start
-        self.on_validation = on_validation
-        self.confidence = confidence
-        self.seed = seed
-        self.strict = strict
-        self.config = replace(config or ProbeConfig(), **options)
+        self.schedule = schedule
+        self.config = config
         self.last_report: ProbeReport | None = None
         self.probe: Probe | None = None
-        self._free: Probe | None = None
-        self.stream = torch.Generator().manual_seed(seed)
-        self.order: list[int] = []
-        self.probes = 0
-        # -1: no step was seen yet, so that a probe at step 0 is not taken for one that has run.
+        self.free_probe: Probe | None = None
+        self.random_stream = torch.Generator().manual_seed(schedule.seed)
+        self.questions = QuestionOrder(prompts, schedule.questions_per_probe, self.random_stream)
+        self.probe_count = 0
+        # With -1, a validation at step 0 is not mistaken for one whose step was probed already.
         self.last_step = -1
-        self.last_probe = -1
-        self.gate = self._given_gate = gate
-        self.optimizer_geometry = optimizer_geometry
-        self._gate_state: dict[str, Any] | None = None
-        self.time_budget = TimeBudget(max_overhead)
-        self._said: set[str] = set()
+        self.last_probe_step = -1
+        self.gate_learning = GateLearning(gate)
+        self.time_budget = TimeBudget(schedule.max_overhead)
+        self.failures = FailureHandler(schedule.strict)
 
-    def should_probe(self, step: int, last_step: int) -> bool:
-        """Whether a multiple of ``every_n_steps`` lies after ``last_step`` and not after ``step``."""
-        return step // self.every_n_steps > max(last_step, 0) // self.every_n_steps
-
-    def prepare(self, student: nn.Module, tokenizer: Any, gate: object = None, taught: Sequence[str] = ()) -> None:
+    def prepare(
+        self,
+        student: nn.Module,
+        tokenizer: Any,
+        training_gate: object | None = None,
+        distilled_teachers: Sequence[str] = (),
+    ) -> None:
         """Check everything that can be checked before training.
 
         Args:
             student: A peft model.
-            tokenizer: The student's.
-            gate: What acts on the loss, and learns where nothing else was given to.
-            taught: Names of the teachers that training distils from, where they are known.
+            tokenizer: The student's tokenizer.
+            training_gate: The gate that acts on the loss, if there is one.
+            distilled_teachers: Names of the teachers that the training distils from, where they are known.
 
         Raises:
             ValueError: If something that was given cannot work.
         """
-        if self._given_gate is None:
-            self.gate = gate
-        if gate is not None and gate is self.gate and (unknown := sorted(set(taught) - set(self.teachers))):
-            raise ValueError(
-                f"`gate` learns from probes, which measure the teachers {sorted(self.teachers)}, but {unknown[0]!r} "
-                "teaches; name them alike in training and in the callback."
-            )
-        self._restore_gate()
+        self.gate_learning.use_gate_of_training(training_gate, distilled_teachers, self.teachers)
         if self.probe is not None and self.probe.student is student:
             return
         self.probe = Probe(student, tokenizer, self.reward, self.teachers, self.config)
-        if self.free_every_n_steps is not None:
-            free = replace(self.config, budget=0, seconds=None, half_width=None, step_alignment=False)
-            self._free = Probe(student, tokenizer, self.reward, self.teachers, free)
+        if self.schedule.free_every_n_steps is not None:
+            free_config = replace(self.config, budget=0, time_budget=None, half_width=None, step_alignment=False)
+            self.free_probe = Probe(student, tokenizer, self.reward, self.teachers, free_config)
         if self.prompts is not None:
-            # Evenly spread over a large dataset; whatever is drawn later is checked again then.
-            step = max(1, len(self.prompts) // 1000)
-            self.probe.validate([self.prompts[i] for i in range(0, len(self.prompts), step)])
+            # The checked rows are spread evenly over the dataset; a probe checks its own rows again.
+            stride = max(1, len(self.prompts) // ROWS_CHECKED)
+            self.probe.validate([self.prompts[index] for index in range(0, len(self.prompts), stride)])
 
-    def start(self, host: Host) -> None:
-        """Training starts, or goes on."""
-        self._metric(host)  # refuses optimizers whose geometry is not known
+    def on_train_start(self, context: TrainerContext) -> None:
+        """Start the clock, and probe if that is due at the start.
+
+        Raises:
+            ValueError: If ``optimizer_geometry`` is on and the geometry of an optimizer is not known.
+        """
+        self._preconditioner(context)
         self.time_budget.start()
-        self._update_teachers(host.step)
-        # A step before the last one seen: this monitor watches a new run.
-        if self.last_step < 0 or host.step < self.last_step:
-            self.last_step = host.step
-            if self.at_start and self.prompts is not None:
-                self.run(host, None)
+        self._update_teachers(context.step)
+        # A step before the last one seen means that this monitor now watches another run.
+        if self.last_step < 0 or context.step < self.last_step:
+            self.last_step = context.step
+            if self.schedule.at_start and self.prompts is not None:
+                self.run_probe(context)
 
-    def advance(
+    def on_batch_end(
         self,
-        host: Host,
+        context: TrainerContext,
         batch: Any = None,
-        rollouts: Rollouts | None = None,
-        due: Callable[[int, int], bool] | None = None,
+        training_rollouts: TrainingRollouts | None = None,
+        probe_is_due: Callable[[int, int], bool] | None = None,
     ) -> None:
-        """A batch is done, with or without an optimizer step.
+        """Probe if the batch ended with an optimizer step after which a probe is due.
 
         Args:
-            host: The trainer.
-            batch: Whose rows are the questions where no ``prompts`` were given.
-            rollouts: Gives the training's own rollouts, for the free mode.
-            due: In place of :meth:`should_probe`.
+            context: The trainer.
+            batch: The batch, whose rows are the questions where there are no ``prompts``.
+            training_rollouts: Returns the training's own rollouts, for the free mode.
+            probe_is_due: A function of the step and the last step seen, used in place of the schedule's.
         """
-        if host.step == self.last_step:  # still accumulating gradients
+        if context.step == self.last_step:  # gradients are still being accumulated
             return
-        self._update_teachers(host.step)
-        probe = (due or self.should_probe)(host.step, self.last_step)
-        every = self.free_every_n_steps
-        free = every is not None and host.step // every > max(self.last_step, 0) // every
-        self.last_step = host.step
-        if probe:
-            self.run(host, batch)
-        if free and rollouts is not None:
-            self._look(host, rollouts)
+        self._update_teachers(context.step)
+        run_full_probe = (probe_is_due or self.schedule.probe_is_due)(context.step, self.last_step)
+        run_free_probe = self.schedule.free_probe_is_due(context.step, self.last_step)
+        self.last_step = context.step
+        if run_full_probe:
+            self.run_probe(context, batch)
+        if run_free_probe and training_rollouts is not None:
+            self.run_free_probe(context, training_rollouts)
 
-    def validated(self, host: Host) -> None:
-        """A validation is done."""
-        if not self.on_validation or self.last_probe == host.step:
+    def on_validation_end(self, context: TrainerContext) -> None:
+        """Probe at the end of a validation, unless this step was probed already."""
+        if not self.schedule.on_validation or self.last_probe_step == context.step:
             return
         if self.prompts is None:
-            self.say(host, "`on_validation` needs `prompts`: no training batch is at hand, and no probe was made.")
+            self.failures.warn_once(
+                context, "`on_validation` needs `prompts`, because validation has no training batch; skipped the probe."
+            )
             return
-        self.run(host, None)
+        self.run_probe(context)
 
-    def stop(self) -> None:
-        """Training ends."""
+    def on_train_end(self) -> None:
+        """Stop the clock."""
         self.time_budget.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on where this one was."""
+        """Return what a resumed run needs to continue where this one stopped."""
         state = {
-            "probes": self.probes,
+            "probe_count": self.probe_count,
             "last_step": self.last_step,
-            "last_probe": self.last_probe,
-            "order": list(self.order),
-            "stream": self.stream.get_state(),
+            "last_probe_step": self.last_probe_step,
+            "remaining_questions": list(self.questions.remaining),
+            "random_stream": self.random_stream.get_state(),
             "time_budget": self.time_budget.state_dict(),
-            "teachers": {name: teacher.state_dict() for name, teacher in self.teachers.items()},
+            "teachers": {teacher_name: teacher.state_dict() for teacher_name, teacher in self.teachers.items()},
         }
-        if hasattr(self.gate, "state_dict"):
-            state["gate"] = self.gate.state_dict()
-        return state
+        gate_state = self.gate_learning.state_dict()
+        return state if gate_state is None else {**state, "gate": gate_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the run that saved this was."""
-        self.probes = state_dict["probes"]
+        """Restore the state of the run that saved it."""
+        self.probe_count = state_dict["probe_count"]
         self.last_step = state_dict["last_step"]
-        self.last_probe = state_dict["last_probe"]
-        self.order = list(state_dict["order"])
-        self.stream.set_state(state_dict["stream"])
+        self.last_probe_step = state_dict["last_probe_step"]
+        self.questions.remaining = list(state_dict["remaining_questions"])
+        self.random_stream.set_state(state_dict["random_stream"])
         self.time_budget.load_state_dict(state_dict["time_budget"])
-        for name, state in state_dict["teachers"].items():
-            self.teachers[name].load_state_dict(state)
-        self._gate_state = state_dict.get("gate")
-        self._restore_gate()
+        for teacher_name, teacher_state in state_dict["teachers"].items():
+            self.teachers[teacher_name].load_state_dict(teacher_state)
+        self.gate_learning.load_state_dict(state_dict.get("gate"))
 
-    def run(self, host: Host, batch: Any) -> None:
-        """One probe: take questions, measure, log. Whatever goes wrong in it stays in it, unless ``strict``."""
-        go, seconds = self._plan(host, "probe")
-        if not go:
+    def run_probe(self, context: TrainerContext, batch: Any = None) -> None:
+        """Run one probe: measure, let the gate learn, log and save.
+
+        A failure is reported by a warning, unless ``strict``; the metrics of a failed probe are NaN.
+
+        Args:
+            context: The trainer.
+            batch: The batch, whose rows are the questions where there are no ``prompts``.
+        """
+        has_time, time_limit = self._decide(context, FULL_PROBE)
+        if not has_time:
             return
-        start = time.perf_counter()
-        self.probes += 1
-        self.last_probe = host.step
+        start_time = time.perf_counter()
+        self.probe_count += 1
+        self.last_probe_step = context.step
         report: ProbeReport | None = None
-        metrics = {f"odp/alignment/{name}/{split}": float("nan") for name in self.teachers for split in SPLITS}
-        with self.trying(host, "a probe failed, and training goes on without it"):
-            found = self._measure(host, batch, seconds)
-            metrics = scalars(found, self.confidence)
-            report = found
+        metrics = {
+            f"odp/alignment/{teacher_name}/{split}": float("nan") for teacher_name in self.teachers for split in SPLITS
+        }
+        with self.failures.guarded(context, "a probe failed; training continues without it"):
+            measured = self._measure(context, batch, time_limit)
+            metrics = scalars(measured, self.schedule.confidence)
+            report = measured
         if report is not None:
-            metrics |= self._observe(host, report)
-        self.time_budget.tick()
-        spent = {} if report is None else report.seconds
-        self.time_budget.book(
-            "probe", time.perf_counter() - start, spent.get("continuations", 0.0), seconds is not None
+            with self.failures.guarded(context, "`gate` failed to learn from a probe"):
+                metrics |= self.gate_learning.observe(report)
+        self.time_budget.update_run_time()
+        self.time_budget.record_probe(
+            FULL_PROBE,
+            time.perf_counter() - start_time,
+            0.0 if report is None else report.stage_seconds.get("continuations", 0.0),
+            shortened=time_limit is not None,
         )
         metrics["odp/probe/time_share"] = self.time_budget.time_share
-        metrics["odp/probe/left_out"] = float(self.time_budget.skipped)
-        measured = time.perf_counter()
-        with self.trying(host, "figures of a probe were not logged"):
-            host.log(metrics, report)
-        if report is not None and self.records is not None and host.first:
-            with self.trying(host, "records of a probe were not kept"):
-                save(report, self.records / f"step-{host.step:08d}", overwrite=True)
-        self.time_budget.extend("probe", time.perf_counter() - measured)
-        self.last_report = report
+        metrics["odp/probe/left_out"] = float(self.time_budget.skipped_probes)
+        self._publish(context, metrics, report)
+        if report is not None:
+            self.last_report = report
 
-    def _plan(self, host: Host, kind: str) -> tuple[bool, float | None]:
-        """Whether ``max_overhead`` leaves time for a probe; all processes do what the first one finds."""
-        self.time_budget.tick()
-        before = self.time_budget.skipped
-        plan = self.time_budget.plan(kind, flexible=self.config.adaptive and kind == "probe")
-        go, seconds = host.processes.broadcast(plan)
-        if not go and before == 0:
-            took = self.time_budget.costs[kind][0]
-            host.note(
-                f"odp-callbacks: the {kind} at step {host.step} is left out: the last one took {took:.1f} s, "
-                f"and together they would exceed `max_overhead` = {self.time_budget.share} of the training time "
-                f"({self.time_budget.time_share:.2f} so far). Others may follow; `odp/probe/left_out` counts them."
-            )
-        return go, seconds
+    def run_free_probe(self, context: TrainerContext, training_rollouts: TrainingRollouts) -> None:
+        """Measure the training's own rollouts in the free mode, and log the result.
 
-    def _measure(self, host: Host, batch: Any, seconds: float | None) -> ProbeReport:
-        assert self.probe is not None
-        probe = self.probe
-        seed = int(torch.randint(2**62, (), generator=self.stream))
-
-        def measure() -> ProbeReport | None:
-            ids, rows = self.next_rows(batch, host.processes)
-            if not rows:
-                return None
-            last = {} if self.last_report is None else self.last_report.seconds
-            with host.context(), host.progress(last) as progress:
-                metric = self._metric(host)
-                return probe.run(rows, seed=seed, ids=ids, seconds=seconds, progress=progress, metric=metric)
-
-        report = self._together(host, measure)
-        assert report is not None, "a probe has questions"
-        scored = {r.reward for r in report.rollouts} | {
-            float(t / c) for n in report.nodes for t, c in zip(n.total, n.count)
-        }
-        if len(scored) == 1:
-            self.say(
-                host,
-                f"`reward` gave {scored.pop()} to every rollout and continuation of a probe, so no alignment is "
-                "defined (NaN); questions that the student sometimes solves, or more of them, would help.",
-            )
-        return report
-
-    def _metric(self, host: Host) -> Preconditioner | None:
-        """The geometry of the optimizer's next step, if it is asked for and there is one."""
-        assert self.probe is not None
-        return adam_preconditioner(host.optimizers, self.probe.student) if self.optimizer_geometry else None
-
-    def _look(self, host: Host, rollouts: Rollouts) -> None:
-        """The free mode on the training's own rollouts."""
-        assert self._free is not None
-        if not self._plan(host, "free look")[0]:
+        Args:
+            context: The trainer.
+            training_rollouts: Returns the training's own rollouts.
+        """
+        has_time, _ = self._decide(context, FREE_PROBE)
+        if not has_time:
             return
-        start = time.perf_counter()
-        logged = {f"odp/free/predicted_gain/{name}": float("nan") for name in self.teachers}
-        with self.trying(host, "the free mode failed, and training goes on without it"):
-            seed = int(torch.randint(2**62, (), generator=self.stream))
-            free = self._free
-
-            def measure() -> ProbeReport | None:
-                # One row and its responses are one question: they are each other's baseline.
-                rows: dict[int, Row] = {}
-                responses: dict[int, list[Sequence[int]]] = {}
-                for row, response in rollouts():
-                    rows[id(row)] = row
-                    responses.setdefault(id(row), []).append(response)
-                if not rows:
-                    return None
-                ids = [f"{host.processes.rank}.{i}" for i in range(len(rows))]
-                with host.context():
-                    return free.run(list(rows.values()), seed=seed, ids=ids, responses=list(responses.values()))
-
-            report = self._together(host, measure)
+        start_time = time.perf_counter()
+        metrics = {f"odp/free/predicted_gain/{teacher_name}": float("nan") for teacher_name in self.teachers}
+        with self.failures.guarded(context, "a probe in the free mode failed; training continues without it"):
+            assert self.free_probe is not None
+            measure = partial(measure_training_rollouts, self.free_probe, training_rollouts, context, self._next_seed())
+            report = merge_processes(context, self.failures, measure)
             if report is None:
                 return
-            logged = free_scalars(report, self.confidence)
-        self.time_budget.tick()
-        logged["odp/free/seconds"] = time.perf_counter() - start
-        self.time_budget.book("free look", logged["odp/free/seconds"])
-        with self.trying(host, "figures of a probe were not logged"):
-            host.log(logged, None)
+            metrics = free_scalars(report, self.schedule.confidence)
+        self.time_budget.update_run_time()
+        metrics["odp/free/seconds"] = time.perf_counter() - start_time
+        self.time_budget.record_probe(FREE_PROBE, metrics["odp/free/seconds"])
+        with self.failures.guarded(context, "failed to log the metrics of a probe"):
+            context.log(metrics, None)
 
-    def _together(self, host: Host, measure: Callable[[], ProbeReport | None]) -> ProbeReport | None:
-        """What all processes measured, as one report, the same in all of them; None if nobody had a question.
+    def _decide(self, context: TrainerContext, kind: str) -> tuple[bool, float | None]:
+        """Whether ``max_overhead`` leaves time for a probe; all processes follow the decision of the first one."""
+        self.time_budget.update_run_time()
+        skipped_before = self.time_budget.skipped_probes
+        decision = self.time_budget.decide(kind, can_be_shortened=self.config.adaptive and kind == FULL_PROBE)
+        has_time, time_limit = context.processes.broadcast(decision)
+        if not has_time and skipped_before == 0:
+            last_cost = self.time_budget.costs[kind].seconds
+            context.inform(
+                f"odp-callbacks: skipped the {kind} at step {context.step}: the last one took {last_cost:.1f} s, and "
+                f"another one would exceed `max_overhead` = {self.time_budget.max_share} of the training time "
+                f"({self.time_budget.time_share:.2f} so far). Later probes may be skipped, too; "
+                "`odp/probe/left_out` counts them."
+            )
+        return has_time, time_limit
 
-        Nobody waits for another before all have measured; a process in which that failed says so, and the others'
-        questions count.
-        """
-        try:
-            part, error = measure(), None
-        except Exception as found:
-            if host.processes.size == 1:
-                raise
-            part, error = None, found
-        told = host.processes.gather((part, None if error is None else f"{type(error).__name__}: {error}"))
-        failed = {rank: message for rank, (_, message) in enumerate(told) if message is not None}
-        parts = [found for found, _ in told if found is not None]
-        if failed and (self.strict or not parts):
-            if error is not None:
-                raise error
-            rank, message = next(iter(failed.items()))
-            raise RuntimeError(f"in process {rank}: {message}")
-        for rank, message in failed.items():
-            self.say(host, f"a probe failed in process {rank}, and the others' questions count: {message}")
-        return merge(parts) if parts else None
+    def _measure(self, context: TrainerContext, batch: Any, time_limit: float | None) -> ProbeReport:
+        """Measure the next questions, in all processes together."""
+        assert self.probe is not None
+        probe = self.probe
+        seed = self._next_seed()
 
-    def next_rows(self, batch: Any, processes: Processes) -> tuple[Sequence[str], Sequence[Row]]:
-        """This process's part of the next questions, with stable ids; or of its batch.
+        def measure_own_share() -> ProbeReport | None:
+            question_ids, rows = self.questions.next_questions(context.processes, batch, self.last_probe_step)
+            if not rows:
+                return None
+            last_seconds = {} if self.last_report is None else self.last_report.stage_seconds
+            with context.precision_context(), context.progress(last_seconds) as progress:
+                return probe.run(
+                    rows,
+                    seed=seed,
+                    ids=question_ids,
+                    time_budget=time_limit,
+                    progress=progress,
+                    preconditioner=self._preconditioner(context),
+                )
 
-        Their order is shuffled anew at each pass, alike in all processes.
-        """
-        if self.prompts is None:
-            most = len(processes.share(range(self.questions_per_probe)))
-            rows = rows_from_batch(batch)[:most] if most else []
-            return [f"{self.last_probe}.{processes.rank}.{i}" for i in range(len(rows))], rows
-        wanted = min(self.questions_per_probe, len(self.prompts))
-        if len(self.order) < wanted:
-            rest = set(self.order)
-            shuffled = torch.randperm(len(self.prompts), generator=self.stream).tolist()
-            self.order += [i for i in shuffled if i not in rest]
-        chosen, self.order = self.order[:wanted], self.order[wanted:]
-        own = processes.share(chosen)
-        return [str(i) for i in own], [self.prompts[i] for i in own]
+        report = merge_processes(context, self.failures, measure_own_share)
+        assert report is not None, "a probe has questions"
+        warn_of_constant_reward(context, self.failures, report)
+        return report
 
-    def _observe(self, host: Host, report: ProbeReport) -> dict[str, float]:
-        """Let the gate learn from a probe; what it now does, to be logged."""
-        gate: Any = self.gate
-        if not hasattr(gate, "observe"):
-            return {}
-        logged: dict[str, float] = {}
-        with self.trying(host, "`gate` did not learn from a probe"):
-            gate.observe(report)
-            if hasattr(gate, "scalars"):
-                logged.update(gate.scalars())
-        return logged
+    def _publish(self, context: TrainerContext, metrics: dict[str, float], report: ProbeReport | None) -> None:
+        """Log a probe and save its records; this counts as the probe's time."""
+        start_time = time.perf_counter()
+        with self.failures.guarded(context, "failed to log the metrics of a probe"):
+            context.log(metrics, report)
+        folder = self.schedule.records_folder
+        if report is not None and folder is not None and context.is_global_zero:
+            with self.failures.guarded(context, "failed to save the records of a probe"):
+                save(report, folder / f"step-{context.step:08d}", overwrite=True)
+        self.time_budget.extend_last_probe(FULL_PROBE, time.perf_counter() - start_time)
 
-    def _restore_gate(self) -> None:
-        """A gate that is found only after the state was read gets its part then, once."""
-        if self._gate_state is not None and hasattr(self.gate, "load_state_dict"):
-            self.gate.load_state_dict(self._gate_state)
-            self._gate_state = None
+    def _preconditioner(self, context: TrainerContext) -> Preconditioner | None:
+        """The geometry of the optimizer's next step, if it is asked for and the optimizer has taken a step."""
+        assert self.probe is not None
+        if not self.schedule.optimizer_geometry:
+            return None
+        return adam_preconditioner(context.optimizers, self.probe.student)
+
+    def _next_seed(self) -> int:
+        return int(torch.randint(2**62, (), generator=self.random_stream))
 
     def _update_teachers(self, step: int) -> None:
         assert self.probe is not None
         for teacher in self.teachers.values():
             teacher.update(self.probe.student, step)
-
-    @contextmanager
-    def trying(self, host: Host, otherwise: str) -> Iterator[None]:
-        """What goes wrong in here is said once and then passed over, unless ``strict``."""
-        try:
-            yield
-        except Exception as error:
-            if self.strict:
-                raise
-            self.say(host, f"{otherwise}: {type(error).__name__}: {error}")
-
-    def say(self, host: Host, message: str) -> None:
-        """Warn once."""
-        if message not in self._said:
-            self._said.add(message)
-            host.warn(f"odp-callbacks: {message}")

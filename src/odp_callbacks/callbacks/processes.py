@@ -1,15 +1,16 @@
-"""The processes of a training run, and how they share a probe."""
+"""The processes of a training run, and how they exchange data and share work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-"""How long one process waits for the others in a probe; one that died would otherwise be waited for without end."""
+"""How long a process waits for the others in a probe; without a limit it would wait forever for one that died."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,10 @@ class Processes:
     """Processes that train together, each with the whole student.
 
     Attributes:
-        rank: Of this one.
-        size: How many there are.
-        group: A process group on the CPU, of this library's own: it stands in nobody's way, and objects of any kind
-            pass through it whatever the training uses.
+        rank: Rank of this process.
+        size: Number of processes.
+        group: A process group on the CPU that only this library uses. It does not interfere with the training's own
+            communication, and it can exchange any picklable object, whatever backend the training uses.
 
     Examples:
         >>> Processes().gather("alone"), Processes().share([1, 2, 3])
@@ -32,43 +33,56 @@ class Processes:
     group: Any = None
 
     def broadcast(self, value: T) -> T:
-        """The first process's object, given to all."""
+        """Return the object of the first process, in every process."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+        objects = [value]
+        dist.broadcast_object_list(objects, src=0, group=self.group)
+        return objects[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's object, in the order of their ranks, given to all."""
+        """Return the objects of all processes in the order of their ranks, in every process."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part: neighbours, as many as anybody else's, to within one; none may be left for some.
+        """Return this process's share of the items: consecutive ones, in shares whose sizes differ by at most one.
+
+        A share is empty where there are fewer items than processes.
 
         Examples:
             >>> [list(Processes(rank, 2).share("abc")) for rank in range(2)], list(Processes(3, 4).share("abc"))
             ([['a', 'b'], ['c']], [])
         """
-        each, more = divmod(len(items), self.size)
-        first = self.rank * each + min(self.rank, more)
-        return items[first : first + each + (self.rank < more)]
+        minimum_size, remainder = divmod(len(items), self.size)
+        start = self.rank * minimum_size + min(self.rank, remainder)
+        return items[start : start + minimum_size + (self.rank < remainder)]
 
 
-_made: dict[int, Processes] = {}
+class ProcessGroups:
+    """Creates this library's process group once for each run of ``torch.distributed``."""
+
+    # The keys are the default groups of torch.distributed; an entry disappears when its default group is destroyed.
+    _processes_of_world: ClassVar[WeakKeyDictionary[Any, Processes]] = WeakKeyDictionary()
+
+    @classmethod
+    def processes(cls) -> Processes:
+        """Return the processes that train together; creates the group at the first call, in all of them at once."""
+        world = dist.group.WORLD
+        if world not in cls._processes_of_world:
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            cls._processes_of_world[world] = Processes(dist.get_rank(), dist.get_world_size(), group)
+        return cls._processes_of_world[world]
 
 
-def processes() -> Processes:
-    """Those that torch.distributed knows; alone where there are none. All must ask together when they first ask."""
+def current_processes() -> Processes:
+    """Return the processes that ``torch.distributed`` knows, or a single one if it is not in use.
+
+    The first call must be made by all processes together.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Processes()
-    world = id(dist.group.WORLD)
-    if world not in _made:
-        _made.clear()
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        _made[world] = Processes(dist.get_rank(), dist.get_world_size(), group)
-    return _made[world]
+    return ProcessGroups.processes()

@@ -1,4 +1,4 @@
-"""The progress of a probe: beside the trainer's own bar, or line by line in the log where no bars are shown."""
+"""The progress of a probe: below the trainer's own bar, or line by line in the log where no bars are shown."""
 
 import sys
 import time
@@ -8,41 +8,41 @@ from typing import Any, Protocol, TextIO
 
 from tqdm.auto import tqdm
 
-QUIET = 0.5
-"""Seconds between two drawings of a bar."""
-SILENCE = 30.0
-"""Seconds between two lines in the log."""
+SECONDS_BETWEEN_DRAWINGS = 0.5
+SECONDS_BETWEEN_LOG_LINES = 30.0
 
 
 class Display(Protocol):
-    """What shows a stage, and goes when the probe is done."""
+    """Shows the stage of a probe."""
 
-    def show(self, stage: str, done: int, total: int, left: str) -> None:
-        """Show a stage, what is done of it, how much there is, and what is said of the time left."""
+    def show(self, stage: str, done: int, total: int, time_left: str) -> None:
+        """Show a stage, the work done, the total work, and a text about the time left."""
 
     def close(self) -> None:
-        """Vanish."""
+        """Remove the display."""
 
 
 class Bar:
-    """A tqdm bar below those that are there already.
+    """A tqdm bar below those that exist already.
 
     Args:
-        file: Where the trainer's bars are drawn; None for the standard error output.
+        file: Where the trainer's bars are drawn; None for the standard error stream.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file
         self.bar: tqdm[Any] | None = None
 
-    def show(self, stage: str, done: int, total: int, left: str) -> None:
-        """Draw."""
-        said = f"probe: {stage}"
+    def show(self, stage: str, done: int, total: int, time_left: str) -> None:
+        """Draw the bar."""
+        description = f"probe: {stage}"
         if self.bar is None:
             layout = "{desc} {n}/{total} {bar} {elapsed}{postfix}"
-            self.bar = tqdm(desc=said, total=total, file=self.file, leave=False, dynamic_ncols=True, bar_format=layout)
-        self.bar.set_description_str(said, refresh=False)
-        self.bar.set_postfix_str(left, refresh=False)
+            self.bar = tqdm(
+                desc=description, total=total, file=self.file, leave=False, dynamic_ncols=True, bar_format=layout
+            )
+        self.bar.set_description_str(description, refresh=False)
+        self.bar.set_postfix_str(time_left, refresh=False)
         self.bar.total, self.bar.n = total, done
         self.bar.refresh()
 
@@ -53,7 +53,7 @@ class Bar:
 
 
 class RichTask:
-    """A task in a live display of rich that is there already.
+    """A task in a live display of rich that exists already.
 
     Args:
         progress: A ``rich.progress.Progress``.
@@ -63,26 +63,26 @@ class RichTask:
         self.progress = progress
         self.task: Any = None
 
-    def show(self, stage: str, done: int, total: int, left: str) -> None:
-        """Draw."""
+    def show(self, stage: str, done: int, total: int, time_left: str) -> None:
+        """Draw the task."""
         if self.task is None:
             self.task = self.progress.add_task("probe", total=total)
-        said = f"probe: {stage}{f', {left}' if left else ''}"
-        self.progress.update(self.task, description=said, completed=done, total=total)
+        description = f"probe: {stage}{f', {time_left}' if time_left else ''}"
+        self.progress.update(self.task, description=description, completed=done, total=total)
         self.progress.refresh()
 
     def close(self) -> None:
-        """Hide it: Lightning finds its own tasks by their place, so none may be taken away."""
+        """Hide the task; it cannot be removed, because Lightning finds its own tasks by their position."""
         if self.task is not None:
             self.progress.update(self.task, visible=False)
             self.progress.refresh()
 
 
 def display_beside(bar: Any) -> Display | None:
-    """The display that goes with a Lightning progress bar; None if there is none, or it shows nothing.
+    """Return the display that fits a Lightning progress bar; None if there is no bar, or it shows nothing.
 
     Args:
-        bar: ``trainer.progress_bar_callback``, of ``lightning`` or ``pytorch_lightning``; known by what it has.
+        bar: ``trainer.progress_bar_callback`` of ``lightning`` or ``pytorch_lightning``, recognised by its attributes.
     """
     if bar is None or getattr(bar, "is_disabled", False):
         return None
@@ -94,82 +94,88 @@ def display_beside(bar: Any) -> Display | None:
 class ProbeProgress:
     """Shows what a probe does and how long it will still take.
 
-    What is left of a stage that has begun is told by what it has taken so far, of the others by the last probe. In the
-    first probe only the stage at hand is known, and that is what is said.
+    The time left of a stage that has begun is extrapolated from the time it has taken so far; that of the other stages
+    is taken from the last probe. In the first probe only the time left of the current stage can be shown.
 
     Args:
-        display: What shows it; None writes lines instead.
-        note: Where lines go if there is no display; None for nowhere.
-        last: Seconds of each stage in the last probe; empty in the first.
-        clock: Seconds.
+        display: Shows the progress; None writes log lines instead.
+        inform: Writes a log line; None for no log lines.
+        last_seconds: Seconds of each stage in the last probe; empty in the first.
+        clock: Returns the current time in seconds.
     """
 
     def __init__(
         self,
         display: Display | None,
-        note: Callable[[str], None] | None = None,
-        last: Mapping[str, float] | None = None,
+        inform: Callable[[str], None] | None = None,
+        last_seconds: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.display, self.note, self.last, self.clock = display, note, dict(last or {}), clock
-        if "continuations" in self.last:
-            # Where continuations wait for the verifier is booked on it, and takes its time here.
-            self.last["continuations"] += self.last.pop("verifier", 0.0)
-        self.start = self.drawn = self.before = clock()
+        self.display, self.inform, self.clock = display, inform, clock
+        self.last_seconds = dict(last_seconds or {})
+        if "continuations" in self.last_seconds:
+            # The time in which continuations wait for the verifier is recorded as the verifier's, but passes here.
+            self.last_seconds["continuations"] += self.last_seconds.pop("verifier", 0.0)
+        self.start_time = self.last_drawn = self.last_report = clock()
         self.stage = ""
-        self.first: dict[str, int] = {}
-        self.spent: dict[str, float] = {}
-        self.now: dict[str, tuple[int, int]] = {}
+        self.initial_work: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.work: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         return self.report
 
     def __exit__(self, *_: object) -> None:
         if self.display is not None:
-            with suppress(Exception):  # as with drawing it
+            with suppress(Exception):  # a display that cannot be removed must not fail the probe
                 self.display.close()
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Take notice of a stage, of what is done of it, and of how much there is."""
-        now = self.clock()
-        self.spent[self.stage] = self.spent.get(self.stage, 0.0) + now - self.before
-        self.before, self.stage = now, stage
-        self.first.setdefault(stage, done)
-        self.now[stage] = done, total
-        if now - self.drawn < (SILENCE if self.display is None else QUIET):
-            return
-        self.drawn = now
-        stage_ = stage.replace("_", " ")
-        left = self.left()
+        """Record and show the current stage, the work done and the total work."""
+        current_time = self.clock()
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + current_time - self.last_report
+        self.last_report, self.stage = current_time, stage
+        self.initial_work.setdefault(stage, done)
+        self.work[stage] = done, total
+        interval = SECONDS_BETWEEN_LOG_LINES if self.display is None else SECONDS_BETWEEN_DRAWINGS
+        if current_time - self.last_drawn >= interval:
+            self.last_drawn = current_time
+            self._show(stage.replace("_", " "), done, total, current_time - self.start_time)
+
+    def _show(self, stage: str, done: int, total: int, elapsed_seconds: float) -> None:
+        time_left = self.time_left()
         if self.display is not None:
             try:
-                self.display.show(stage_, done, total, left)
-            except Exception as error:  # a bar that cannot be drawn must not cost the probe
+                self.display.show(stage, done, total, time_left)
+            except Exception as error:  # a bar that cannot be drawn must not fail the probe
                 self.display = None
-                if self.note is not None:
-                    self.note(f"odp-callbacks: no progress bar of the probe: {type(error).__name__}: {error}")
-        elif self.note is not None:
-            so_far = f"{now - self.start:.0f} s so far"
-            self.note(f"odp-callbacks: probe, {stage_} {done} of {total}, {so_far}{f', {left}' if left else ''}")
+                if self.inform is not None:
+                    self.inform(f"odp-callbacks: no progress bar of the probe: {type(error).__name__}: {error}")
+        elif self.inform is not None:
+            elapsed = f"{elapsed_seconds:.0f} s so far"
+            self.inform(
+                f"odp-callbacks: probe, {stage} {done} of {total}, {elapsed}{f', {time_left}' if time_left else ''}"
+            )
 
-    def left(self) -> str:
-        """What can be said of the time that is left."""
-        here = self._left(self.stage)
-        if self.last:
-            order = list(self.last)
-            # A stage that was passed by does not come any more: no continuation was needed, say.
-            passed = order[: order.index(self.stage)] if self.stage in self.last else []
-            parts = [self._left(s) for s in {*order, *self.now} if s in self.now or s not in passed]
-            return f"about {sum(part for part in parts if part is not None):.0f} s left"
-        return "" if here is None else f"{self.stage.replace('_', ' ')} done in about {here:.0f} s"
+    def time_left(self) -> str:
+        """Return a text about the time left; empty if nothing is known about it."""
+        if self.last_seconds:
+            stage_order = list(self.last_seconds)
+            # Stages before the current one that never began will not come: no continuation was needed, for example.
+            skipped = stage_order[: stage_order.index(self.stage)] if self.stage in self.last_seconds else []
+            coming = [stage for stage in {*stage_order, *self.work} if stage in self.work or stage not in skipped]
+            remaining = [self._seconds_left(stage) for stage in coming]
+            return f"about {sum(seconds for seconds in remaining if seconds is not None):.0f} s left"
+        seconds_left = self._seconds_left(self.stage)
+        return "" if seconds_left is None else f"{self.stage.replace('_', ' ')} done in about {seconds_left:.0f} s"
 
-    def _left(self, stage: str) -> float | None:
-        """Seconds left of a stage; None where nothing tells."""
-        spent = self.spent.get(stage, 0.0)
-        done, total = self.now.get(stage, (0, 0))
-        fresh = done - self.first.get(stage, 0)
-        if fresh > 0 and spent > 0:
-            return spent / fresh * (total - done)
-        if stage in self.last:
-            return max(0.0, self.last[stage] - spent)
+    def _seconds_left(self, stage: str) -> float | None:
+        """Seconds left of a stage; None if nothing is known about it."""
+        seconds_taken = self.seconds.get(stage, 0.0)
+        done, total = self.work.get(stage, (0, 0))
+        work_since_start = done - self.initial_work.get(stage, 0)
+        if work_since_start > 0 and seconds_taken > 0:
+            return seconds_taken / work_since_start * (total - done)
+        if stage in self.last_seconds:
+            return max(0.0, self.last_seconds[stage] - seconds_taken)
         return None

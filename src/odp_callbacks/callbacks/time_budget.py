@@ -1,113 +1,142 @@
-"""Keeping what probes take below a share of the run."""
+"""Limits the share of the training time that probes may take."""
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-LEAST = 0.25
-"""A probe with less than this share of its usual continuations is not worth its fixed costs; it is left out."""
+MINIMUM_CONTINUATION_SHARE = 0.25
+"""A probe that could afford less than this share of its usual continuations is skipped: it would not be worth its
+fixed costs."""
+
+
+class ProbeCost(NamedTuple):
+    """What a probe without a time limit takes, in seconds.
+
+    Attributes:
+        seconds: The whole probe.
+        continuation_seconds: The part of it that is spent on continuations.
+    """
+
+    seconds: float
+    continuation_seconds: float
 
 
 @dataclass
 class TimeBudget:
-    r"""Measures the run and its probes, and says what the next one may cost.
+    r"""Measures the time of a run and of its probes, and decides what the next probe may take.
 
-    With :math:`R` seconds of run so far, of which probes took :math:`P`, a probe of :math:`c` seconds keeps their share
-    at :math:`s` or below as long as :math:`P + c \le s (R + c)`.
+    When the run has taken :math:`R` seconds, :math:`P` of them in probes, a probe of :math:`c` seconds keeps the share
+    of the probes at :math:`s` or below as long as :math:`P + c \le s (R + c)`.
 
     Attributes:
-        share: The most that probes may take of the run's wall-clock time; None for no limit.
-        run: Seconds of the run, probes included.
-        probes: Seconds of all probes.
-        costs: What a whole probe of each kind takes, by the last one: seconds, and of these on continuations.
-        skipped: How many probes were left out.
+        max_share: The largest share of the run's wall-clock time that probes may take, in (0, 1); None for no limit.
+        run_seconds: Seconds of the run, probes included.
+        probe_seconds: Seconds of all probes.
+        costs: What a probe of each kind takes, estimated from the last one.
+        skipped_probes: How many probes were skipped.
 
     Examples:
-        >>> time_budget = TimeBudget(0.1, run=90.0, probes=0.0)
-        >>> round(time_budget.allowance, 6)
+        >>> time_budget = TimeBudget(0.1, run_seconds=90.0, probe_seconds=0.0)
+        >>> round(time_budget.affordable_seconds, 6)
         10.0
-        >>> time_budget.book("probe", 4.0, 3.0)
-        >>> time_budget.plan("probe", flexible=False)
+        >>> time_budget.record_probe("probe", 4.0, 3.0)
+        >>> time_budget.decide("probe", can_be_shortened=False)
         (True, None)
     """
 
-    share: float | None
-    run: float = 0.0
-    probes: float = 0.0
-    costs: dict[str, tuple[float, float]] = field(default_factory=dict)
-    skipped: int = 0
-    _clock: float | None = None
+    max_share: float | None
+    run_seconds: float = 0.0
+    probe_seconds: float = 0.0
+    costs: dict[str, ProbeCost] = field(default_factory=dict)
+    skipped_probes: int = 0
+    _last_update: float | None = None
 
     def start(self) -> None:
-        """The run goes on from here."""
-        self._clock = time.perf_counter()
+        """Start the clock of the run."""
+        self._last_update = time.perf_counter()
 
-    def tick(self) -> None:
-        """Add the time since the last look to the run's."""
-        if self._clock is not None:
-            now = time.perf_counter()
-            self.run += now - self._clock
-            self._clock = now
+    def update_run_time(self) -> None:
+        """Add the time since the last update to the time of the run; does nothing while the clock is stopped."""
+        if self._last_update is not None:
+            current_time = time.perf_counter()
+            self.run_seconds += current_time - self._last_update
+            self._last_update = current_time
 
     def stop(self) -> None:
-        """The run is over, or pauses."""
-        self.tick()
-        self._clock = None
+        """Stop the clock: the run has ended, or pauses."""
+        self.update_run_time()
+        self._last_update = None
 
     @property
-    def allowance(self) -> float:
-        """Seconds that a probe may take now."""
-        if self.share is None:
+    def affordable_seconds(self) -> float:
+        """How many seconds a probe may take at present."""
+        if self.max_share is None:
             return float("inf")
-        return (self.share * self.run - self.probes) / (1 - self.share)
+        return (self.max_share * self.run_seconds - self.probe_seconds) / (1 - self.max_share)
 
     @property
     def time_share(self) -> float:
-        """Of the run, what probes took; NaN where nothing has run."""
-        return self.probes / self.run if self.run > 0 else float("nan")
+        """The share of the run's time that probes took; NaN before the run has taken any time."""
+        return self.probe_seconds / self.run_seconds if self.run_seconds > 0 else float("nan")
 
-    def book(self, kind: str, seconds: float, continuations: float = 0.0, limited: bool = False) -> None:
-        """A probe of this kind took ``seconds``, of which ``continuations`` on continuations.
-
-        ``limited``: those were fewer than usual, and say nothing of what a whole probe takes.
-        """
-        self.probes += seconds
-        usual = self.costs[kind][1] if limited else continuations
-        self.costs[kind] = seconds - continuations + usual, usual
-
-    def extend(self, kind: str, seconds: float) -> None:
-        """The last probe of this kind took so much more: to log, draw and keep what it found."""
-        self.tick()
-        self.probes += seconds
-        whole, continuations = self.costs[kind]
-        self.costs[kind] = whole + seconds, continuations
-
-    def plan(self, kind: str, flexible: bool) -> tuple[bool, float | None]:
-        """Whether to probe now, and for how many seconds to sample continuations (None: as configured).
-
-        The first probe of a kind always runs: what it takes is not known before.
+    def record_probe(
+        self, kind: str, seconds: float, continuation_seconds: float = 0.0, shortened: bool = False
+    ) -> None:
+        """Record what a probe took.
 
         Args:
-            kind: Of probe.
-            flexible: Whether continuations can be limited.
+            kind: The kind of probe.
+            seconds: The whole time of the probe.
+            continuation_seconds: The part of it spent on continuations.
+            shortened: Whether the continuations had a time limit. What they took then says nothing about a probe
+                without a limit, so the earlier estimate is kept.
         """
-        if self.share is None or kind not in self.costs:
+        self.probe_seconds += seconds
+        usual = self.costs[kind].continuation_seconds if shortened else continuation_seconds
+        self.costs[kind] = ProbeCost(seconds - continuation_seconds + usual, usual)
+
+    def extend_last_probe(self, kind: str, seconds: float) -> None:
+        """Add the time that it took to log, draw and save the last probe of this kind."""
+        self.update_run_time()
+        self.probe_seconds += seconds
+        cost = self.costs[kind]
+        self.costs[kind] = cost._replace(seconds=cost.seconds + seconds)
+
+    def decide(self, kind: str, can_be_shortened: bool) -> tuple[bool, float | None]:
+        """Decide whether to probe now, and for how many seconds to sample continuations.
+
+        The first probe of a kind always runs, because its cost is not known before.
+
+        Args:
+            kind: The kind of probe.
+            can_be_shortened: Whether the probe can do with fewer continuations.
+
+        Returns:
+            Whether to probe, and the time limit for the continuations in seconds (None for no limit).
+        """
+        if self.max_share is None or kind not in self.costs:
             return True, None
-        seconds, continuations = self.costs[kind]
-        if seconds <= self.allowance:
+        cost = self.costs[kind]
+        if cost.seconds <= self.affordable_seconds:
             return True, None
-        left = self.allowance - (seconds - continuations)
-        if flexible and left >= LEAST * continuations > 0:
-            return True, left
-        self.skipped += 1
+        remaining = self.affordable_seconds - (cost.seconds - cost.continuation_seconds)
+        if can_be_shortened and remaining >= MINIMUM_CONTINUATION_SHARE * cost.continuation_seconds > 0:
+            return True, remaining
+        self.skipped_probes += 1
         return False, None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep."""
-        self.tick()
-        return {"run": self.run, "probes": self.probes, "costs": dict(self.costs), "skipped": self.skipped}
+        """Return what a checkpoint must keep, in plain Python."""
+        self.update_run_time()
+        return {
+            "run_seconds": self.run_seconds,
+            "probe_seconds": self.probe_seconds,
+            "costs": {kind: tuple(cost) for kind, cost in self.costs.items()},
+            "skipped_probes": self.skipped_probes,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what a checkpoint kept."""
-        self.run, self.probes = state["run"], state["probes"]
-        self.costs, self.skipped = dict(state["costs"]), state["skipped"]
+        """Restore what a checkpoint kept."""
+        self.run_seconds, self.probe_seconds = state["run_seconds"], state["probe_seconds"]
+        self.costs = {kind: ProbeCost(*cost) for kind, cost in state["costs"].items()}
+        self.skipped_probes = state["skipped_probes"]

@@ -1,4 +1,4 @@
-"""The same probes in a run of Hugging Face's `Trainer`, and of TRL's."""
+"""The callback for Hugging Face's `Trainer`, and for TRL's trainers, which derive from it."""
 
 import base64
 import io
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -18,45 +19,77 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
+from typing_extensions import Unpack
 
-from odp_callbacks.callbacks.monitor import Host, Monitor
-from odp_callbacks.callbacks.processes import processes
+from odp_callbacks.callbacks.monitor import Monitor
+from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import Bar, ProbeProgress
+from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
+from odp_callbacks.callbacks.student_location import StudentLocator, locate_students
+from odp_callbacks.callbacks.trainer_context import TrainerContext
+from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.visualization.tensorboard import write_tensorboard
+from odp_callbacks.visualization.tensorboard import TensorBoardReports
 
-KEY = "odp_callbacks"
-"""Where the monitor's state lies in a checkpoint's ``trainer_state.json``."""
+STATE_KEY = "odp_callbacks"
+"""Where the monitor's state is kept in a checkpoint's ``trainer_state.json``."""
 
-PRINTING = (ProgressCallback, PrinterCallback)
-"""They write on the screen whatever is logged, and a probe has some two hundred figures."""
+PRINTING_CALLBACKS = (ProgressCallback, PrinterCallback)
+"""Callbacks that print everything that is logged; a probe has about two hundred metrics."""
 HEADLINES = ("odp/predicted_gain/", "odp/free/predicted_gain/")
+"""How the names of the metrics begin that are printed."""
 
-log = logging.getLogger(__name__)
+console_log = logging.getLogger(__name__)
 
 
 class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
     """Measure, while a Hugging Face trainer trains a LoRA student, where each teacher's gradient helps it.
 
-    What :class:`~odp_callbacks.GradientAlignmentCallback` is for Lightning. Figures go to the trainer's own trackers
-    (``report_to``) and to its ``log_history``, at the optimizer's step; TensorBoard also gets histograms and pictures.
-    The training itself does not change by it, and a failing probe does not stop it.
+    This is :class:`~odp_callbacks.GradientAlignmentCallback` for `transformers` and TRL. Metrics go to the trainer's
+    own trackers (``report_to``) and to its ``log_history``, at the optimizer's step; TensorBoard also gets histograms
+    and pictures. The callback does not change the training, and a failing probe does not stop it.
 
     Args:
-        trainer: The trainer, as TRL's own callbacks take it: its model is the student, a peft model with LoRA; its
-            ``processing_class`` the tokenizer.
-        teachers: As in :class:`~odp_callbacks.GradientAlignmentCallback`.
-        prompts: Rows with a ``prompt`` and whatever the reward and the teachers' contexts need; None for the trainer's
-            ``train_dataset``, if that has such rows.
-        reward: As in TRL: of ``prompts``, ``completions`` and the columns, a list of numbers in [0, 1].
-        **options: The other arguments of :class:`~odp_callbacks.GradientAlignmentCallback`, but ``student``,
-            ``tokenizer`` and ``free_every_n_steps``.
+        trainer: The trainer, as TRL's own callbacks take it.
+        teachers: A mapping from name to teacher (:class:`~odp_callbacks.Teacher`, a model, ``"base"``, a context
+            template), a list of teachers, or one teacher.
+        prompts: The questions: rows with a ``prompt`` and the columns that the reward and the teachers' contexts need;
+            None for the trainer's ``train_dataset``, if that has such rows.
+        reward: The verifier, a TRL reward function ``reward(prompts, completions, **columns) -> list[float]`` with
+            values in [0, 1].
+        student: Where the student is, a peft model with LoRA: a dotted path in ``trainer.model``, a function of
+            ``trainer.model``, or None for ``trainer.model`` itself.
+        tokenizer: The student's tokenizer; None takes the trainer's ``processing_class``.
+        gate: A gate that learns from the probes (:mod:`odp_callbacks.gates.protocols`): its ``observe(report)`` is
+            called after every probe that succeeds, its ``scalars()`` are logged, and its state is kept in checkpoints.
+            None: the trainer's ``gate``, if :func:`~odp_callbacks.gate_trainer` gave it one that learns.
+        config: How a probe measures.
+        **options: Fields of :class:`~odp_callbacks.callbacks.schedule.ProbeSchedule`, listed here, and fields of
+            :class:`~odp_callbacks.ProbeConfig`, which replace those of ``config``.
+        every_n_steps: Number of optimizer steps between probes (100).
+        questions_per_probe: Number of questions in a probe, taken from a shuffled order (8).
+        max_overhead: The largest share of the training's wall-clock time that probes may take, in (0, 1) (0.1). A probe
+            that would exceed it gets fewer continuations if the probe has a ``budget`` or a ``time_budget``, and is
+            skipped otherwise. The first probe always runs, because its cost is not known before. None: every probe
+            runs in full.
+        free_every_n_steps: Must be None: a ``Trainer`` does not show the training's own rollouts.
+        records: Folder in which each probe's records are saved as ``step-<step>``; see :mod:`odp_callbacks.storage`.
+            None (the default): records are not saved.
+        at_start: Also probe before the first step (False).
+        on_validation: Also probe at the end of every evaluation (False).
+        confidence: Level of the intervals, in (0, 1) (0.95).
+        seed: Seed of the callback's own random stream (0).
+        strict: Raise the exception of a failing probe, instead of warning once (False).
+        optimizer_geometry: Also measure in the geometry of Adam's next step, with its second moments as the
+            preconditioner: metrics ``odp/adam/…`` from the same continuations, from the first optimizer step on
+            (False).
 
     Raises:
-        ValueError: If something that is given cannot work, before training.
-        TypeError: If an argument is of the wrong kind.
+        ValueError: Before training, if an argument is out of range or does not fit the others.
+        TypeError: If an argument is unknown or of the wrong type. For an unknown one, the message names the closest
+            valid argument and lists all of them.
 
     Examples:
         ::
@@ -67,23 +100,45 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, trainer: Trainer, teachers: object, prompts: Sequence[Row] | None, reward: RewardFunction, **options: Any
+        self,
+        trainer: Trainer,
+        teachers: object,
+        prompts: Sequence[Row] | None,
+        reward: RewardFunction,
+        *,
+        student: StudentLocator | None = None,
+        tokenizer: Any = None,
+        gate: object | None = None,
+        config: ProbeConfig | None = None,
+        **options: Unpack[CallbackOptions],
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainer` must be a transformers.Trainer, or one of TRL's, but got {trainer!r}.")
-        if options.get("free_every_n_steps") is not None:
-            raise ValueError("`free_every_n_steps` needs the training's own rollouts, which a `Trainer` does not show.")
+        arguments = ("trainer", "teachers", "prompts", "reward", "student", "tokenizer", "gate", "config")
+        schedule, config = resolve_options(config, options, other_arguments=arguments)
+        if schedule.free_every_n_steps is not None:
+            raise ValueError(
+                "`free_every_n_steps` needs the training's own rollouts, which a `Trainer` does not show; leave it out."
+            )
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                "`trainer` shards the student over processes (FSDP or DeepSpeed), so that none has the whole of it to "
-                "measure; train with DDP or on one device."
+                "`trainer` shards the student over processes (FSDP or DeepSpeed), so that no process has the whole "
+                "student to measure; train with DDP or on one device."
             )
-        prompts = self._rows(trainer) if prompts is None else prompts
-        self.monitor = Monitor(teachers, prompts, reward, **options)
+        prompts = dataset_rows(trainer) if prompts is None else prompts
+        self.monitor = Monitor(teachers, prompts, reward, schedule=schedule, config=config, gate=gate)
+        self.tensorboard = TensorBoardReports(schedule.confidence, prefix="train/")
         self.trainer = trainer
-        if getattr(trainer, "processing_class", None) is None:
-            raise ValueError("`trainer` has no `processing_class`; give it the student's tokenizer.")
+        self.student = student
+        self.tokenizer = getattr(trainer, "processing_class", None) if tokenizer is None else tokenizer
+        if self.tokenizer is None:
+            raise ValueError("`trainer` has no `processing_class`; give the student's tokenizer as `tokenizer`.")
         self._prepare()
+
+    @property
+    def config(self) -> ProbeConfig:
+        """How a probe measures."""
+        return self.monitor.config
 
     @property
     def teachers(self) -> Mapping[str, Any]:
@@ -92,119 +147,125 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def last_report(self) -> ProbeReport | None:
-        """The whole of the last probe; None before any, or if it failed."""
+        """The report of the last probe that succeeded; None before any. A failed probe does not replace it."""
         return self.monitor.last_report
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up a checkpoint's state, and probe if asked to."""
-        self._prepare()  # a gate may have been given to the trainer since
-        if kept := (state.stateful_callbacks or {}).get(KEY):
-            self.monitor.load_state_dict(from_text(kept["attributes"]["state"]))
-        self.monitor.start(self.host())
+        """Restore a checkpoint's state, and probe if that is due at the start."""
+        self._prepare()  # a gate may have been added to the trainer in the meantime
+        if saved_state := (state.stateful_callbacks or {}).get(STATE_KEY):
+            self.monitor.load_state_dict(state_from_text(saved_state["attributes"]["state"]))
+        self.monitor.on_train_start(self.trainer_context())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Probe, if it is time to."""
-        self.monitor.advance(self.host())
-        self._keep(state, control)
+        """Probe, if that is due."""
+        self.monitor.on_batch_end(self.trainer_context())
+        self._store_state(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A checkpoint may follow."""
-        self._keep(state, control)
+        """Store the state for a checkpoint that may follow."""
+        self._store_state(state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Probe, if asked to."""
-        self.monitor.validated(self.host())
-        self._keep(state, control)
+        """Probe after an evaluation, if ``on_validation``."""
+        self.monitor.on_validation_end(self.trainer_context())
+        self._store_state(state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop the clock."""
-        self.monitor.stop()
+        self.monitor.on_train_end()
 
-    def host(self) -> Host:
-        """The trainer as the monitor knows it."""
+    def trainer_context(self) -> TrainerContext:
+        """Return the trainer as the monitor sees it."""
         trainer = self.trainer
-        first = trainer.is_world_process_zero()
+        is_global_zero = trainer.is_world_process_zero()
         optimizer: Any = trainer.optimizer
-        return Host(
+        return TrainerContext(
             step=trainer.state.global_step,
-            first=first,
-            processes=processes(),
-            context=trainer.accelerator.autocast,
-            progress=lambda last: ProbeProgress(
-                Bar() if first and not trainer.args.disable_tqdm else None, log.info if first else None, last
+            is_global_zero=is_global_zero,
+            processes=current_processes(),
+            precision_context=trainer.accelerator.autocast,
+            progress=lambda last_seconds: ProbeProgress(
+                Bar() if is_global_zero and not trainer.args.disable_tqdm else None,
+                console_log.info if is_global_zero else None,
+                last_seconds,
             ),
             log=self._log,
-            warn=lambda message: warnings.warn(message, stacklevel=2) if first else None,
-            note=lambda message: log.info(message) if first else None,
+            warn=lambda message: warnings.warn(message, stacklevel=2) if is_global_zero else None,
+            inform=lambda message: console_log.info(message) if is_global_zero else None,
             optimizers=[] if optimizer is None else [getattr(optimizer, "optimizer", optimizer)],
         )
 
     def _prepare(self) -> None:
+        """Find the student, and check everything that can be checked before training."""
+        model: nn.Module = self.trainer.model
+        student = model if self.student is None else locate_students(model, self.student)[0]
         gate = getattr(self.trainer, "gate", None)
-        self.monitor.prepare(
-            self.trainer.model,
-            self.trainer.processing_class,
-            gate if hasattr(gate, "observe") else None,
-            taught=getattr(self.trainer, "gate_teachers", ()),
-        )
+        self.monitor.prepare(student, self.tokenizer, gate, getattr(self.trainer, "gate_teachers", ()))
 
-    def _keep(self, state: TrainerState, control: TrainerControl) -> None:
+    def _store_state(self, state: TrainerState, control: TrainerControl) -> None:
         """Put the monitor's state where a checkpoint that is about to be written finds it."""
         if control.should_save:
-            found = {"args": {}, "attributes": {"state": to_text(self.monitor.state_dict())}}
-            state.stateful_callbacks = {**(state.stateful_callbacks or {}), KEY: found}
+            saved_state = {"args": {}, "attributes": {"state": state_to_text(self.monitor.state_dict())}}
+            state.stateful_callbacks = {**(state.stateful_callbacks or {}), STATE_KEY: saved_state}
 
     def _log(self, metrics: dict[str, float], report: ProbeReport | None) -> None:
-        """To the trainer's trackers, past its own averages.
+        """Log to the trainer's trackers without changing what the trainer itself will log.
 
-        A trainer's own ``log`` adds what it averaged since the last time and starts anew, and "logged" is the answer to
-        its own plan to log at this step: both are left as they are.
+        A trainer's own ``log`` method adds the averages since its last call and resets them, and the trainer takes any
+        call for the one that it had planned at this step. Neither must happen here.
         """
         trainer = self.trainer
-        planned, callbacks = trainer.control.should_log, trainer.callback_handler.callbacks
-        printing = [callback for callback in callbacks if isinstance(callback, PRINTING)]
-        headline = {name: value for name, value in metrics.items() if name.startswith(HEADLINES)}
+        should_log, callbacks = trainer.control.should_log, trainer.callback_handler.callbacks
+        printing = [callback for callback in callbacks if isinstance(callback, PRINTING_CALLBACKS)]
+        headlines = {name: value for name, value in metrics.items() if name.startswith(HEADLINES)}
         try:
             trainer.callback_handler.callbacks = [callback for callback in callbacks if callback not in printing]
             Trainer.log(trainer, dict(metrics))
             for callback in printing:
-                callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(headline))
+                callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(headlines))
         finally:
             trainer.callback_handler.callbacks = callbacks
-            trainer.control.should_log = planned
+            trainer.control.should_log = should_log
         if report is None or not trainer.is_world_process_zero():
             return
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 try:
                     step = trainer.state.global_step
-                    write_tensorboard(callback.tb_writer, report, step, self.last_report, prefix="train/")
-                except Exception as error:
-                    self.monitor.say(self.host(), f"no pictures of a probe: {type(error).__name__}: {error}")
-
-    @staticmethod
-    def _rows(trainer: Trainer) -> Sequence[Row]:
-        rows: Any = trainer.train_dataset
-        if "prompt" not in (getattr(rows, "column_names", None) or ()) or not hasattr(rows, "__len__"):
-            raise ValueError(
-                "`prompts` was not given, and the trainer's `train_dataset` has no column 'prompt' to take in its "
-                "place; give rows such as [{'prompt': ..., 'answer': ...}, ...]."
-            )
-        found: Sequence[Row] = rows
-        return found
+                    self.tensorboard.write(callback.tb_writer, report, step)
+                except Exception as error:  # even if `strict`: the figures themselves were logged
+                    context = self.trainer_context()
+                    self.monitor.failures.warn_of_error(context, "failed to log the pictures of a probe", error)
 
 
-def to_text(state: dict[str, Any]) -> str:
-    """A state with tensors, as JSON can hold it.
+def dataset_rows(trainer: Trainer) -> Sequence[Row]:
+    """Return the rows of a trainer's dataset, which are the questions where no ``prompts`` are given.
+
+    Raises:
+        ValueError: If the dataset has no column ``prompt``, or no length.
+    """
+    dataset: Any = trainer.train_dataset
+    if "prompt" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "`prompts` was not given, and the trainer's `train_dataset` has no column 'prompt' to take in its "
+            "place; give rows such as [{'prompt': ..., 'answer': ...}, ...]."
+        )
+    rows: Sequence[Row] = dataset
+    return rows
+
+
+def state_to_text(state: dict[str, Any]) -> str:
+    """Return a state with tensors as text, which JSON can hold.
 
     Examples:
-        >>> from_text(to_text({"order": [2, 1], "stream": torch.arange(3)}))
+        >>> state_from_text(state_to_text({"order": [2, 1], "stream": torch.arange(3)}))
         {'order': [2, 1], 'stream': tensor([0, 1, 2])}
     """
     buffer = io.BytesIO()
@@ -212,7 +273,7 @@ def to_text(state: dict[str, Any]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def from_text(text: str) -> dict[str, Any]:
-    """The state that :func:`to_text` wrote."""
+def state_from_text(text: str) -> dict[str, Any]:
+    """Return the state that :func:`state_to_text` encoded."""
     state: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
     return state

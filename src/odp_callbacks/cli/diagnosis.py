@@ -1,23 +1,25 @@
-"""A diagnosis that can be interrupted: question by question, each kept when it is measured."""
+"""A diagnosis that can be interrupted: it measures one question after another, and saves each when it is done."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from odp_callbacks.cli.datasets import fingerprint
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.probe import Probe
-from odp_callbacks.engine.prompts import Row
+from odp_callbacks.engine.prompts import Question, Row
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.engine.tree.journal import Journal
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.storage import load, merge, save
 
-SETTINGS = "diagnosis.json"
+SETTINGS_FILE = "diagnosis.json"
+QUESTIONS_FOLDER = "questions"
 
 
 def run_diagnosis(
@@ -30,70 +32,86 @@ def run_diagnosis(
     *,
     config: ProbeConfig,
     seed: int = 0,
-    about: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    on_question: Callable[[int, int], None] | None = None,
 ) -> ProbeReport:
-    """Measure questions one by one, and keep each under ``output/questions``; what is there already is not repeated.
+    """Measure questions one by one, and save each under ``output/questions``.
 
-    Within a question continuations are kept as they finish, so that an interruption costs none of them.
-
-    A question's random draws depend on the seed and on its place alone, so that an interrupted diagnosis ends with the
-    figures of one that was not. A ``budget`` is shared out evenly.
+    Started again with the same arguments, it resumes: what is saved is not measured again. Within a question, finished
+    continuations are saved in a journal, so that an interruption loses none of them. The random draws of a question
+    depend on the seed and on its place alone, so that an interrupted diagnosis ends with the figures of one that was
+    not interrupted. A ``budget`` is divided evenly among the questions.
 
     Args:
         student: A peft model.
         tokenizer: Its tokenizer.
-        rows: Questions.
+        rows: The questions.
         reward: The verifier.
         teachers: As in :class:`~odp_callbacks.engine.Probe`.
         output: Folder of the diagnosis.
         config: How to measure.
-        seed: Of everything random.
-        about: What else names this diagnosis (the student's path, say): in another one's folder it is refused.
-        progress: Called with the questions done and all.
+        seed: Seed of all random draws.
+        identity: What else distinguishes this diagnosis, such as the student's path. A folder that holds a diagnosis
+            with another identity is refused.
+        on_question: Called after each question with the number of questions done, and of all questions.
 
     Raises:
-        ValueError: If the folder holds another diagnosis, or something that was given cannot work.
+        ValueError: If the folder holds another diagnosis, or if an argument does not work.
     """
-    budget = None if not config.budget else max(1, config.budget // len(rows))
-    probe = Probe(student, tokenizer, reward, teachers, replace(config, budget=config.budget and budget))
-    probe.validate(rows)
-    settings = {**config.plain(), "seed": seed, "rows": fingerprint(list(rows)), **(about or {})}
-    settings["teachers"] = (about or {}).get("teachers", list(probe.teachers))
-    _claim(output, settings)
-    parts = []
-    for i, row in enumerate(rows):
-        folder = output / "questions" / f"{i:05d}"
-        if not folder.exists():
-            journal = Journal(output / "questions" / f".{i:05d}.journal")
-            save(probe.run([row], seed=seed, ids=[str(i)], journal=journal), folder)
-            journal.remove()
-        parts.append(load(folder))
-        if progress is not None:
-            progress(i + 1, len(rows))
-    report = replace(merge(parts), seconds=_added(parts))
-    save(report, output / "records", overwrite=True)
-    return report
+    budget_per_question = max(1, config.budget // len(rows)) if config.budget else config.budget
+    probe = Probe(student, tokenizer, reward, teachers, replace(config, budget=budget_per_question))
+    questions = probe.validate(rows, [str(question_index) for question_index in range(len(rows))])
+    settings = {"teachers": list(probe.teachers), **(identity or {})}
+    _claim_folder(output, {**config.settings(), "seed": seed, "rows": fingerprint(list(rows)), **settings})
+    reports = []
+    for question_index, question in enumerate(questions):
+        reports.append(_measure_question(probe, question, question_index, output / QUESTIONS_FOLDER, seed))
+        if on_question is not None:
+            on_question(question_index + 1, len(questions))
+    stage_seconds: Counter[str] = Counter()
+    for report in reports:
+        stage_seconds.update(report.stage_seconds)
+    diagnosis = replace(merge(reports), stage_seconds=dict(stage_seconds))
+    save(diagnosis, output / "records", overwrite=True)
+    return diagnosis
 
 
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    path = output / SETTINGS
-    plain = json.loads(json.dumps(settings, default=repr))
-    if path.exists():
-        there = json.loads(path.read_text())
-        if changed := sorted(key for key in plain.keys() | there.keys() if plain.get(key) != there.get(key)):
-            raise ValueError(
-                f"`output` is {str(output)!r}, which holds a diagnosis with another `{changed[0]}`; give another "
-                "folder, or remove that one."
-            )
+def fingerprint(value: Any) -> str:
+    """A short text that distinguishes a value from others.
+
+    Args:
+        value: What JSON can hold; other parts are described by their ``repr``.
+
+    Examples:
+        >>> fingerprint([1, 2]) == fingerprint([1, 2]), fingerprint([1, 2]) == fingerprint([2, 1])
+        (True, False)
+    """
+    return blake2b(json.dumps(value, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
+
+
+def _measure_question(probe: Probe, question: Question, question_index: int, folder: Path, seed: int) -> ProbeReport:
+    """Measure one question and save it, or load it if it is there."""
+    records = folder / f"{question_index:05d}"
+    if not records.exists():
+        journal = Journal(folder / f".{question_index:05d}.journal")
+        save(probe.run([question], seed=seed, journal=journal), records)
+        journal.remove()
+    return load(records)
+
+
+def _claim_folder(output: Path, settings: dict[str, Any]) -> None:
+    """Write the settings to a new folder, or check that an existing one holds the same diagnosis."""
+    path = output / SETTINGS_FILE
+    # The saved settings have passed through JSON, so the given ones do too before they are compared.
+    settings = json.loads(json.dumps(settings, default=repr))
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
         return
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain, indent=1))
-
-
-def _added(parts: Sequence[ProbeReport]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.seconds.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
+    saved_settings = json.loads(path.read_text())
+    names = settings.keys() | saved_settings.keys()
+    if changed_names := sorted(name for name in names if settings.get(name) != saved_settings.get(name)):
+        raise ValueError(
+            f"`output` is {str(output)!r}, which holds a diagnosis with another `{changed_names[0]}`; give another "
+            "folder, or remove that one."
+        )

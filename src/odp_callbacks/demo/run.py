@@ -1,8 +1,8 @@
-"""The demo's run: load, fine-tune a teacher, distil with the callback watching, show the table."""
+"""The demonstration's run: load, fine-tune a teacher, distil while the callback measures, show the results."""
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ from odp_callbacks.storage import load
 from odp_callbacks.visualization.html_report import write_report
 from odp_callbacks.visualization.table import summary_table
 
+LINES_PER_DOCUMENT = 8
+DOCUMENTS_PER_STEP = 4
+
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo's flags set.
+    """The arguments of ``odp-callbacks demo``.
 
     Attributes:
         model: Local folder or hub name of the student; none for SmolLM2-135M-Instruct.
@@ -39,14 +42,11 @@ class DemoConfig:
         steps: Optimizer steps of the student.
         probes: Probes during training, besides the one before it.
         questions: Questions in each probe.
-        rollouts: Student rollouts of each question.
-        continuations: Continuations of each branch, at most.
-        budget: Tokens to spend on the continuations of a probe; none for no limit.
-        max_new_tokens: Limit of a response.
         shots: Solved examples in each prompt.
         teacher_steps: Optimizer steps of the fine-tuned teacher.
-        seed: Of everything.
-        output: Folder for TensorBoard's files.
+        seed: Seed of all random draws.
+        output: Folder for TensorBoard's files, records and report.
+        probe: How to measure.
     """
 
     model: str | None = None
@@ -55,46 +55,30 @@ class DemoConfig:
     steps: int = 6
     probes: int = 1
     questions: int = 6
-    rollouts: int = 2
-    continuations: int = 4
-    budget: int | None = 3000
-    max_new_tokens: int = 20
     shots: int = 2
     teacher_steps: int = 12
     seed: int = 0
     output: str = "odp-demo"
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
-        """Check what the callback does not."""
+        """Check what the callback does not check."""
         for name in ("steps", "probes", "questions", "teacher_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but {getattr(self, name)!r} was given.")
         if self.probes > self.steps:
             raise ValueError(f"`probes` must be at most `steps` = {self.steps}, but {self.probes} was given.")
-        self.probe_config(())
-
-    def probe_config(self, eos_token_ids: tuple[int, ...]) -> ProbeConfig:
-        """How the demo's probes measure."""
-        return ProbeConfig(
-            rollouts_per_question=self.rollouts,
-            max_new_tokens=self.max_new_tokens,
-            continuations=self.continuations,
-            budget=self.budget,
-            max_branches=3,
-            tail_draws=1,
-            eos_token_ids=eos_token_ids,
-        )
 
 
 def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
-    """Run the demonstration and print its table.
+    """Run the demonstration, and print its table.
 
     Args:
-        config: Its flags.
-        console: Where it speaks.
+        config: The arguments of the command.
+        console: Where progress and results are printed.
 
     Returns:
-        The last probe's report.
+        The report of the last probe.
     """
     start = time.perf_counter()
     seed_everything(config.seed, verbose=False)
@@ -102,30 +86,22 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
     task = make_task(
         config.task,
         questions=4 * config.questions,
-        lines=8 * 4 * config.teacher_steps,
+        lines=LINES_PER_DOCUMENT * DOCUMENTS_PER_STEP * config.teacher_steps,
         shots=config.shots,
         seed=config.seed,
     )
     student: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
-    teachers: dict[str, Teacher] = {
-        "answer": Teacher("The answer is {answer}.\n{prompt}"),
-        "solution": Teacher("{solution}\n{prompt}"),
-    }
-    if config.teacher_model is None:
-        tune_adapter(student, tokenizer, task, config.teacher_steps, console)
-        teachers["tuned"] = AdapterTeacher("tuned")
-    else:
-        external, its_tokenizer = load_student(config.teacher_model, console.print)
-        teachers["external"] = ModelTeacher(external, tokenizer=its_tokenizer)
+    teachers = _make_teachers(student, tokenizer, task, config, console)
     student.train()
-    # A line's end ends the response, as it does in the examples of the prompt.
+    # The end of a line ends a response, as in the examples of the prompt.
     newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
+    probe = replace(config.probe, eos_token_ids=(*config.probe.eos_token_ids, *newline))
     module = OnPolicyDistillation(
         student,
         tokenizer,
         list(teachers.values())[-1],
-        max_new_tokens=config.max_new_tokens,
-        eos_token_ids=newline,
+        max_new_tokens=probe.max_new_tokens,
+        eos_token_ids=probe.eos_token_ids,
         reward=task.reward,
         learning_rate=2e-4,
     )
@@ -134,16 +110,40 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
         task.rows,
         task.reward,
         every_n_steps=config.steps // config.probes,
-        max_overhead=None,  # a run this short is for looking at its probes
+        max_overhead=None,  # so short a run is there for its probes
         questions_per_probe=config.questions,
         at_start=True,
         seed=config.seed,
         strict=True,
         records=f"{config.output}/records",
-        config=config.probe_config(newline),
+        config=probe,
     )
-    logger = TensorBoardLogger(config.output, name=config.task)
     console.print(f"watch it live:  [bold]tensorboard --logdir {config.output}[/bold]")
+    trainer = _train(module, callback, task, config)
+    time_share = float(trainer.callback_metrics["odp/probe/time_share"])
+    return _show_results(callback, config, console, time.perf_counter() - start, time_share)
+
+
+def _make_teachers(
+    student: Any, tokenizer: Any, task: Task, config: DemoConfig, console: Console
+) -> dict[str, Teacher]:
+    """Two contexts for the student itself, and a teacher with other weights; the last one is distilled."""
+    teachers: dict[str, Teacher] = {
+        "answer": Teacher("The answer is {answer}.\n{prompt}"),
+        "solution": Teacher("{solution}\n{prompt}"),
+    }
+    if config.teacher_model is None:
+        tune_adapter(student, tokenizer, task, config.teacher_steps, console)
+        teachers["tuned"] = AdapterTeacher("tuned")
+    else:
+        teacher_model, teacher_tokenizer = load_student(config.teacher_model, console.print)
+        teachers["external"] = ModelTeacher(teacher_model, tokenizer=teacher_tokenizer)
+    return teachers
+
+
+def _train(
+    module: OnPolicyDistillation, callback: GradientAlignmentCallback, task: Task, config: DemoConfig
+) -> Trainer:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -153,7 +153,7 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
             max_epochs=config.steps,
             accelerator="auto",
             devices=1,
-            logger=logger,
+            logger=TensorBoardLogger(config.output, name=config.task),
             callbacks=[callback],
             log_every_n_steps=1,
             enable_checkpointing=False,
@@ -161,33 +161,54 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
         )
         rows: Any = task.rows
         trainer.fit(module, DataLoader(rows, batch_size=8, shuffle=True, collate_fn=list))
+    return trainer
+
+
+def _show_results(
+    callback: GradientAlignmentCallback, config: DemoConfig, console: Console, seconds: float, time_share: float
+) -> ProbeReport:
     report = callback.last_report
     assert report is not None
     console.print(summary_table(report))
-    probes = sorted(Path(config.output, "records").glob("step-*"))
-    page = write_report([(probe.name, load(probe)) for probe in probes], Path(config.output, "report.html"))
-    share = trainer.callback_metrics["odp/probe/time_share"]
+    probe_folders = sorted(Path(config.output, "records").glob("step-*"))
+    page = write_report([(folder.name, load(folder)) for folder in probe_folders], Path(config.output, "report.html"))
     console.print(
-        f"{time.perf_counter() - start:.0f} s in all; {float(share):.0%} of the training's time went into probes.\n"
+        f"{seconds:.0f} s in all; probes took {time_share:.0%} of the training's time.\n"
         f"See it:  [bold]{page}[/bold] in a browser, and [bold]tensorboard --logdir {config.output}[/bold]"
     )
     return report
 
 
 def tune_adapter(student: Any, tokenizer: Any, task: Task, steps: int, console: Console) -> None:
-    """Fine-tune an adapter ``"tuned"`` on worked lines, eight in a document, and leave the student's own active."""
+    """Fine-tune a new adapter named ``"tuned"`` on the task's worked lines, and leave the student's own active.
+
+    Args:
+        student: A peft model with one adapter.
+        tokenizer: Its tokenizer.
+        task: The task with its worked lines.
+        steps: Optimizer steps.
+        console: Where progress is shown.
+    """
     student.add_adapter("tuned", LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
     student.set_adapter("tuned")
     device = next(student.parameters()).device
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=2e-3)
-    documents = ["\n".join(task.lines[i : i + 8]) + "\n" for i in range(0, len(task.lines), 8)]
+    trainable_parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable_parameters, lr=2e-3)
+    documents = [
+        "\n".join(task.lines[first_line : first_line + LINES_PER_DOCUMENT]) + "\n"
+        for first_line in range(0, len(task.lines), LINES_PER_DOCUMENT)
+    ]
     student.train()
     for step in track(range(steps), "fine-tuning a teacher on the task", console=console, transient=True):
-        encoded = [encode_prompt(tokenizer, d) for d in documents[4 * step : 4 * step + 4]]
-        ids = pad_sequence(encoded, batch_first=True)
-        mask = pad_sequence([torch.ones_like(x) for x in encoded], batch_first=True)
+        first_document = DOCUMENTS_PER_STEP * step
+        batch = documents[first_document : first_document + DOCUMENTS_PER_STEP]
+        token_ids = [encode_prompt(tokenizer, document) for document in batch]
+        input_ids = pad_sequence(token_ids, batch_first=True)
+        mask = pad_sequence([torch.ones_like(ids) for ids in token_ids], batch_first=True)
         loss = student(
-            input_ids=ids.to(device), attention_mask=mask.to(device), labels=ids.masked_fill(mask == 0, -100).to(device)
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            labels=input_ids.masked_fill(mask == 0, -100).to(device),
         ).loss
         loss.backward()
         optimizer.step()

@@ -1,6 +1,6 @@
-"""The engine: torch, transformers and peft only; usable alone as a training-free diagnostic."""
+"""The measurement itself; it needs torch, transformers and peft, and can be used alone as a diagnosis."""
 
-from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.config import ProbeConfig, ProbeOptions
 from odp_callbacks.engine.probe import Probe, diagnose
 from odp_callbacks.engine.rewards import RewardError
 from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
@@ -14,6 +14,7 @@ __all__ = [
     "ModelTeacher",
     "Probe",
     "ProbeConfig",
+    "ProbeOptions",
     "RewardError",
     "Teacher",
     "UniformNodes",

@@ -1,52 +1,103 @@
-"""How a probe measures: its one configuration."""
+"""The configuration of a probe: what it samples, where it measures, and what it may spend."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from odp_callbacks.engine.gradients.loss_directions import UserLoss
 from odp_callbacks.engine.tree.allocation import TARGETS
-from odp_callbacks.engine.tree.nodes import STRATEGIES, NodeSelector
+from odp_callbacks.engine.tree.nodes import NODE_SELECTORS, NodeSelector
 from odp_callbacks.functional.divergences import Divergence, check_divergence
 
-PLAIN = (str, int, float, tuple, type(None))
+SIMPLE_TYPES = (str, int, float, tuple, type(None))
+"""Types of option values that a record can hold as they are."""
+COUNTS = ("rollouts_per_question", "max_new_tokens", "continuations", "max_branches", "tail_draws", "batch_size")
+"""Options that must be positive integers."""
+LIMITS = ("time_budget", "half_width", "max_memory_bytes", "reward_timeout")
+"""Options that must be positive finite numbers or None."""
+SHARES = ("branch_mass", "success_threshold")
+"""Options that must lie in (0, 1]."""
+
+
+class ProbeOptions(TypedDict, total=False):
+    """The fields of :class:`ProbeConfig` as keyword arguments, for editors and type checkers."""
+
+    rollouts_per_question: int
+    max_new_tokens: int
+    temperature: float
+    continuations: int
+    budget: int | None
+    time_budget: float | None
+    target: str
+    half_width: float | None
+    step_alignment: bool
+    nodes: NodeSelector | str
+    branch_mass: float
+    max_branches: int
+    tail_draws: int
+    projections: int | None
+    divergence: Divergence | UserLoss
+    beta: float | None
+    top_k: int | None
+    eos_token_ids: tuple[int, ...]
+    success_threshold: float
+    batch_size: int
+    max_memory_bytes: float | None
+    reward_timeout: float | None
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
     """How a probe measures.
 
+    :class:`ProbeOptions` has the same fields, for functions that take them as keyword arguments.
+
     Attributes:
-        rollouts_per_question: Student responses to each question.
-        max_new_tokens: Limit of a response, in tokens.
-        temperature: Of sampling, and of both models in the loss.
-        continuations: Targeted continuations of each branch, where neither ``budget`` nor ``seconds`` is given.
-        budget: Tokens to spend on continuations, held to within 5 %: at first one continuation a branch, then more
-            where they narrow the interval of ``target`` most. Too few for all nodes: some of them are drawn. 0: no
-            continuations at all, the *free mode*: predicted gain from the rollouts themselves.
-        seconds: The same in seconds; with both, whichever is reached first.
-        target: The figure whose interval the budget narrows: ``"predicted_gain"``, ``"gain_weighted_alignment"`` or
+        rollouts_per_question: Number of student responses to each question.
+        max_new_tokens: Maximum length of a response in tokens.
+        temperature: Sampling temperature. It also divides the logits of both models in a named distillation loss.
+        continuations: Number of continuations sampled from each branch. It applies where neither ``budget`` nor
+            ``time_budget`` is given.
+        budget: Number of tokens to spend on continuations, met to within 5 %. Every branch first gets one
+            continuation; the others go to the branches where they narrow the interval of ``target`` most. If one
+            continuation per branch costs too much of the budget, a random subset of the nodes is measured. With 0, no
+            continuations are sampled (the *free mode*): predicted gain is estimated from the rollouts' own rewards.
+        time_budget: Number of seconds to spend on continuations, distributed like ``budget``. If both are given,
+            sampling stops at whichever is reached first.
+        target: The figure whose interval a budget narrows: ``"predicted_gain"``, ``"gain_weighted_alignment"`` or
             ``"alignment"``.
-        half_width: Stop before the budget is spent when every teacher's 95 % interval of ``target``, over all nodes,
-            is at most this wide to either side.
-        step_alignment: Also measure the cosine of the summed gradients; one more backward for each rollout.
-        nodes: Which positions are measured: ``"exponential"`` windows, ``"every"``, ``"uniform"``, ``"entropy"``, or a
-            function of your own.
-        branch_mass: Probability that the likely branches of a node hold together, in (0, 1].
-        max_branches: The most likely branches of a node.
-        tail_draws: Tokens drawn from the rest.
-        projections: With ``nodes="every"``, gradients are projected on that many random directions wherever this is
-            cheaper (long responses): a node's cosine then has a standard error of about one over its root, and modules
-            are not told apart. None: never.
+        half_width: Stop before the budget is spent, once the 95 % interval of ``target`` over all nodes has at most
+            this half-width for every teacher.
+        step_alignment: Whether to also measure the cosine of the summed gradients. It costs one more forward and
+            backward pass for each rollout.
+        nodes: Which response positions are measured: ``"exponential"`` windows, ``"every"``, ``"uniform"``,
+            ``"entropy"``, or a :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function.
+        branch_mass: Total probability that the most likely branches of a node must reach, in (0, 1].
+        max_branches: Maximum number of most likely branches of a node.
+        tail_draws: Number of tokens drawn from the remaining probability mass at each node.
+        projections: Number of random directions that gradients are projected on with ``nodes="every"``, wherever
+            projection is cheaper (long responses). The cosine at a node then has a standard error of about
+            ``1 / sqrt(projections)``, and modules are not told apart. None never projects.
         divergence: Name of the distillation loss, or a function ``f(student_logits, teacher_logits)`` from
             ``(N, V)`` to ``(N,)``.
-        beta: For ``"jsd"``.
-        top_k: Restricts the loss to that many tokens.
-        eos_token_ids: More tokens that end a response.
-        success_threshold: Reward from which a rollout counts as correct.
-        batch_size: The most sequences sampled at a time; fewer where memory is short.
-        memory: The most bytes that continuations or pull-backs may take at a time, by an estimate; None: half of what
-            is free.
-        reward_seconds: The most that one call of the reward function may take; None for no limit.
+        beta: Mixture weight of ``divergence="jsd"``, in [0, 1].
+        top_k: Number of tokens that a named loss is restricted to; None uses the whole vocabulary.
+        eos_token_ids: Additional tokens that end a response.
+        success_threshold: Smallest reward at which a rollout counts as correct, in (0, 1].
+        batch_size: Maximum number of sequences sampled at a time; fewer where memory is short.
+        max_memory_bytes: Maximum number of bytes, by an estimate, that continuations or vector-Jacobian products may
+            take at a time. None allows half of what is free.
+        reward_timeout: Maximum number of seconds that one call of the reward function may take; None sets no limit.
+
+    Raises:
+        ValueError: If an option is out of range; the message says what would work.
+
+    Examples:
+        >>> ProbeConfig(max_new_tokens=256, budget=10_000).adaptive
+        True
     """
 
     rollouts_per_question: int = 4
@@ -54,7 +105,7 @@ class ProbeConfig:
     temperature: float = 1.0
     continuations: int = 4
     budget: int | None = None
-    seconds: float | None = None
+    time_budget: float | None = None
     target: str = "predicted_gain"
     half_width: float | None = None
     step_alignment: bool = True
@@ -69,60 +120,99 @@ class ProbeConfig:
     eos_token_ids: tuple[int, ...] = ()
     success_threshold: float = 1.0
     batch_size: int = 256
-    memory: float | None = None
-    reward_seconds: float | None = 120.0
+    max_memory_bytes: float | None = None
+    reward_timeout: float | None = 120.0
 
     def __post_init__(self) -> None:
         """Check every field."""
-        whole = (
-            "rollouts_per_question", "max_new_tokens", "continuations", "max_branches", "tail_draws", "batch_size"
-        )  # fmt: skip
-        for name in whole:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, but {value!r} was given.")
+        for option in COUNTS:
+            given = getattr(self, option)
+            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+                raise ValueError(f"`{option}` must be a positive integer, but {given!r} was given.")
         if self.projections is not None and (type(self.projections) is not int or self.projections < 2):
             raise ValueError(f"`projections` must be an integer above 1 or None, but {self.projections!r} was given.")
         if self.budget is not None and (type(self.budget) is not int or self.budget < 0):
             raise ValueError(
                 f"`budget` must be a number of tokens, 0 for the free mode, or None, but {self.budget!r} was given."
             )
-        for name in ("seconds", "half_width", "memory", "reward_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be a positive number or None, but {value!r} was given.")
+        for option in LIMITS:
+            given = getattr(self, option)
+            if given is not None and not 0 < given < float("inf"):
+                raise ValueError(f"`{option}` must be a positive number or None, but {given!r} was given.")
         if self.half_width is not None and not self.adaptive:
-            raise ValueError("`half_width` needs a `budget` or `seconds` to stop before, but neither was given.")
+            raise ValueError("`half_width` needs a `budget` or `time_budget` to stop before, but neither was given.")
         if self.target not in TARGETS:
             raise ValueError(f"`target` must be one of {list(TARGETS)}, but {self.target!r} was given.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be a positive number, but {self.temperature!r} was given.")
-        for name in ("branch_mass", "success_threshold"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in (0, 1], but {getattr(self, name)!r} was given.")
-        if not callable(self.nodes) and self.nodes not in STRATEGIES:
-            raise ValueError(f"`nodes` must be one of {list(STRATEGIES)} or a function, but got {self.nodes!r}.")
+        for option in SHARES:
+            if not 0 < getattr(self, option) <= 1:
+                raise ValueError(f"`{option}` must lie in (0, 1], but {getattr(self, option)!r} was given.")
+        if not callable(self.nodes) and self.nodes not in NODE_SELECTORS:
+            raise ValueError(f"`nodes` must be one of {list(NODE_SELECTORS)} or a function, but got {self.nodes!r}.")
         if not callable(self.divergence):
             check_divergence(self.divergence, self.beta, self.top_k)
 
     @property
     def free(self) -> bool:
-        """No continuations."""
+        """Whether no continuations are sampled."""
         return self.budget == 0
 
     @property
     def adaptive(self) -> bool:
-        """Continuations go where they help most, up to a limit."""
-        return bool(self.budget) or (self.seconds is not None and not self.free)
+        """Whether continuations are allocated to the branches where they help most, within a budget."""
+        return bool(self.budget) or (self.time_budget is not None and not self.free)
 
     @property
     def selector(self) -> NodeSelector:
-        """The node selector."""
-        return STRATEGIES[self.nodes] if isinstance(self.nodes, str) else self.nodes
+        """The function that selects a rollout's nodes."""
+        return NODE_SELECTORS[self.nodes] if isinstance(self.nodes, str) else self.nodes
 
-    def plain(self) -> dict[str, Any]:
-        """The fields by name, functions by theirs: for the reader of a record."""
+    def settings(self) -> dict[str, Any]:
+        """The options as a record keeps them; functions are replaced by their names."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            key: value if isinstance(value, PLAIN) else getattr(value, "__qualname__", repr(value))
-            for key, value in ((field.name, getattr(self, field.name)) for field in fields(self))
+            option: setting if isinstance(setting, SIMPLE_TYPES) else getattr(setting, "__qualname__", repr(setting))
+            for option, setting in options.items()
         }
+
+
+def resolve_config(
+    config: ProbeConfig | None, options: Mapping[str, Any], *, other_arguments: Collection[str] = ()
+) -> ProbeConfig:
+    """Combine a configuration with options that were given as keyword arguments.
+
+    Args:
+        config: The configuration to start from; None starts from the defaults.
+        options: Fields of :class:`ProbeConfig` that replace those of ``config``.
+        other_arguments: Names of the caller's own keyword arguments. The error for an unknown option lists them too.
+
+    Returns:
+        ``config`` with the options replaced.
+
+    Raises:
+        TypeError: If ``config`` is not a :class:`ProbeConfig`, or an option is unknown. The message names the closest
+            valid option and lists all of them.
+        ValueError: If an option is out of range.
+
+    Examples:
+        >>> resolve_config(ProbeConfig(max_new_tokens=64), {"temperature": 0.7}).max_new_tokens
+        64
+        >>> resolve_config(None, {"temprature": 0.7})
+        Traceback (most recent call last):
+        ...
+        TypeError: unknown option `temprature`; did you mean `temperature`? Valid options are batch_size, beta, ...
+    """
+    if config is not None and not isinstance(config, ProbeConfig):
+        raise TypeError(
+            f"`config` must be a ProbeConfig, but {config!r} was given; use `ProbeConfig(...)`, or keyword arguments."
+        )
+    config_fields = {field.name for field in fields(ProbeConfig)}
+    if unknown_options := sorted(options.keys() - config_fields):
+        valid_options = sorted({*config_fields, *other_arguments})
+        closest = get_close_matches(unknown_options[0], valid_options, n=1)
+        suggestion = f"did you mean `{closest[0]}`? " if closest else ""
+        raise TypeError(
+            f"unknown option `{unknown_options[0]}`; {suggestion}Valid options are {', '.join(valid_options)}."
+        )
+    return replace(config or ProbeConfig(), **options)

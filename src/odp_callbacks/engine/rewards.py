@@ -1,4 +1,4 @@
-"""Scoring finished responses with the user's verifier, by TRL's convention for reward functions."""
+"""Scoring responses with the user's reward function, by TRL's convention."""
 
 import inspect
 import math
@@ -8,6 +8,9 @@ from typing import Any
 from odp_callbacks.engine.prompts import Question, is_conversational
 
 RewardFunction = Callable[..., Sequence[float]]
+"""A TRL reward function: ``reward(prompts, completions, **columns)`` to one number for each completion."""
+RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
+"""Columns of a row that are not passed on to the reward function."""
 
 
 class RewardError(ValueError):
@@ -20,29 +23,29 @@ def score(
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
 ) -> list[float]:
-    """Score completions: ``reward(prompts, completions, **columns) -> list[float]``, as in TRL.
+    """Score completions by calling ``reward(prompts=..., completions=..., **columns)``, as TRL does.
 
-    A completion of a conversational prompt is wrapped as ``[{"role": "assistant", "content": ...}]``. Columns are all
-    those that every row has, less ``prompt``; a function without ``**`` gets only those that it names, and
-    ``completion_ids`` if it names them.
+    A completion of a conversational prompt is passed as ``[{"role": "assistant", "content": ...}]``. The columns are
+    those that every row has, except ``prompt``. A function without ``**`` receives only the columns that it names, and
+    ``completion_ids`` only if it names them.
 
     Args:
         reward: The user's function.
-        questions: One for each completion.
+        questions: The question of each completion.
         completions: Texts, without special tokens.
-        completion_ids: The same as token ids.
+        completion_ids: The completions as token ids.
 
     Returns:
-        One float in [0, 1] each.
+        One float in [0, 1] for each completion.
 
     Raises:
-        RewardError: If the result has another length or holds something else.
+        RewardError: If the result has another length, or contains anything but numbers in [0, 1].
 
     Examples:
         >>> import torch
         >>> question = Question("0", {"prompt": "1+1=", "answer": "2"}, torch.tensor([5]))
         >>> def exact(prompts, completions, answer):
-        ...     return [float(c == a) for c, a in zip(completions, answer)]
+        ...     return [float(completion == expected) for completion, expected in zip(completions, answer)]
         >>> score(exact, [question, question], ["2", "3"], [[2], [3]])
         [1.0, 0.0]
     """
@@ -51,45 +54,47 @@ def score(
     columns: dict[str, Any] = {
         key: [question.row[key] for question in questions]
         for key in questions[0].row
-        if key not in ("prompt", "completion", "completion_ids") and all(key in q.row for q in questions)
+        if key not in RESERVED_COLUMNS and all(key in question.row for question in questions)
     }
-    named, open_ended = _named_arguments(reward)
-    if not open_ended:
-        columns = {key: column for key, column in columns.items() if key in named}
-    if "completion_ids" in named:
+    argument_names, accepts_others = _named_arguments(reward)
+    if not accepts_others:
+        columns = {key: column for key, column in columns.items() if key in argument_names}
+    if "completion_ids" in argument_names:
         columns["completion_ids"] = [list(ids) for ids in completion_ids]
     prompts = [question.row["prompt"] for question in questions]
-    wrapped = [
+    responses = [
         [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
         for prompt, text in zip(prompts, completions, strict=True)
     ]
-    return _checked(reward(prompts=prompts, completions=wrapped, **columns), len(questions))
+    return _check_rewards(reward(prompts=prompts, completions=responses, **columns), len(questions))
 
 
 def _named_arguments(reward: RewardFunction) -> tuple[set[str], bool]:
-    """The arguments that a reward function names, and whether it takes any others besides."""
+    """Return the names of a function's arguments, and whether it accepts others through ``**``."""
     try:
         parameters = inspect.signature(reward).parameters.values()
     except (TypeError, ValueError):  # a builtin or C function without a signature
         return set(), True
-    return {p.name for p in parameters}, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    accepts_others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return {parameter.name for parameter in parameters}, accepts_others
 
 
-def _checked(result: object, expected: int) -> list[float]:
+def _check_rewards(result: object, expected: int) -> list[float]:
+    """Convert what a reward function returned to floats, or raise :class:`RewardError`."""
     try:
         if isinstance(result, str | bytes | Mapping):
             raise TypeError
-        scores = list(result)  # type: ignore[call-overload]  # whatever the user's function gave
+        numbers = list(result)  # type: ignore[call-overload]  # the user's function may return anything
     except TypeError:
         raise RewardError(
             f"`reward` must return a list of {expected} numbers in [0, 1], but it returned {result!r}."
         ) from None
-    if len(scores) != expected:
+    if len(numbers) != expected:
         raise RewardError(
-            f"`reward` must return one number for each of the {expected} completions, but it returned {len(scores)}."
+            f"`reward` must return one number for each of the {expected} completions, but it returned {len(numbers)}."
         )
     rewards = []
-    for number in scores:
+    for number in numbers:
         try:
             value = float(number)
         except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Student rollouts: the responses that the student gives by itself, and what the verifier says of them."""
+"""Student rollouts: the responses that the student samples by itself, and their rewards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.gradients.logits import node_logits
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
-from odp_callbacks.engine.sampling.prefix_cache import ContinuationRequest
 from odp_callbacks.engine.sampling.randomness import Randomness
+from odp_callbacks.engine.sampling.requests import ContinuationRequest
 from odp_callbacks.engine.verifier import Verifier
 
 
@@ -19,12 +20,13 @@ class Rollout:
     """One response of the student.
 
     Attributes:
-        question: What was asked.
-        response_ids: The sampled tokens, with the end token if there was one.
-        text: The response without end and special tokens, as the verifier sees it.
-        truncated: Whether the length limit cut it before an end token.
-        reward: In [0, 1]; NaN until it is scored.
-        entropy: ``(T,)``, of the student's policy at each position, in nats; None unless a node selector wants it.
+        question: The question.
+        response_ids: ``T`` sampled tokens, including the end token if there is one.
+        text: The response without end and special tokens, as the verifier receives it.
+        truncated: Whether the length limit cut the response before an end token.
+        reward: The verifier's reward in [0, 1]; NaN until the response is scored.
+        entropy: ``(T,)``, entropy of the student's policy at each position in nats; None unless the node selector
+            uses it.
     """
 
     question: Question
@@ -36,16 +38,16 @@ class Rollout:
 
     @property
     def sequence(self) -> Tensor:
-        """Prompt and response, ``(P + T,)`` int64."""
+        """Prompt and response tokens, ``(P + T,)`` int64."""
         return torch.cat([self.question.prompt_ids, torch.tensor(self.response_ids, dtype=torch.long)])
 
     def positions(self, depths: Sequence[int]) -> list[int]:
-        """Where in :attr:`sequence` the logits are that choose the token at each depth."""
+        """Return the positions in :attr:`sequence` whose logits give the policy at each depth."""
         return [len(self.question.prompt_ids) - 1 + depth for depth in depths]
 
 
 def response_text(tokenizer: Any, tokens: Sequence[int], eos_token_ids: Sequence[int]) -> str:
-    """Decode a response; the token that ended it is not part of what was said."""
+    """Decode a response, without the token that ended it and without special tokens."""
     if tokens and tokens[-1] in eos_token_ids:
         tokens = tokens[:-1]
     text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -64,27 +66,38 @@ def sample_rollouts(
     randomness: Randomness | None,
     batch_size: int,
 ) -> list[Rollout]:
-    """Sample ``per_question`` responses to each question; each prompt is prefilled once.
+    """Sample responses to questions; each prompt is prefilled once.
 
-    With ``randomness`` a question's responses depend on its id, and not on the other questions; None draws from
-    torch's global stream.
+    Args:
+        model: The student, in evaluation mode.
+        tokenizer: Its tokenizer.
+        questions: The questions.
+        per_question: Number of responses to each question.
+        max_new_tokens: Maximum length of a response.
+        temperature: Sampling temperature.
+        eos_token_ids: Tokens that end a response.
+        randomness: Makes a question's responses depend on its id and not on the other questions; None draws from
+            torch's global stream.
+        batch_size: Maximum number of responses sampled at a time.
 
     Returns:
-        ``len(questions) * per_question`` rollouts, those of one question together.
+        ``len(questions) * per_question`` rollouts, those of one question together, without rewards.
     """
-    prefixes = prefill_rollouts(model, [q.prompt_ids[:-1] for q in questions])
-    starts = [
-        ContinuationRequest(i, len(q.prompt_ids) - 1, int(q.prompt_ids[-1]), max_new_tokens)
-        for i, q in enumerate(questions)
+    prefilled = prefill_rollouts(model, [question.prompt_ids[:-1] for question in questions])
+    requests = [
+        ContinuationRequest(question_index, len(question.prompt_ids) - 1, int(question.prompt_ids[-1]), max_new_tokens)
+        for question_index, question in enumerate(questions)
         for _ in range(per_question)
     ]
     keys = None
     if randomness is not None:
-        keys = [randomness.key(q.id, "rollout", i) for q in questions for i in range(per_question)]
-    sampled = sample_continuations(
+        keys = [
+            randomness.key(question.id, "rollout", number) for question in questions for number in range(per_question)
+        ]
+    continuations = sample_continuations(
         model,
-        prefixes,
-        starts,
+        prefilled,
+        requests,
         temperature=temperature,
         eos_token_ids=eos_token_ids,
         keys=keys,
@@ -92,21 +105,31 @@ def sample_rollouts(
     )
     return [
         Rollout(
-            questions[start.sequence],
+            questions[request.sequence],
             continuation.tokens,
             response_text(tokenizer, continuation.tokens, eos_token_ids),
             continuation.truncated,
         )
-        for start, continuation in zip(starts, sampled, strict=True)
+        for request, continuation in zip(requests, continuations, strict=True)
     ]
 
 
 def score_rollouts(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The same rollouts, with their rewards."""
+    """Return the rollouts with the verifier's rewards."""
     rewards = verifier.score(
-        [r.question for r in rollouts], [r.text for r in rollouts], [r.response_ids for r in rollouts]
+        [rollout.question for rollout in rollouts],
+        [rollout.text for rollout in rollouts],
+        [rollout.response_ids for rollout in rollouts],
     )
-    return [replace(rollout, reward=value) for rollout, value in zip(rollouts, rewards, strict=True)]
+    return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
+def with_entropy(rollout: Rollout, student: nn.Module, temperature: float) -> Rollout:
+    """Return the rollout with the entropy of the student's policy at each of its ``T`` positions."""
+    positions = [rollout.positions(range(len(rollout.response_ids)))]
+    (logits,) = node_logits(student, [rollout.sequence], positions)  # (T, V)
+    log_probabilities = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return replace(rollout, entropy=-(log_probabilities.exp() * log_probabilities).sum(dim=-1).cpu())
 
 
 def given_rollouts(
@@ -116,7 +139,17 @@ def given_rollouts(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
 ) -> list[Rollout]:
-    """Rollouts from responses that exist, those of one question together; what follows an end token is dropped.
+    """Make rollouts of responses that exist already; what follows an end token is dropped.
+
+    Args:
+        tokenizer: The student's tokenizer.
+        questions: The questions.
+        responses: For each question, its responses as token ids.
+        max_new_tokens: Maximum length of a response.
+        eos_token_ids: Tokens that end a response.
+
+    Returns:
+        The rollouts, those of one question together, without rewards.
 
     Raises:
         ValueError: If there is not one list of responses for each question, or a response is empty or too long.
@@ -125,32 +158,38 @@ def given_rollouts(
         raise ValueError(
             f"`responses` must hold one list for each of the {len(questions)} rows, but holds {len(responses)}."
         )
-    found = []
-    for question, several in zip(questions, responses, strict=True):
-        for response in several:
-            ids = [int(k) for k in response]
-            end = next((t for t, k in enumerate(ids) if k in eos_token_ids), None)
-            ids = ids if end is None else ids[: end + 1]
-            if not 0 < len(ids) <= max_new_tokens:
+    rollouts = []
+    for question, question_responses in zip(questions, responses, strict=True):
+        for response in question_responses:
+            tokens = [int(token) for token in response]
+            end = next((position for position, token in enumerate(tokens) if token in eos_token_ids), None)
+            tokens = tokens if end is None else tokens[: end + 1]
+            if not 0 < len(tokens) <= max_new_tokens:
                 raise ValueError(
                     f"`responses` must have 1 to `max_new_tokens` = {max_new_tokens} tokens each, but one of question "
-                    f"{question.id} has {len(ids)}."
+                    f"{question.id} has {len(tokens)}."
                 )
-            text = response_text(tokenizer, ids, eos_token_ids)
-            found.append(Rollout(question, tuple(ids), text, end is None))
-    return found
+            text = response_text(tokenizer, tokens, eos_token_ids)
+            rollouts.append(Rollout(question, tuple(tokens), text, truncated=end is None))
+    return rollouts
 
 
-def end_tokens(model: nn.Module, tokenizer: Any, extra: Sequence[int] = ()) -> tuple[int, ...]:
-    """Every token that ends a response: the model's, the tokenizer's and the caller's.
+def end_tokens(model: nn.Module, tokenizer: Any, extra_tokens: Sequence[int] = ()) -> tuple[int, ...]:
+    """Collect every token that ends a response: the model's, the tokenizer's and the caller's.
+
+    Args:
+        model: A causal language model; its generation configuration and its configuration are read.
+        tokenizer: Its tokenizer.
+        extra_tokens: Additional end tokens.
 
     Raises:
         ValueError: If there is none.
     """
-    found: set[int] = set(extra)
+    tokens: set[int] = set(extra_tokens)
     for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
-    if not found:
+        source_tokens = getattr(source, "eos_token_id", None)
+        if source_tokens is not None:
+            tokens.update([source_tokens] if isinstance(source_tokens, int) else source_tokens)
+    if not tokens:
         raise ValueError("no end-of-sequence token is known; set `tokenizer.eos_token` or give `eos_token_ids`.")
-    return tuple(sorted(found))
+    return tuple(sorted(tokens))

@@ -1,42 +1,51 @@
-"""What a probe spends its time on, and who is told."""
+"""How long each stage of a probe takes, and the progress that it reports."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from odp_callbacks.engine.sampling.continuous_batching import Progress
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, how much of it is done, and how much there is in all."""
 
 
 @dataclass
 class StageTimer:
-    """Seconds by stage, and who is told of the progress."""
+    """Measures the time of each stage and reports its progress.
+
+    Attributes:
+        progress: Called with the stage's name, the amount done, and the total; None reports nothing.
+        seconds: Time taken so far by stage.
+    """
 
     progress: Progress | None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def move(self, stage: str, other: str, seconds: float) -> None:
-        """Book seconds of one stage on another."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) - seconds
-        self.seconds[other] = self.seconds.get(other, 0.0) + seconds
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Subtract time from one stage and add it to another."""
+        self.seconds[source] = self.seconds.get(source, 0.0) - seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
 
     @contextmanager
     def stage(self, name: str, total: int, part: range | None = None) -> Iterator[Callable[[int], None]]:
-        """Time a stage, or a part of it; gives the function to report what is done of that.
+        """Time a stage, or a part of it.
 
         Args:
-            name: Of the stage.
-            total: How much the whole stage has.
-            part: What of it is done here; None for all of it.
+            name: The stage's name.
+            total: The amount of work in the whole stage.
+            part: The part of it that is done inside the context; None for all of it.
+
+        Yields:
+            A function that reports how much of the part is done.
         """
-        start = time.perf_counter()
-        part = range(total) if part is None else part
+        start_time = time.perf_counter()
+        work_range = range(total) if part is None else part
 
-        def report(done: int) -> None:
+        def report_progress(done: int) -> None:
             if self.progress is not None:
-                self.progress(name, part.start + done, total)
+                self.progress(name, work_range.start + done, total)
 
-        report(0)
-        yield report
-        report(len(part))
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        report_progress(0)
+        yield report_progress
+        report_progress(len(work_range))
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_time

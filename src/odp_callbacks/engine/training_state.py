@@ -1,4 +1,4 @@
-"""Being a guest in somebody's training run: whatever the measurement touches is put back bit for bit."""
+"""Preserving the state of a training run: whatever a measurement changes is restored bit for bit."""
 
 import random
 import sys
@@ -10,42 +10,45 @@ import numpy as np
 import torch
 from torch import nn
 
-from odp_callbacks.functional.gradients import evaluating
+from odp_callbacks.functional.gradients import evaluation_mode
 
 
 @contextmanager
 def preserving_training_state(*models: nn.Module) -> Iterator[None]:
-    """Measure inside, leave no trace outside.
+    """Restore the state of a training run after a measurement.
 
-    Models are put into evaluation mode and back, each module into the mode that it had. The random streams of torch
-    (CPU and every CUDA device in use), numpy and Python are put back, also where a reward function drew from them.
-    Gradients are off inside unless they are switched on, and inference mode, which would forbid them, is left. What was
-    compiled runs uncompiled: a probe's many shapes would be compiled one by one, and push out what the training needs.
+    Models run in evaluation mode, and each module returns to the mode that it had. The random streams of torch (on the
+    CPU and on every CUDA device in use), numpy and Python are restored, even if a reward function drew from them.
+
+    Inside, gradients are off until they are switched on, and inference mode, which forbids them, is left. Compiled
+    modules run uncompiled: otherwise each of a probe's many shapes would be compiled, and would evict the graphs that
+    the training needs.
 
     Args:
-        models: The models that will run.
+        *models: The models that the measurement runs.
     """
     with ExitStack() as stack:
         stack.callback(_restore_random_state, _random_state())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:  # nothing is compiled before it is imported, which takes seconds
+        if "torch._dynamo" in sys.modules:  # nothing can be compiled before; importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for model in models:
-            stack.enter_context(evaluating(model))
+            stack.enter_context(evaluation_mode(model))
         yield
 
 
 def _random_state() -> tuple[Any, Any, Any, list[torch.Tensor]]:
-    # Asking a CUDA device for its state would start CUDA in a process that does not use it.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002 (the users' legacy stream)
+    """The states of the random streams of Python, numpy, torch on the CPU, and torch on every CUDA device in use."""
+    # Reading the state of a CUDA device would initialise CUDA in a process that does not use it.
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda_states  # noqa: NPY002 (the users' legacy stream)
 
 
 def _restore_random_state(state: tuple[Any, Any, Any, list[torch.Tensor]]) -> None:
-    python, numpy, cpu, cuda = state
-    random.setstate(python)
-    np.random.set_state(numpy)  # noqa: NPY002 (as above)
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+    python_state, numpy_state, cpu_state, cuda_states = state
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)  # noqa: NPY002 (as above)
+    torch.set_rng_state(cpu_state)
+    if cuda_states:
+        torch.cuda.set_rng_state_all(cuda_states)

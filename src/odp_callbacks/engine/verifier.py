@@ -1,8 +1,8 @@
-"""The user's verifier off the critical path: it scores what has finished while the model goes on sampling.
+"""Scoring finished responses in another thread while the model goes on sampling.
 
-Only where that is safe. A verifier may be of no use outside the main thread, and may not say so (one that limits its
-own time by a signal returns a failure there); so it first scores some responses both ways, and it stays in the main
-thread unless both agree.
+Some verifiers fail outside the main thread without raising an error: one that limits its own time by a signal counts
+every response there as wrong. The verifier therefore first scores some responses in both threads, and stays in the main
+thread unless the rewards agree.
 """
 
 import signal
@@ -19,20 +19,27 @@ import torch
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
 
-BATCH = 64
-"""Responses that are scored in one call, if so many have finished."""
+BATCH_SIZE = 64
+"""Maximum number of responses that are scored in one call."""
+Submission = tuple[int, Question, str, Sequence[int]]
+"""A response to score: its number, question, text and token ids."""
 
 
 class RewardTimeoutError(RewardError):
-    """The reward function took longer than it may."""
+    """One call of the reward function took longer than its timeout."""
 
 
 class _Interrupt(BaseException):
-    """Not an Exception: a verifier that takes any of those for a wrong answer must not take this one."""
+    """Raised inside a call that takes too long.
+
+    It is not an ``Exception``: a verifier that catches every exception and returns a wrong answer must not catch it.
+    """
 
 
 @dataclass
 class _Job:
+    """One call of the reward function in the other thread."""
+
     arguments: tuple[Any, ...]
     done: threading.Event = field(default_factory=threading.Event)
     rewards: list[float] | None = None
@@ -40,65 +47,78 @@ class _Job:
 
 
 class Verifier:
-    """Scores responses in batches, in a thread of its own where that gives the same rewards.
+    """Scores responses in batches, in another thread where that gives the same rewards.
 
     Args:
         reward: A TRL reward function.
-        seconds: The most that one call may take; None for no limit.
+        timeout: Maximum number of seconds that one call may take; None for no limit.
+
+    Attributes:
+        threaded: Whether the other thread gives the same rewards; None until that is known.
     """
 
-    def __init__(self, reward: RewardFunction, seconds: float | None = None) -> None:
+    def __init__(self, reward: RewardFunction, timeout: float | None = None) -> None:
         self.reward = reward
-        self.seconds = seconds
+        self.timeout = timeout
         self.threaded: bool | None = None
-        self._trial: tuple[_Job, list[float]] | None = None
+        self._trial: tuple[_Job, list[float]] | None = None  # with the rewards that are expected
         self._queue: SimpleQueue[_Job | None] | None = None
         self._thread: threading.Thread | None = None
 
     def score(
         self, questions: Sequence[Question], completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[float]:
-        """Score now, in this thread; see :func:`~odp_callbacks.engine.rewards.score`.
+        """Score in this thread; see :func:`~odp_callbacks.engine.rewards.score`.
+
+        Args:
+            questions: The question of each completion.
+            completions: Texts, without special tokens.
+            completion_ids: The completions as token ids.
 
         Raises:
-            RewardTimeoutError: If it takes longer than it may (in the main thread, where it can be interrupted).
+            RewardTimeoutError: If the call exceeds the timeout. Only a call in the main thread can be interrupted.
         """
-        with _limited(self.seconds, len(questions)):
+        with _interrupt_after(self.timeout, len(questions)):
             return score(self.reward, questions, completions, completion_ids)
 
     def try_thread(self, rewards: Sequence[float], *arguments: Any) -> None:
-        """Score once more what has these rewards, in the other thread, to see whether both agree."""
-        # Rewards that are all alike would agree with a verifier that fails every time.
+        """Score responses again in the other thread, to find out whether it gives the same rewards.
+
+        Args:
+            rewards: The rewards from the main thread.
+            *arguments: The arguments of :meth:`score` that gave them.
+        """
+        # If all rewards are alike, a verifier that fails every time would agree with them too.
         if self.threaded is None and self._trial is None and len(set(rewards)) > 1:
             self._trial = self._submit(arguments), list(rewards)
 
     def close(self) -> None:
-        """End the thread, once it has done its work."""
-        self._settle()
+        """Wait until the thread has done its work, and end it."""
+        self._finish_trial()
         thread = self._thread
-        self._abandon()
+        self._release_thread()
         if thread is not None:
-            # It must not draw from the training's random streams once the probe is over.
-            thread.join(self.seconds)
+            # The thread must not draw from the training's random streams after the probe.
+            thread.join(self.timeout)
 
-    def _abandon(self) -> None:
-        """Let the thread end when it has done what it has; no later call waits for it."""
+    def _release_thread(self) -> None:
+        """Let the thread end after its current work; no later call waits for it."""
         if self._queue is not None:
             self._queue.put(None)
         self._queue = self._thread = None
 
-    def _settle(self) -> None:
-        """Look how the trial went."""
+    def _finish_trial(self) -> None:
+        """Compare the rewards of both threads, if there was a trial."""
         if self._trial is None:
             return
         job, expected = self._trial
         self._trial = None
-        self.threaded = job.done.wait(self.seconds) and job.error is None and job.rewards == expected
+        self.threaded = job.done.wait(self.timeout) and job.error is None and job.rewards == expected
         if not self.threaded:
-            self._abandon()
+            self._release_thread()
             warnings.warn(
-                "`reward` gives other rewards, or fails, outside the main thread, so it is called there, and sampling "
-                "waits for it.",
+                "`reward` gives other rewards, or fails, outside the main thread. It is therefore called in the main "
+                "thread, and sampling waits for it.",
                 stacklevel=2,
             )
 
@@ -106,13 +126,15 @@ class Verifier:
         job = _Job(arguments)
         if self._queue is None:
             self._queue = SimpleQueue()
-            # A daemon: a verifier that never returns must not keep the program from ending.
-            self._thread = threading.Thread(target=self._work, args=(self._queue,), daemon=True, name="odp-verifier")
+            # The thread is a daemon, so that a verifier that never returns does not keep the program from ending.
+            self._thread = threading.Thread(
+                target=self._score_jobs, args=(self._queue,), daemon=True, name="odp-verifier"
+            )
             self._thread.start()
         self._queue.put(job)
         return job
 
-    def _work(self, queue: "SimpleQueue[_Job | None]") -> None:
+    def _score_jobs(self, queue: "SimpleQueue[_Job | None]") -> None:
         while (job := queue.get()) is not None:
             try:
                 with torch.no_grad():
@@ -122,96 +144,105 @@ class Verifier:
             job.done.set()
 
     def open(self) -> "Scoring":
-        """Take responses as they finish."""
-        self._settle()
+        """Start to collect responses that are scored as they finish."""
+        self._finish_trial()
         return Scoring(self)
 
 
 class Scoring:
-    """Responses that are handed in one by one, scored in batches."""
+    """Responses that are submitted one by one and scored in batches.
+
+    Args:
+        verifier: Scores them.
+    """
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier
-        self._waiting: list[tuple[int, Question, str, Sequence[int]]] = []
+        self._waiting: list[Submission] = []
         self._jobs: list[tuple[list[int], _Job]] = []
 
-    def add(self, key: int, question: Question, completion: str, completion_ids: Sequence[int]) -> None:
-        """Hand in a response, under a number of its own."""
-        self._waiting.append((key, question, completion, completion_ids))
-        if self.verifier.threaded and len(self._waiting) >= BATCH:
-            self._send()
+    def add(self, number: int, question: Question, completion: str, completion_ids: Sequence[int]) -> None:
+        """Submit a response.
 
-    def _send(self) -> None:
-        keys, arguments = self._take()
-        self._jobs.append((keys, self.verifier._submit(arguments)))
+        Args:
+            number: Identifies the response in :meth:`rewards`.
+            question: The question.
+            completion: The text, without special tokens.
+            completion_ids: The response as token ids.
+        """
+        self._waiting.append((number, question, completion, completion_ids))
+        if self.verifier.threaded and len(self._waiting) >= BATCH_SIZE:
+            self._start_job()
 
-    def _take(self) -> tuple[list[int], tuple[Any, ...]]:
-        # By number: which of them finished first is of no concern to the verifier.
-        keys, *arguments = (list(column) for column in zip(*sorted(self._waiting, key=_number), strict=True))
+    def _start_job(self) -> None:
+        numbers, arguments = self._take_waiting()
+        self._jobs.append((numbers, self.verifier._submit(arguments)))
+
+    def _take_waiting(self) -> tuple[list[int], tuple[Any, ...]]:
+        """Empty the list of waiting responses, and return their numbers and the arguments of a call."""
+        # Sorted by number, so that a call does not depend on the order in which responses finished.
+        submissions = sorted(self._waiting, key=lambda submission: submission[0])
         self._waiting = []
-        return keys, tuple(arguments)
+        numbers, *arguments = (list(column) for column in zip(*submissions, strict=True))
+        return numbers, tuple(arguments)
 
     def rewards(self) -> dict[int, float]:
-        """The rewards of all, by their numbers.
+        """Wait until all responses are scored, and return their rewards by number.
 
         Raises:
-            RewardTimeoutError: If a call takes longer than it may.
+            RewardTimeoutError: If a call exceeds the timeout.
             Exception: What the reward function raised.
         """
-        found: dict[int, float] = {}
+        rewards: dict[int, float] = {}
         if self._waiting and self.verifier.threaded:
-            self._send()
+            self._start_job()
         elif self._waiting:
-            keys, arguments = self._take()
-            for first in range(0, len(keys), BATCH):
-                part = slice(first, first + BATCH)
-                rewards = self.verifier.score(*(column[part] for column in arguments))
-                found.update(zip(keys[part], rewards, strict=True))
-        for keys, job in self._jobs:
-            # Calls follow each other, so each one has its time from the end of the one before.
-            if not job.done.wait(self.verifier.seconds):
-                self.verifier._abandon()
-                raise _too_long(self.verifier.seconds, len(keys))
+            numbers, arguments = self._take_waiting()
+            for first in range(0, len(numbers), BATCH_SIZE):
+                part = slice(first, first + BATCH_SIZE)
+                part_rewards = self.verifier.score(*(column[part] for column in arguments))
+                rewards.update(zip(numbers[part], part_rewards, strict=True))
+        for numbers, job in self._jobs:
+            # The calls run one after the other, so the timeout of each starts when the one before has ended.
+            if not job.done.wait(self.verifier.timeout):
+                self.verifier._release_thread()
+                raise _timeout_error(self.verifier.timeout, len(numbers))
             if job.error is not None:
                 raise job.error
-            found.update(zip(keys, job.rewards or [], strict=True))
-        return found
-
-
-def _number(entry: tuple[int, Question, str, Sequence[int]]) -> int:
-    return entry[0]
+            rewards.update(zip(numbers, job.rewards or [], strict=True))
+        return rewards
 
 
 @contextmanager
-def _limited(seconds: float | None, count: int) -> Iterator[None]:
-    """Interrupt what takes too long, where this thread can be interrupted and no other alarm is set."""
-    main = threading.current_thread() is threading.main_thread()
-    if seconds is None or not main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0]:
+def _interrupt_after(timeout: float | None, count: int) -> Iterator[None]:
+    """Interrupt code that exceeds the timeout, where this thread can be interrupted and no other alarm is set."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if timeout is None or not is_main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
 
-    fired = False
+    interrupted = False
 
     def interrupt(*_: object) -> None:
-        nonlocal fired
-        fired = True
+        nonlocal interrupted
+        interrupted = True
         raise _Interrupt
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous_handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
         yield
     except _Interrupt:
         pass
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    if fired:  # also where a bare `except` swallowed it
-        raise _too_long(seconds, count)
+        signal.signal(signal.SIGALRM, previous_handler)
+    if interrupted:  # also where a bare `except` caught the exception
+        raise _timeout_error(timeout, count)
 
 
-def _too_long(seconds: float | None, count: int) -> RewardTimeoutError:
+def _timeout_error(timeout: float | None, count: int) -> RewardTimeoutError:
     return RewardTimeoutError(
-        f"`reward` took longer than {seconds:g} s for {count} completions; make it faster, or give it more time by "
-        "`reward_seconds`."
+        f"`reward` took longer than {timeout:g} s for {count} completions; make it faster, or increase "
+        "`reward_timeout`."
     )

@@ -1,4 +1,4 @@
-"""The mathematics: pure functions on tensors."""
+"""The mathematics: pure functions on tensors, without models of their own or any state."""
 
 from odp_callbacks.functional.alignment import gradient_alignment
 from odp_callbacks.functional.divergences import (

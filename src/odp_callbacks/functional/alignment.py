@@ -1,9 +1,9 @@
-"""The gradient alignment score: the cosine of two gradients, or NaN where there is none."""
+"""Gradient alignment: the cosine of two gradients, or NaN where it is undefined."""
 
 import torch
 from torch import Tensor
 
-from odp_callbacks.functional.working_precision import floating, working
+from odp_callbacks.functional.working_precision import check_floating_point, working_dtype
 
 
 def gradient_alignment(a: Tensor, b: Tensor) -> Tensor:
@@ -11,18 +11,19 @@ def gradient_alignment(a: Tensor, b: Tensor) -> Tensor:
 
     .. math:: a(u) = \frac{\langle a, b \rangle}{\|a\| \, \|b\|}
 
-    Scaled by the largest component first, so that neither tiny nor huge gradients lose it to underflow. Undefined
-    (NaN) where either gradient is zero or not finite. :func:`ideal_logit_gradient` and
-    :func:`distillation_logit_gradient` return exact zeros for what is zero only up to rounding.
+    The cosine is undefined (NaN) where either gradient is zero or not finite. Each gradient is first divided by its
+    largest component, so that very small and very large gradients neither underflow nor overflow.
+    :func:`ideal_logit_gradient` and :func:`distillation_logit_gradient` return exact zeros where a gradient vanishes
+    up to rounding, so that its alignment is NaN rather than noise.
 
-    Source: arXiv:2605.10889 (gradient alignment score).
+    On the logits of a node this is the score of arXiv:2605.10889 (eq. 2.12). On the LoRA parameters the score is ours.
 
     Args:
         a: ``(..., P)``, any floating dtype.
-        b: ``(..., P)``; the leading dimensions broadcast.
+        b: ``(..., P)``, any floating dtype; the leading dimensions broadcast with those of ``a``.
 
     Returns:
-        ``(...)``, in [-1, 1] or NaN; the wider dtype of the two.
+        ``(...)``, in [-1, 1] or NaN, in the wider dtype of the two.
 
     Raises:
         TypeError: If an argument is not a floating-point tensor.
@@ -33,20 +34,20 @@ def gradient_alignment(a: Tensor, b: Tensor) -> Tensor:
         >>> gradient_alignment(torch.tensor([1.0, 0.0]), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
         tensor([1., nan])
     """
-    floating("a", a)
-    floating("b", b)
+    check_floating_point("a", a)
+    check_floating_point("b", b)
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"`a` and `b` must agree in their last dimension, but {a.shape[-1]} and {b.shape[-1]} do not.")
-    dtype = working(a, b)
-    unit_a, unit_b = _unit(a.to(dtype)), _unit(b.to(dtype))
-    # clamp only takes off the rounding of a cosine of 1; it passes NaN through.
+    computing_dtype = working_dtype(a, b)
+    unit_a, unit_b = _unit_vectors(a.to(computing_dtype)), _unit_vectors(b.to(computing_dtype))
+    # The clamp removes the rounding error of a cosine of 1. It keeps NaN.
     return (unit_a * unit_b).sum(dim=-1).clamp(-1.0, 1.0).to(torch.promote_types(a.dtype, b.dtype))
 
 
-def _unit(x: Tensor) -> Tensor:
-    """``x / ‖x‖`` over the last dimension, NaN where ``x`` is zero or not finite."""
-    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+def _unit_vectors(vectors: Tensor) -> Tensor:
+    """Divide by the norm over the last dimension; NaN where a vector is zero or not finite."""
+    largest = vectors.detach().abs().amax(dim=-1, keepdim=True)
     defined = (largest > 0) & torch.isfinite(largest)
-    scaled = x / torch.where(defined, largest, torch.nan)
-    norm: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return scaled / norm
+    scaled = vectors / torch.where(defined, largest, torch.nan)
+    norms: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / norms

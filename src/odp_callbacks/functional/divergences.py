@@ -1,8 +1,9 @@
 """Distillation losses, their descent directions on the student's logits, and cheap predictors of alignment.
 
-Every divergence here pulls on the logits as ``p_k (h_k - sum_j p_j h_j)``: it acts as if ``h_k`` were the value of
-token ``k``. Reverse KL believes in ``ln(q_k / p_k)``, forward KL in ``q_k / p_k - 1``, the generalised
-Jensen-Shannon divergence in something between.
+Under reverse KL, forward KL and the generalised Jensen-Shannon divergence, the descent direction on the logits is
+``p_k (h_k - sum_j p_j h_j)``, which has the form of the ideal gradient with ``h_k`` in place of the success of token
+``k``. For reverse KL, ``h_k`` is ``ln(q_k / p_k)``; for forward KL, ``q_k / p_k - 1``; the Jensen-Shannon divergence
+lies between them.
 """
 
 import math
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odp_callbacks.functional.working_precision import floating, positive_temperature, working
+from odp_callbacks.functional.policies import LogPolicies, log_policies
+from odp_callbacks.functional.working_precision import check_floating_point, check_temperature
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "sampled_token"]
 
@@ -29,20 +31,21 @@ def distillation_loss(
 ) -> Tensor:
     r"""Per-token distillation loss; its gradient is minus :func:`distillation_logit_gradient`.
 
-    ``"reverse_kl"`` is :math:`KL(p\|q)`, ``"forward_kl"`` :math:`KL(q\|p)`, ``"jsd"`` the generalised
-    Jensen-Shannon divergence of GKD (arXiv:2306.13649) and ``"sampled_token"`` the policy-gradient form
+    ``"reverse_kl"`` is :math:`KL(p\|q)`, ``"forward_kl"`` is :math:`KL(q\|p)`, ``"jsd"`` is the generalised
+    Jensen-Shannon divergence of GKD (arXiv:2306.13649), and ``"sampled_token"`` is the policy-gradient form
     :math:`-\mathrm{sg}[\ln q_y - \ln p_y] \ln p_y` of reverse KL, where ``sg`` stops the gradient.
 
     Args:
         student_logits: ``(..., V)``, any floating dtype; :math:`p` is their softmax at the temperature.
-        teacher_logits: ``(..., V)``; :math:`q` likewise. No gradient is stopped here.
+        teacher_logits: ``(..., V)``, any floating dtype; :math:`q` is their softmax at the temperature. The gradient
+            reaches them, except for ``"sampled_token"``.
         divergence: One of the four names.
-        beta: For ``"jsd"`` only, in [0, 1], default 0.5: the mixture is :math:`\beta q + (1-\beta) p`;
+        beta: For ``"jsd"`` only, in [0, 1], 0.5 by default. The mixture is :math:`\beta q + (1-\beta) p`;
             0 is forward KL, 1 is reverse KL.
-        tokens: ``(...)``, integer: the sampled tokens :math:`y`; for ``"sampled_token"`` only.
-        top_k: Restrict both distributions to ``top_k`` tokens and renormalise: the teacher's for forward KL, the
-            student's for reverse KL and the sampled token, the union for JSD (the support rule of TRL). A sampled
-            token outside contributes nothing.
+        tokens: ``(...)``, integer; the sampled tokens :math:`y`, for ``"sampled_token"`` only.
+        top_k: Restrict both distributions to ``top_k`` tokens and renormalise them. The tokens are the teacher's for
+            forward KL, the student's for reverse KL and the sampled token, and the union of both for JSD (as in TRL).
+            A sampled token outside this set has loss 0.
         temperature: Divides both models' logits.
 
     Returns:
@@ -50,27 +53,30 @@ def distillation_loss(
 
     Raises:
         TypeError: If the logits are not floating-point tensors.
-        ValueError: If shapes differ, or an option is missing, out of range or of no use for this divergence.
+        ValueError: If shapes differ, or an option is missing, out of range or does not apply to this divergence.
 
     Examples:
         >>> import torch
         >>> distillation_loss(torch.zeros(2), torch.tensor([0.0, 1.0]), "forward_kl")
         tensor(0.1109)
     """
-    lp, lq, _, beta = _prepare(student_logits, teacher_logits, divergence, beta, tokens, top_k, temperature)
+    policies = _checked_log_policies(student_logits, teacher_logits, divergence, beta, tokens, top_k, temperature)
+    student, teacher, _, beta = policies
     if divergence == "sampled_token":
         assert tokens is not None
-        lp_y, lq_y = (x.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for x in (lp, lq))
-        outside = lp_y == -math.inf
-        advantage = (lq_y - lp_y).detach().masked_fill(outside, 0)
-        loss = -advantage * lp_y.masked_fill(outside, 0)
+        student_token, teacher_token = (
+            log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for log_probabilities in (student, teacher)
+        )
+        outside = student_token == -math.inf
+        advantage = (teacher_token - student_token).detach().masked_fill(outside, 0)
+        loss = -advantage * student_token.masked_fill(outside, 0)
     elif beta == 1.0:
-        loss = _kl(lp, lq)
+        loss = _kl_divergence(student, teacher)
     elif beta == 0.0:
-        loss = _kl(lq, lp)
+        loss = _kl_divergence(teacher, student)
     else:
-        mixture = _log_mixture(lp, lq, beta)
-        loss = beta * _kl(lq, mixture) + (1 - beta) * _kl(lp, mixture)
+        mixture = _log_mixture(student, teacher, beta)
+        loss = beta * _kl_divergence(teacher, mixture) + (1 - beta) * _kl_divergence(student, mixture)
     return loss.to(student_logits.dtype)
 
 
@@ -94,8 +100,8 @@ def distillation_logit_gradient(
       :math:`h_k = (1-\beta) \ln(\beta e^{\rho_k} + 1 - \beta)`
     - sampled token: :math:`\frac1\tau\, \rho_y (1[k = y] - p_k)`
 
-    Where the teacher's logits equal the student's, or differ by a constant, up to the rounding of their dtype, the
-    direction is exactly zero: such a teacher says nothing, and its alignment is undefined.
+    Where the teacher's logits equal the student's, or differ from them by a constant, up to the rounding of their
+    dtype, the direction is exactly zero, and the alignment of such a teacher is undefined.
 
     Arguments, errors and the meaning of ``top_k`` are those of :func:`distillation_loss`.
 
@@ -107,28 +113,20 @@ def distillation_logit_gradient(
         >>> distillation_logit_gradient(torch.zeros(2), torch.tensor([0.0, 1.0]), "forward_kl")
         tensor([-0.2311,  0.2311])
     """
-    lp, lq, silent, beta = _prepare(student_logits, teacher_logits, divergence, beta, tokens, top_k, temperature)
-    p = lp.exp()
-    # Outside the support both are -inf: their ratio means nothing, and no pull comes from there.
-    ratio = torch.where(p > 0, lq - lp, 0)
+    policies = _checked_log_policies(student_logits, teacher_logits, divergence, beta, tokens, top_k, temperature)
+    probabilities = policies.student.exp()
+    # Outside the support both log-probabilities are -inf, and their difference is undefined; 0 adds nothing to a sum.
+    log_ratio = torch.where(probabilities > 0, policies.teacher - policies.student, 0)
     if divergence == "sampled_token":
         assert tokens is not None
-        at = tokens.unsqueeze(-1)
-        inside = p.gather(-1, at) > 0
-        one_hot = torch.zeros_like(p).scatter(-1, at, 1.0)
-        direction = torch.where(inside, ratio.gather(-1, at) * (one_hot - p), 0)
-    elif beta == 0.0:
-        direction = lq.exp() - p
+        direction = _sampled_token_direction(probabilities, log_ratio, tokens.unsqueeze(-1))
+    elif policies.beta == 0.0:
+        direction = policies.teacher.exp() - probabilities
     else:
-        if beta == 1.0:
-            h = ratio
-        else:
-            # log1p(beta * expm1(ratio)) is exact near ratio = 0; for large ratios expm1 overflows, logaddexp does not.
-            near = torch.log1p(beta * torch.expm1(ratio.clamp(max=1.0)))
-            far = torch.logaddexp(ratio + math.log(beta), torch.full_like(ratio, math.log1p(-beta)))
-            h = (1 - beta) * torch.where(ratio < 1.0, near, far)
-        direction = p * (h - torch.where(p > 0, p * h, 0).sum(dim=-1, keepdim=True))
-    direction = torch.where(silent, 0, direction)
+        values = log_ratio if policies.beta == 1.0 else _jsd_token_values(log_ratio, policies.beta)
+        mean_value = torch.where(probabilities > 0, probabilities * values, 0).sum(dim=-1, keepdim=True)
+        direction = probabilities * (values - mean_value)
+    direction = torch.where(policies.equal, 0, direction)
     return (direction / temperature).to(student_logits.dtype)
 
 
@@ -136,51 +134,68 @@ def node_predictors(student_logits: Tensor, teacher_logits: Tensor, temperature:
     r"""Cheap predictors of alignment: divergences, cosine and entropies of student and teacher.
 
     Args:
-        student_logits: ``(..., V)``.
-        teacher_logits: ``(..., V)``.
-        temperature: Divides both.
+        student_logits: ``(..., V)``, any floating dtype.
+        teacher_logits: ``(..., V)``, any floating dtype.
+        temperature: Divides both models' logits.
 
     Returns:
         ``forward_kl`` :math:`KL(q\|p)`, ``reverse_kl`` :math:`KL(p\|q)`, ``js`` (the symmetric Jensen-Shannon
-        divergence), ``cosine`` of :math:`p` and :math:`q`, ``student_entropy``, ``teacher_entropy``: each ``(...)``,
-        nats, at least float32.
+        divergence), ``cosine`` of :math:`p` and :math:`q`, ``student_entropy`` and ``teacher_entropy``. Each is
+        ``(...)`` and at least float32; divergences and entropies are in nats.
 
     Examples:
         >>> import torch
         >>> node_predictors(torch.zeros(4), torch.zeros(4))["student_entropy"]
         tensor(1.3863)
     """
-    lp, lq, _, _ = _prepare(student_logits, teacher_logits, "reverse_kl", None, None, None, temperature)
-    mixture = _log_mixture(lp, lq, 0.5)
-    p, q = lp.exp(), lq.exp()
+    log_p, log_q, _, _ = _checked_log_policies(
+        student_logits, teacher_logits, "reverse_kl", None, None, None, temperature
+    )
+    mixture = _log_mixture(log_p, log_q, 0.5)
+    p, q = log_p.exp(), log_q.exp()
     return {
-        "forward_kl": _kl(lq, lp),
-        "reverse_kl": _kl(lp, lq),
-        "js": (_kl(lp, mixture) + _kl(lq, mixture)) / 2,
+        "forward_kl": _kl_divergence(log_q, log_p),
+        "reverse_kl": _kl_divergence(log_p, log_q),
+        "js": (_kl_divergence(log_p, mixture) + _kl_divergence(log_q, mixture)) / 2,
         "cosine": F.cosine_similarity(p, q, dim=-1),
         "student_entropy": -torch.special.xlogy(p, p).sum(-1),
         "teacher_entropy": -torch.special.xlogy(q, q).sum(-1),
     }
 
 
-def _kl(lp: Tensor, lq: Tensor) -> Tensor:
+def _sampled_token_direction(probabilities: Tensor, log_ratio: Tensor, tokens: Tensor) -> Tensor:
+    """``log_ratio_y (1[k = y] - p_k)`` for the sampled tokens ``y``, ``(..., 1)``; 0 where ``y`` has probability 0."""
+    inside = probabilities.gather(-1, tokens) > 0
+    one_hot = torch.zeros_like(probabilities).scatter(-1, tokens, 1.0)
+    return torch.where(inside, log_ratio.gather(-1, tokens) * (one_hot - probabilities), 0)
+
+
+def _jsd_token_values(log_ratio: Tensor, beta: float) -> Tensor:
+    """``(1 - beta) ln(beta e^log_ratio + 1 - beta)``, beta in (0, 1)."""
+    # log1p(beta * expm1(ratio)) is exact near ratio = 0. For large ratios expm1 overflows and logaddexp does not.
+    for_small = torch.log1p(beta * torch.expm1(log_ratio.clamp(max=1.0)))
+    for_large = torch.logaddexp(log_ratio + math.log(beta), torch.full_like(log_ratio, math.log1p(-beta)))
+    return (1 - beta) * torch.where(log_ratio < 1.0, for_small, for_large)
+
+
+def _kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """``KL(p || q)`` from log-probabilities ``(..., V)``; tokens with ``p = 0`` contribute nothing."""
-    inside = lp > -math.inf
-    # Masked before the product: 0 * inf is NaN, and so is its gradient.
-    difference = torch.where(inside, lp, 0) - torch.where(inside, lq, 0)
-    return (lp.exp() * difference).sum(dim=-1)
+    inside = log_p > -math.inf
+    # Masked before the product, because 0 * inf is NaN and so is its gradient.
+    difference = torch.where(inside, log_p, 0) - torch.where(inside, log_q, 0)
+    return (log_p.exp() * difference).sum(dim=-1)
 
 
-def _log_mixture(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
+def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """``ln(beta q + (1 - beta) p)``, beta in (0, 1); -inf where both are zero."""
-    nowhere = torch.isneginf(lp) & torch.isneginf(lq)
-    # Filled first: the gradient of logaddexp(-inf, -inf) is NaN.
-    lp, lq = lp.masked_fill(nowhere, 0), lq.masked_fill(nowhere, 0)
-    mixture = torch.logaddexp(lq + math.log(beta), lp + math.log1p(-beta))
-    return mixture.masked_fill(nowhere, -math.inf)
+    both_zero = torch.isneginf(log_p) & torch.isneginf(log_q)
+    # Filled before logaddexp, because the gradient of logaddexp(-inf, -inf) is NaN.
+    log_p, log_q = log_p.masked_fill(both_zero, 0), log_q.masked_fill(both_zero, 0)
+    mixture = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    return mixture.masked_fill(both_zero, -math.inf)
 
 
-def _prepare(
+def _checked_log_policies(
     student_logits: Tensor,
     teacher_logits: Tensor,
     divergence: str,
@@ -188,61 +203,40 @@ def _prepare(
     tokens: Tensor | None,
     top_k: int | None,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Check the arguments; return log p, log q on the support, where the teacher is silent, and the effective beta."""
-    floating("student_logits", student_logits)
-    floating("teacher_logits", teacher_logits)
-    positive_temperature(temperature)
+) -> LogPolicies:
+    """Check the arguments of a loss, and normalise both models' logits on its support."""
+    _check_arguments(student_logits, teacher_logits, divergence, beta, tokens, top_k, temperature)
+    effective_beta = {"forward_kl": 0.0, "jsd": 0.5 if beta is None else float(beta)}.get(divergence, 1.0)
+    return log_policies(student_logits, teacher_logits, effective_beta, top_k, temperature)
+
+
+def _check_arguments(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: str,
+    beta: float | None,
+    tokens: Tensor | None,
+    top_k: int | None,
+    temperature: float,
+) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless the arguments of a loss fit each other."""
+    check_floating_point("student_logits", student_logits)
+    check_floating_point("teacher_logits", teacher_logits)
+    check_temperature(temperature)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             "`teacher_logits` must have the shape of `student_logits`, "
             f"but {tuple(teacher_logits.shape)} and {tuple(student_logits.shape)} were given."
         )
     check_divergence(divergence, beta, top_k)
-    if (divergence == "sampled_token") != (tokens is not None):
-        need = "needs" if tokens is None else "is the only divergence that takes"
-        raise ValueError(f"'sampled_token' {need} `tokens`, but `divergence` is {divergence!r}.")
+    if divergence == "sampled_token" and tokens is None:
+        raise ValueError("divergence 'sampled_token' needs `tokens`, but none were given.")
+    if divergence != "sampled_token" and tokens is not None:
+        raise ValueError(f"`tokens` belongs to divergence 'sampled_token', but `divergence` is {divergence!r}.")
     if tokens is not None and tokens.shape != student_logits.shape[:-1]:
         raise ValueError(
             f"`tokens` must have shape {tuple(student_logits.shape[:-1])}, but {tuple(tokens.shape)} was given."
         )
-    dtype = working(student_logits, teacher_logits)
-    z, t = student_logits.to(dtype), teacher_logits.to(dtype)
-    effective = {"forward_kl": 0.0, "jsd": 0.5 if beta is None else float(beta)}.get(divergence, 1.0)
-    support = torch.ones_like(z, dtype=torch.bool)
-    if top_k is not None and top_k < z.shape[-1]:
-        support = torch.zeros_like(support)
-        if effective > 0:
-            support = support.scatter(-1, z.topk(top_k, dim=-1).indices, True)
-        if effective < 1:
-            support = support.scatter(-1, t.topk(top_k, dim=-1).indices, True)
-    silent = _silent(z, t, support, max(torch.finfo(x.dtype).eps for x in (student_logits, teacher_logits)))
-    z, t = (x.masked_fill(~support, -math.inf) / temperature for x in (z, t))
-    return torch.log_softmax(z, dim=-1), torch.log_softmax(t, dim=-1), silent, effective
-
-
-def teacher_equals_student(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """``(..., 1)`` bool: where the teacher's logits are the student's plus a constant, up to rounding."""
-    dtype = working(student_logits, teacher_logits)
-    z, t = student_logits.to(dtype), teacher_logits.to(dtype)
-    eps = max(torch.finfo(x.dtype).eps for x in (student_logits, teacher_logits))
-    return _silent(z, t, torch.ones_like(z, dtype=torch.bool), eps)
-
-
-def _silent(z: Tensor, t: Tensor, support: Tensor, eps: float) -> Tensor:
-    """``(..., 1)``: where ``t - z`` is one constant over the support, up to the rounding ``eps`` of the inputs."""
-    # Half precision: only the rounding of the inputs themselves. Wider: also that of the kernels that made them,
-    # which differ in the order of their sums from one batch shape to the next.
-    allowance = 0.51 if eps > 1e-6 else 4.0
-    z, t = z.detach(), t.detach()
-    top = z.masked_fill(~support, -math.inf).argmax(dim=-1, keepdim=True)
-    deviation = ((t - z) - (t - z).gather(-1, top)).abs()
-    size = t.abs() + z.abs()
-    rounding = allowance * eps * (size + size.gather(-1, top))
-    # -inf in one alone is a statement, not rounding; a token that neither can take agrees.
-    close = torch.isfinite(z) & torch.isfinite(t) & (deviation <= rounding)
-    agree = close | (torch.isneginf(z) & torch.isneginf(t)) | ~support
-    return agree.all(dim=-1, keepdim=True)
 
 
 def check_divergence(divergence: str, beta: float | None = None, top_k: int | None = None) -> None:

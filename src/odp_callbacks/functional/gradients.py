@@ -1,4 +1,4 @@
-"""Gradients on the LoRA parameters: which parameters those are, and the plain pull-back through the model."""
+"""The student's LoRA parameters, and the plain vector-Jacobian product that gives gradients on them."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -6,87 +6,118 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from odp_callbacks.functional.working_precision import floating
+from odp_callbacks.functional.working_precision import check_floating_point
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The LoRA parameters that the student trains, by name, in ``model.named_parameters()`` order.
 
-    Those of the active adapters. Where some of them require gradients and others do not, only the former; where
-    none does (an adapter loaded for inference), all of them. Parameters that share their memory (peft's
-    ``ensure_weight_tying``) are one, under the first of their names.
+    Only the active adapters count. Where some of their parameters require gradients and others do not, only the
+    former are returned; where none does (an adapter loaded for inference), all of them are. Parameters that share
+    their memory (peft's ``ensure_weight_tying``) are returned once, under the first of their names.
 
     Args:
-        model: A peft model, or any module with peft's LoRA layers inside.
+        model: A peft model, or any module that contains peft's LoRA layers.
+
+    Returns:
+        The parameters by name; at least one.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there are no LoRA parameters in an active adapter.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+        >>> model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(r=2, target_modules=["c_attn"]))
+        >>> [tuple(parameter.shape) for parameter in lora_parameters(model).values()]
+        [(2, 8), (24, 2)]
     """
-    found = _active(model)
-    found = {name: p for name, p in found.items() if name not in _shared(found)}
-    trained = {name: p for name, p in found.items() if p.requires_grad}
-    if not found:
+    active = _active_parameters(model)
+    repeated = _tied_parameters(active)
+    distinct = {name: parameter for name, parameter in active.items() if name not in repeated}
+    trained = {name: parameter for name, parameter in distinct.items() if parameter.requires_grad}
+    if not distinct:
         raise ValueError(
             f"`model` ({type(model).__name__}) has no LoRA parameters in an active adapter; "
             "wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
         )
-    return trained or found
+    return trained or distinct
 
 
-def _active(model: nn.Module) -> dict[str, nn.Parameter]:
+def _active_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every LoRA parameter of an active adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
     active: set[int] = set()
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         for container in (getattr(layer, name) for name in layer.adapter_layer_names):
             for adapter in layer.active_adapters:
                 if adapter in container:
-                    held = container[adapter]
-                    active.update(id(p) for p in ([held] if isinstance(held, nn.Parameter) else held.parameters()))
-    return {name: p for name, p in model.named_parameters() if id(p) in active}
+                    content = container[adapter]
+                    parameters = [content] if isinstance(content, nn.Parameter) else content.parameters()
+                    active.update(id(parameter) for parameter in parameters)
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in active}
 
 
-def _shared(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, bool]]:
-    """Names whose parameter lies in the memory of an earlier one: that one's name, and whether it is its transpose."""
-    first: dict[int, str] = {}
-    found = {}
-    for name, p in parameters.items():
-        place = p.data_ptr() if p.numel() else 0
-        if place and (earlier := first.setdefault(place, name)) != name:
-            found[name] = earlier, p.shape != parameters[earlier].shape or p.stride() != parameters[earlier].stride()
-    return found
+def _tied_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, bool]]:
+    """Parameters that lie in the memory of an earlier one.
+
+    Returns:
+        By their name: the name of the earlier parameter, and whether this one is its transpose.
+    """
+    first_names: dict[int, str] = {}
+    tied_parameters = {}
+    for name, parameter in parameters.items():
+        address = parameter.data_ptr() if parameter.numel() else 0
+        if address and (earlier := first_names.setdefault(address, name)) != name:
+            original = parameters[earlier]
+            tied_parameters[name] = (
+                earlier,
+                parameter.shape != original.shape or parameter.stride() != original.stride(),
+            )
+    return tied_parameters
 
 
-def call_with(model: nn.Module, parameters: Mapping[str, Tensor] | None, keywords: dict[str, Any]) -> Any:
-    """Run ``model`` with other values of some LoRA parameters, also where they are known by another name."""
+def call_with_parameters(model: nn.Module, parameters: Mapping[str, Tensor] | None, keywords: dict[str, Any]) -> Any:
+    """Run ``model`` with other values of some LoRA parameters.
+
+    Args:
+        model: The model.
+        parameters: New values by parameter name, as in :func:`lora_parameters`; None for the model's own. A parameter
+            that is tied to one of these also takes its value.
+        keywords: Keyword arguments of the model's forward.
+
+    Returns:
+        The output of the model.
+    """
     if parameters is None:
         return model(**keywords)
     values = dict(parameters)
-    for name, (earlier, transposed) in _shared(_active(model)).items():
+    for name, (earlier, transposed) in _tied_parameters(_active_parameters(model)).items():
         if earlier in values:
             values[name] = values[earlier].mT if transposed else values[earlier]
     return torch.func.functional_call(model, values, (), keywords)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode, and afterwards each module back into the mode that it had.
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode, and restore the mode of every module afterwards.
 
-    bitsandbytes' layers of 4 bits are left in training mode: in the other one they pack their weights in place for
-    inference on some CPUs, and no gradient passes them any more.
+    4-bit layers of bitsandbytes stay in training mode. In evaluation mode they pack their weights in place for
+    inference on some CPUs, and gradients can no longer pass through them.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    previous_modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for module, _ in modes:
+    for module, _ in previous_modes:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.training = True
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training in previous_modes:
             module.training = training
 
 
@@ -102,7 +133,7 @@ def logits_at(
     Args:
         model: A causal language model.
         input_ids: ``(B, T)``, integer.
-        positions: ``(N,)``, integer, shared by the batch.
+        positions: ``(N,)``, integer, the same for every sequence of the batch.
         attention_mask: ``(B, T)`` or None.
         parameters: Replacements for parameters of ``model``, by name.
 
@@ -112,25 +143,28 @@ def logits_at(
     keywords: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if attention_mask is not None:
         keywords["attention_mask"] = attention_mask
-    cut = "logits_to_keep" in forward_arguments(model)
-    if cut:
+    selects_positions = "logits_to_keep" in forward_arguments(model)
+    if selects_positions:
         keywords["logits_to_keep"] = positions
-    output = call_with(model, parameters, keywords)
+    output = call_with_parameters(model, parameters, keywords)
     logits: Tensor = output.logits
-    return logits if cut else logits[:, positions]
+    return logits if selects_positions else logits[:, positions]
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments that the language model's own ``forward`` takes (peft's wrapper hides them)."""
+    """Names of the arguments of the language model's own ``forward``, which peft's wrapper hides."""
+    from peft import PeftModel
+
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return frozenset(inspect.signature(inner.forward).parameters)
 
 
 def lora_gradients(model: nn.Module, input_ids: Tensor, positions: Tensor, cotangents: Tensor) -> Tensor:
-    r"""Pull directions on the logits back to the LoRA parameters, :math:`J_u^\top v`, one backward for each.
+    r"""Gradients on the LoRA parameters of directions on the logits: the vector-Jacobian products :math:`J_u^\top v`.
 
-    The plain, exact form, in evaluation mode; the engine's batched one is tested against it. Neither ``.grad`` nor
-    any other state of ``model`` changes.
+    :math:`J_u` is the Jacobian of node :math:`u`'s logits with respect to the LoRA parameters. This is the plain and
+    exact form, with one backward for each direction, in evaluation mode. The engine's batched form is tested against
+    it. Neither ``.grad`` nor any other state of ``model`` changes.
 
     Args:
         model: Causal language model with LoRA, of any transformers family.
@@ -153,40 +187,56 @@ def lora_gradients(model: nn.Module, input_ids: Tensor, positions: Tensor, cotan
         >>> lora_gradients(model, torch.tensor([1, 2, 3]), torch.tensor([2]), torch.ones(1, 4, 11)).shape
         torch.Size([1, 4, 64])
     """
-    check_pullback(input_ids, positions, cotangents)
-    parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(model).items()}
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+    _check_arguments(input_ids, positions, cotangents)
+    parameters = {name: parameter.detach().requires_grad_() for name, parameter in lora_parameters(model).items()}
+    leaves = list(parameters.values())
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
         logits = logits_at(model, input_ids[None], positions, parameters=parameters)[0]  # (N, V)
         cotangents = cotangents.to(logits)
-        pulled = [
-            flatten(
-                torch.autograd.grad(logits[n], list(parameters.values()), v, retain_graph=True, allow_unused=True),
+        gradients = [
+            flatten_gradients(
+                torch.autograd.grad(logits[node_index], leaves, direction, retain_graph=True, allow_unused=True),
                 parameters,
             )
-            for n in range(len(positions))
-            for v in cotangents[n]
+            for node_index in range(len(positions))
+            for direction in cotangents[node_index]
         ]
-    size = sum(p.numel() for p in parameters.values())
-    if not pulled:
-        return cotangents.new_zeros(*cotangents.shape[:2], size)
-    return torch.stack(pulled).view(*cotangents.shape[:2], size)
+    parameter_count = sum(parameter.numel() for parameter in leaves)
+    if not gradients:
+        return cotangents.new_zeros(*cotangents.shape[:2], parameter_count)
+    return torch.stack(gradients).view(*cotangents.shape[:2], parameter_count)
 
 
-def flatten(gradients: tuple[Tensor | None, ...], parameters: dict[str, Tensor]) -> Tensor:
-    """Concatenate gradients ``(*batch, *shape)`` to ``(*batch, P)``; a parameter that was not used counts as zeros."""
-    batch = next((g.shape[: g.dim() - p.dim()] for g, p in zip(gradients, parameters.values()) if g is not None), ())
+def flatten_gradients(gradients: tuple[Tensor | None, ...], parameters: dict[str, Tensor]) -> Tensor:
+    """Concatenate the gradients of several parameters.
+
+    Args:
+        gradients: One for each parameter, ``(*batch, *shape)``; None, for a parameter that was not used, counts as
+            zeros.
+        parameters: The parameters, each of its ``shape``.
+
+    Returns:
+        ``(*batch, P)``.
+    """
+    pairs = list(zip(gradients, parameters.values()))
+    batch_shape = next(
+        (gradient.shape[: gradient.dim() - parameter.dim()] for gradient, parameter in pairs if gradient is not None),
+        (),
+    )
     return torch.cat(
         [
-            p.new_zeros(*batch, p.numel()) if g is None else g.reshape(*batch, p.numel())
-            for g, p in zip(gradients, parameters.values())
+            parameter.new_zeros(*batch_shape, parameter.numel())
+            if gradient is None
+            else gradient.reshape(*batch_shape, parameter.numel())
+            for gradient, parameter in pairs
         ],
         dim=-1,
     )
 
 
-def check_pullback(input_ids: Tensor, positions: Tensor, cotangents: Tensor) -> None:
+def _check_arguments(input_ids: Tensor, positions: Tensor, cotangents: Tensor) -> None:
     """Raise ``ValueError`` unless one sequence, its nodes and their directions fit each other."""
-    floating("cotangents", cotangents)
+    check_floating_point("cotangents", cotangents)
     if input_ids.dim() != 1 or positions.dim() != 1:
         raise ValueError(
             "`input_ids` and `positions` must be one sequence (T,) and its nodes (N,), "

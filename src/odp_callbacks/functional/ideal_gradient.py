@@ -1,26 +1,27 @@
-"""The ideal gradient: the direction on the student's logits that raises success fastest."""
+"""The ideal gradient: the ascent direction of the student's success probability on its logits."""
 
 import torch
 from torch import Tensor
 
-from odp_callbacks.functional.working_precision import floating, positive_temperature, working
+from odp_callbacks.functional.working_precision import check_floating_point, check_temperature, working_dtype
 
 
 def ideal_logit_gradient(student_logits: Tensor, success: Tensor, temperature: float = 1.0) -> Tensor:
     r"""Ascent direction of the student's success probability on its own logits.
 
-    With :math:`p = \mathrm{softmax}(z/\tau)` and :math:`V = \sum_k p_k Q_k`,
+    With :math:`p = \mathrm{softmax}(z/\tau)` and :math:`V = \sum_k p_k Q_k`, where every :math:`Q_k` is held constant,
 
     .. math:: g^*_k = \frac{1}{\tau}\, p_k\, (Q_k - V).
 
-    Every :math:`Q_k` is held constant. A success that is the same for every token gives exact zeros, in any dtype:
-    it is measured relative to the most probable token's, so that a common constant cancels before it is rounded.
+    If every token has the same success, the result is exactly zero in any dtype. For this, success is measured
+    relative to that of the most probable token, so that a common constant cancels before it is rounded.
 
-    Source: arXiv:2605.10889 (softmax Jacobian).
+    Source: arXiv:2605.10889 (eq. 2.3).
 
     Args:
         student_logits: ``(..., V)``, any floating dtype; not yet divided by the temperature.
-        success: ``(..., V)``, ``success[..., k]`` is :math:`Q_k`, the expected reward when token ``k`` is taken.
+        success: ``(..., V)``, any floating dtype; ``success[..., k]`` is :math:`Q_k`, the expected reward when token
+            ``k`` is taken. Leading dimensions broadcast with those of ``student_logits``.
         temperature: Sampling temperature :math:`\tau` of the student.
 
     Returns:
@@ -35,19 +36,19 @@ def ideal_logit_gradient(student_logits: Tensor, success: Tensor, temperature: f
         >>> ideal_logit_gradient(torch.zeros(2), torch.tensor([1.0, 0.0]))
         tensor([ 0.2500, -0.2500])
     """
-    floating("student_logits", student_logits)
-    floating("success", success)
-    positive_temperature(temperature)
+    check_floating_point("student_logits", student_logits)
+    check_floating_point("success", success)
+    check_temperature(temperature)
     if student_logits.shape[-1] != success.shape[-1]:
         raise ValueError(
             f"`success` must have one value for each of the {student_logits.shape[-1]} tokens of `student_logits`, "
             f"but its shape is {tuple(success.shape)}."
         )
-    dtype = working(student_logits, success)
+    dtype = working_dtype(student_logits, success)
     shape = torch.broadcast_shapes(student_logits.shape, success.shape)
-    z, q = student_logits.to(dtype).expand(shape), success.to(dtype).expand(shape)
-    p = torch.softmax(z / temperature, dim=-1)
-    q = q - q.gather(-1, z.argmax(dim=-1, keepdim=True))
-    value = (p * q).sum(dim=-1, keepdim=True)
-    gradient: Tensor = p * (q - value) / temperature
+    logits, values = student_logits.to(dtype).expand(shape), success.to(dtype).expand(shape)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    values = values - values.gather(-1, logits.argmax(dim=-1, keepdim=True))
+    node_value = (probabilities * values).sum(dim=-1, keepdim=True)
+    gradient: Tensor = probabilities * (values - node_value) / temperature
     return gradient.to(student_logits.dtype)

@@ -1,4 +1,4 @@
-"""The gate that acts on what was measured: each class of tokens weighs by what its teacher was seen to do there."""
+"""The gate that acts on measurements: each class of tokens is weighted by what its teacher was measured to do there."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,43 +6,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.gates.classes import (
+    ALL_DEPTHS,
     FIGURES,
-    WHOLE,
     WINDOWS,
-    Class,
     ClassEvidence,
+    TokenClass,
     class_name,
-    of_tokens,
+    masks_by_class,
 )
 from odp_callbacks.gates.tokens import Tokens
 from odp_callbacks.records import ProbeReport
 
 
 class AlignmentGate:
-    """Distil where the teacher measurably helps; stop where it measurably harms; do nothing on noise.
+    """Distil where the teacher measurably helps, stop where it measurably harms, and do not act on noise.
 
-    After each probe every class (teacher x correct or incorrect x depth window) is looked at. Its switch *closes* when
-    the whole interval of its figure lies below 0, and *opens* when the whole interval lies above 0; in between it stays
-    as it was (hysteresis), and it starts open. A window whose own interval never excluded 0 follows the switch of its
-    side (correct or incorrect, all depths), which has more evidence. With several windows some interval excludes 0 by
-    chance: a higher ``confidence`` guards against it.
+    Each class of tokens (teacher, correct or incorrect rollout, depth window) has a switch, which is open at first.
+    After each probe the switch *closes* if the whole interval of the class's figure lies below 0, and *opens* if the
+    whole interval lies above 0; otherwise it stays as it is (hysteresis). A window whose own interval never excluded 0
+    follows the switch of its side (correct or incorrect, all depths), which rests on more evidence. Of several windows,
+    some interval excludes 0 by chance; a higher ``confidence`` makes this rarer.
 
-    Closed classes weigh ``floor``. Open ones weigh 1, or, if ``proportional``, their figure in units of the mean over
-    all classes that measurably help, between ``floor`` and ``most``; a class whose interval holds 0 weighs 1 in any
-    case.
+    Closed classes have the weight ``floor``. Open classes have the weight 1, or, if ``proportional``, their figure
+    divided by its mean over all classes that measurably help, limited to the range from ``floor`` to ``max_weight``; a
+    class whose interval contains 0 has the weight 1 in any case.
 
-    It learns from the probes of a :class:`~odp_callbacks.GradientAlignmentCallback`, which finds it as the
-    LightningModule's ``gate``; the teachers must have the same names there.
+    The gate learns from the probes of a :class:`~odp_callbacks.GradientAlignmentCallback`, which finds it as the
+    LightningModule's ``gate``. The teachers must have the same names there.
 
     Args:
         figure: ``"predicted_gain"`` or ``"gain_weighted_alignment"``.
         probes: How many of the last probes count.
-        windows: First depths of the depth windows; ``(0,)`` for none.
+        windows: First depths of the depth windows; ``(0,)`` for a single window.
         confidence: Level of the intervals, in (0, 1).
-        floor: Weight of a closed class, in [0, 1]; above 0 it keeps a little of everything.
-        proportional: Weigh open classes by their figure.
-        most: Weight of a class at most, at least 1.
+        floor: Weight of a closed class, in [0, 1]; above 0, no class is left out entirely.
+        proportional: Weight open classes by their figure.
+        max_weight: The largest weight of a class, at least 1.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -64,92 +65,112 @@ class AlignmentGate:
         confidence: float = 0.95,
         floor: float = 0.0,
         proportional: bool = False,
-        most: float = 4.0,
+        max_weight: float = 4.0,
     ) -> None:
         if figure not in FIGURES:
             raise ValueError(f"`figure` must be one of {list(FIGURES)}, but {figure!r} was given.")
         if not 0 <= floor <= 1:
             raise ValueError(f"`floor` must lie in [0, 1], but {floor!r} was given.")
-        if not 1 <= most < float("inf"):
-            raise ValueError(f"`most` must be at least 1, but {most!r} was given.")
-        self.figure, self.floor, self.proportional, self.most = figure, floor, proportional, most
+        if not 1 <= max_weight < float("inf"):
+            raise ValueError(f"`max_weight` must be finite and at least 1, but {max_weight!r} was given.")
+        self.figure, self.floor, self.proportional, self.max_weight = figure, floor, proportional, max_weight
         self.evidence = ClassEvidence(probes, windows, confidence)
-        # Switches that were ever thrown: (teacher, class) -> open.
-        self._open: dict[tuple[str, Class], bool] = {}
-        self._weights: dict[tuple[str, Class], float] = {}
+        # Switches that a probe has set: (teacher, class) -> open.
+        self._switches: dict[tuple[str, TokenClass], bool] = {}
+        self._weights: dict[tuple[str, TokenClass], float] = {}
 
     def observe(self, report: ProbeReport) -> None:
         """Learn from a probe."""
         self.evidence.add(report)
         self._weights = {}
+        classes = self.evidence.classes()
         for teacher in self.evidence.teachers:
-            figures = {key: self.evidence.figure(key, teacher, self.figure) for key in self.evidence.classes()}
-            for key, figure in figures.items():
-                if figure.high < 0:  # NaN where there is no interval: no action
-                    self._open[teacher, key] = False
-                elif figure.low > 0:
-                    self._open[teacher, key] = True
-            helping = {key: f.value for key, f in figures.items() if key[1] != WHOLE and f.low > 0}
-            mean = sum(helping.values()) / len(helping) if helping else 1.0
-            for key in figures:
-                if not self.open(teacher, key):
-                    self._weights[teacher, key] = self.floor
-                elif self.proportional and key in helping:
-                    self._weights[teacher, key] = min(max(helping[key] / mean, self.floor), self.most)
-                else:
-                    self._weights[teacher, key] = 1.0
+            estimates = {
+                token_class: self.evidence.estimate(token_class, teacher, self.figure) for token_class in classes
+            }
+            self._set_switches(teacher, estimates)
+            self._set_weights(teacher, estimates)
 
-    def open(self, teacher: str, key: Class) -> bool:
-        """Whether a class's switch is open: its own, or that of its side, or as all of them start."""
-        return self._open.get((teacher, key), self._open.get((teacher, (key[0], WHOLE)), True))
+    def _set_switches(self, teacher: str, estimates: Mapping[TokenClass, Estimate]) -> None:
+        for token_class, estimate in estimates.items():
+            if estimate.high < 0:  # the ends are NaN if there is no interval, which changes nothing
+                self._switches[teacher, token_class] = False
+            elif estimate.low > 0:
+                self._switches[teacher, token_class] = True
 
-    def weight(self, teacher: str, key: Class) -> float:
-        """Weight of a class; one that no probe has seen follows its side."""
-        seen = self._weights.get((teacher, key))
-        return seen if seen is not None else self._weights.get((teacher, (key[0], WHOLE)), 1.0)
+    def _set_weights(self, teacher: str, estimates: Mapping[TokenClass, Estimate]) -> None:
+        helpful = {
+            token_class: estimate.value
+            for token_class, estimate in estimates.items()
+            if token_class[1] != ALL_DEPTHS and estimate.low > 0
+        }
+        mean_helpful = sum(helpful.values()) / len(helpful) if helpful else 1.0
+        for token_class in estimates:
+            weight = 1.0
+            if not self.is_open(teacher, token_class):
+                weight = self.floor
+            elif self.proportional and token_class in helpful:
+                weight = min(max(helpful[token_class] / mean_helpful, self.floor), self.max_weight)
+            self._weights[teacher, token_class] = weight
+
+    def is_open(self, teacher: str, token_class: TokenClass) -> bool:
+        """Whether a class's switch is open; if no probe has set it, that of its side decides."""
+        switch_of_side = self._switches.get((teacher, (token_class[0], ALL_DEPTHS)), True)
+        return self._switches.get((teacher, token_class), switch_of_side)
+
+    def weight(self, teacher: str, token_class: TokenClass) -> float:
+        """Return the weight of a class; a class that occurred in no probe has the weight of its side."""
+        weight_of_side = self._weights.get((teacher, (token_class[0], ALL_DEPTHS)), 1.0)
+        return self._weights.get((teacher, token_class), weight_of_side)
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        """Weights ``(N,)``.
+        """Return the weights of ``N`` tokens, ``(N,)``.
 
         Raises:
-            ValueError: If no probe measures a teacher of these tokens, or rewards are not known.
+            ValueError: If the probes do not measure a teacher of these tokens, or the rewards are not known.
         """
-        teacher = tokens.need("teacher")
+        teacher_indices = tokens.need("teacher")
         weights = torch.ones_like(tokens.counts)
-        for k in teacher.unique().tolist():
-            name = self._known(tokens.teachers[k])
-            for mask, key in of_tokens(tokens, self.evidence.windows):
-                weights[mask & (teacher == k)] = self.weight(name, key)
+        for teacher_index in teacher_indices.unique().tolist():
+            teacher = tokens.teachers[teacher_index]
+            self._check_measured(teacher)
+            for class_mask, token_class in masks_by_class(tokens, self.evidence.windows):
+                weights[class_mask & (teacher_indices == teacher_index)] = self.weight(teacher, token_class)
         return weights
 
-    def _known(self, name: str) -> str:
+    def _check_measured(self, teacher: str) -> None:
         measured = self.evidence.teachers
-        if measured and name not in measured:
+        if measured and teacher not in measured:
             raise ValueError(
-                f"`gate` knows the teachers {list(measured)} from the probes, but {name!r} teaches; give it that name "
-                f"where you train, as in `teacher={{{measured[0]!r}: ...}}`."
+                f"`gate` knows the teachers {list(measured)} from the probes, but the training distils from "
+                f"{teacher!r}; use the same name in training, as in `teachers={{{measured[0]!r}: ...}}`."
             )
-        return name
 
     def scalars(self) -> dict[str, float]:
-        """Each class's weight as it is logged: ``odp/gate/<teacher>/<class>``."""
+        """Return each class's weight as it is logged: ``odp/gate/<teacher>/<class>``."""
         windows = self.evidence.windows
         return {
-            f"odp/gate/{teacher}/{class_name(key, windows)}": self.weight(teacher, key)
+            f"odp/gate/{teacher}/{class_name(token_class, windows)}": self.weight(teacher, token_class)
             for teacher in self.evidence.teachers
-            for key in self.evidence.classes()
+            for token_class in self.evidence.classes()
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep, in plain Python."""
+        """Return what a checkpoint must keep, in plain Python."""
         return {
             "evidence": self.evidence.state_dict(),
-            "open": [(teacher, *key, open_) for (teacher, key), open_ in self._open.items()],
-            "weights": [(teacher, *key, weight) for (teacher, key), weight in self._weights.items()],
+            "switches": [
+                (teacher, *token_class, is_open) for (teacher, token_class), is_open in self._switches.items()
+            ],
+            "weights": [(teacher, *token_class, weight) for (teacher, token_class), weight in self._weights.items()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         self.evidence.load_state_dict(state["evidence"])
-        self._open = {(teacher, (c, w)): open_ for teacher, c, w, open_ in state["open"]}
-        self._weights = {(teacher, (c, w)): weight for teacher, c, w, weight in state["weights"]}
+        self._switches = {
+            (teacher, (correct, window_index)): is_open for teacher, correct, window_index, is_open in state["switches"]
+        }
+        self._weights = {
+            (teacher, (correct, window_index)): weight for teacher, correct, window_index, weight in state["weights"]
+        }

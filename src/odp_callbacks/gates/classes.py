@@ -1,9 +1,9 @@
-"""Classes of tokens (teacher x correct or incorrect x depth window), and what the last probes measured of each."""
+"""Classes of tokens (teacher, correct or incorrect, depth window), and what the last probes measured of each class."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,60 +15,80 @@ from odp_callbacks.analysis.noise_correction import correct_for_noise
 from odp_callbacks.gates.tokens import Tokens
 from odp_callbacks.records import Floats, ProbeReport
 
-WINDOWS = (0, *(2**i for i in range(31)))
+WINDOWS = (0, *(2**exponent for exponent in range(31)))
 """First depths of the windows [0, 1), [1, 2), [2, 4), [4, 8), ... of the method."""
-WHOLE = -1
-"""In place of a window: the class of all depths."""
+ALL_DEPTHS = -1
+"""Takes the place of a window's index in the class of all depths."""
 FIGURES = ("predicted_gain", "gain_weighted_alignment")
+"""The figures that are known for each class."""
 
-Class = tuple[bool, int]
-"""Correct or not, and the window's number, or :data:`WHOLE`."""
+TokenClass: TypeAlias = tuple[bool, int]
+"""Whether the rollout is correct, and the index of the depth window or :data:`ALL_DEPTHS`."""
 
 
-def class_name(key: Class, windows: Sequence[int] = WINDOWS) -> str:
-    """How a class is called in logs and tables.
+def class_name(token_class: TokenClass, windows: Sequence[int] = WINDOWS) -> str:
+    """Return the name of a class in logs and tables.
 
     Examples:
-        >>> class_name((False, 3)), class_name((True, WHOLE))
+        >>> class_name((False, 3)), class_name((True, ALL_DEPTHS))
         ('incorrect depth 4-7', 'correct')
     """
-    correct, window = key
+    correct, window_index = token_class
     side = "correct" if correct else "incorrect"
-    if window == WHOLE:
+    if window_index == ALL_DEPTHS:
         return side
-    first = windows[window]
-    last = windows[window + 1] - 1 if window + 1 < len(windows) else None
-    return f"{side} depth {first}+" if last is None else f"{side} depth {first}" + (f"-{last}" if last > first else "")
+    first_depth = windows[window_index]
+    if window_index + 1 == len(windows):
+        return f"{side} depth {first_depth}+"
+    last_depth = windows[window_index + 1] - 1
+    return f"{side} depth {first_depth}" + (f"-{last_depth}" if last_depth > first_depth else "")
 
 
-def window_of(depth: Tensor, windows: Sequence[int]) -> Tensor:
-    """The window that each depth ``(N,)`` lies in, ``(N,)`` int64."""
-    starts = torch.tensor(windows, device=depth.device)
-    return torch.bucketize(depth, starts, right=True) - 1
+def window_indices(depth: Tensor, windows: Sequence[int]) -> Tensor:
+    """Return the index ``(N,)``, int64, of the window that contains each depth ``(N,)``."""
+    first_depths = torch.tensor(windows, device=depth.device)
+    return torch.bucketize(depth, first_depths, right=True) - 1
 
 
 def check_windows(windows: Sequence[int]) -> tuple[int, ...]:
-    """The windows' first depths, as a tuple.
+    """Return the windows' first depths as a tuple.
 
     Raises:
-        ValueError: Unless they rise from 0.
+        ValueError: Unless they increase from 0.
     """
-    starts = tuple(windows)
-    if not starts or starts[0] != 0 or any(b <= a for a, b in pairwise(starts)):
+    first_depths = tuple(windows)
+    if not first_depths or first_depths[0] != 0 or any(after <= before for before, after in pairwise(first_depths)):
         raise ValueError(f"`windows` must be depths that rise from 0, such as (0, 8, 32), but {windows!r} was given.")
-    return starts
+    return first_depths
+
+
+def masks_by_class(tokens: Tokens, windows: Sequence[int]) -> list[tuple[Tensor, TokenClass]]:
+    """Return the mask ``(N,)`` of each class that occurs among the tokens, with the class.
+
+    Raises:
+        ValueError: If it is not known which tokens belong to correct rollouts.
+    """
+    correct, window_index = tokens.need("correct"), window_indices(tokens.depth, windows)
+    return [
+        ((correct == side) & (window_index == index), (side, int(index)))
+        for side in (False, True)
+        for index in window_index[correct == side].unique().tolist()
+    ]
 
 
 class ClassEvidence:
-    """What the last probes measured of each class: sums by question, from which figures and intervals are taken.
+    """What the last probes measured of each class: sums by question, from which figures and intervals are computed.
 
-    Nothing of a probe is kept but, for each class, question and teacher, the sums of token weights, of their products
-    with the predicted gain, and with the ideal gradient's norm (corrected for noise); a few kilobytes in a checkpoint.
+    Of each probe it keeps, by class, question and teacher, the sums of the token weights and of their products with
+    the predicted gain and with the noise-corrected norm of the ideal gradient; a few kilobytes in a checkpoint.
 
     Args:
-        probes: How many of the last probes count: the student changes, and so does what helps it.
+        probes: How many of the last probes count. The student changes, and so does what helps it.
         windows: First depths of the depth windows.
-        confidence: Level of the intervals.
+        confidence: Level of the intervals, in (0, 1).
+
+    Attributes:
+        teachers: Names of the teachers that the probes measure; empty before the first probe.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -80,97 +100,107 @@ class ClassEvidence:
         self.confidence = check_confidence(confidence)
         self.windows = check_windows(windows)
         self.teachers: tuple[str, ...] = ()
-        # Of each probe: class -> question -> (K, 4) sums of weight, weight x gain, weight x ideal norm, and of the
-        # weight of nodes where success was seen to differ.
-        self._kept: deque[dict[Class, dict[str, Floats]]] = deque(maxlen=probes)
+        # One item for each probe: class -> question -> (K, 4) sums of the token weight, of weight times gain, of weight
+        # times ideal norm, and of the weight of the nodes at which success was seen to differ.
+        self._sums_of_probes: deque[dict[TokenClass, dict[str, Floats]]] = deque(maxlen=probes)
 
     def add(self, report: ProbeReport) -> None:
-        """Take in a probe; one without continuations says nothing of a class, and is passed over.
+        """Add a probe; one without continuations is ignored, because it says nothing about a class.
 
         Raises:
-            ValueError: If its teachers are others than before.
+            ValueError: If the probe measured other teachers than those before.
         """
         if report.free or not report.nodes:
             return
         if self.teachers and report.teachers != self.teachers:
-            raise ValueError(f"a gate has seen probes of {self.teachers}, and now one of {report.teachers}.")
+            raise ValueError(
+                f"`report` measures the teachers {report.teachers}, but the probes before measured {self.teachers}; "
+                "use a new gate."
+            )
         self.teachers = report.teachers
-        self._kept.append(_sums(report, self.windows))
+        self._sums_of_probes.append(_sums_by_class(report, self.windows))
 
-    def classes(self) -> list[Class]:
-        """Those that any of the probes saw, those of all depths first."""
-        return sorted({key for probe in self._kept for key in probe}, key=lambda c: (c[1], c[0]))
+    def classes(self) -> list[TokenClass]:
+        """Return the classes that occurred in any of the probes, those of all depths first."""
+        classes = {token_class for sums in self._sums_of_probes for token_class in sums}
+        return sorted(classes, key=lambda token_class: (token_class[1], token_class[0]))
 
-    def estimator(self, key: Class, teacher: str, figure: str) -> Estimator:
-        """A class's figure before its interval; a question that came in several probes is one question."""
-        k = self.teachers.index(teacher)
-        group_by_question: dict[str, Floats] = {}
-        for probe in self._kept:
-            for question, sums in probe.get(key, {}).items():
-                group_by_question[question] = group_by_question.get(question, 0) + sums[k]
-        rows = np.array(list(group_by_question.values())).reshape(-1, 4)
-        below = rows[:, 2 if figure == "gain_weighted_alignment" else 0]
+    def estimator(self, token_class: TokenClass, teacher: str, figure: str) -> Estimator:
+        """Return the estimator of a class's figure; a question that came in several probes counts as one question."""
+        teacher_index = self.teachers.index(teacher)
+        sums_by_question: dict[str, Floats] = {}
+        for probe_sums in self._sums_of_probes:
+            for question, sums in probe_sums.get(token_class, {}).items():
+                sums_by_question[question] = sums_by_question.get(question, 0) + sums[teacher_index]
+        question_sums = np.array(list(sums_by_question.values())).reshape(-1, 4)
+        denominator = question_sums[:, 2 if figure == "gain_weighted_alignment" else 0]
 
-        def ratio(weights: Floats) -> Floats:
-            value: Floats = (weights @ rows[:, 1]) / (weights @ below)
+        def ratio(question_weights: Floats) -> Floats:
+            value: Floats = (question_weights @ question_sums[:, 1]) / (question_weights @ denominator)
             return value
 
-        # Where success never differed, a gain of 0 with an interval of no width is no finding.
-        blind = "" if (rows[:, 3] > 0).any() or not len(rows) else "no difference"
-        ends = (-1.0, 1.0) if figure == "gain_weighted_alignment" else None
-        return Estimator(ratio, below > 0, len(rows), withheld=blind, ends=ends)
+        # If success never differed, a gain of 0 with an interval of width 0 would not be a finding.
+        informative = (question_sums[:, 3] > 0).any() or not len(question_sums)
+        return Estimator(
+            ratio,
+            denominator > 0,
+            len(question_sums),
+            withheld="" if informative else "no difference",
+            bounds=(-1.0, 1.0) if figure == "gain_weighted_alignment" else None,
+        )
 
-    def figure(self, key: Class, teacher: str, figure: str = "predicted_gain") -> Estimate:
-        """A class's figure with its interval.
+    def estimate(self, token_class: TokenClass, teacher: str, figure: str = "predicted_gain") -> Estimate:
+        """Return a class's figure with its interval.
 
         Args:
-            key: The class.
-            teacher: By name.
+            token_class: The class.
+            teacher: Name of the teacher.
             figure: ``"predicted_gain"`` or ``"gain_weighted_alignment"``.
         """
-        return jackknife(self.estimator(key, teacher, figure), self.confidence)
+        return jackknife(self.estimator(token_class, teacher, figure), self.confidence)
 
-    def difference(self, key: Class, first: str, second: str, figure: str = "predicted_gain") -> Estimate:
-        """How much more the first teacher helps in a class than the second, on the same nodes."""
-        return jackknife(self.estimator(key, first, figure) - self.estimator(key, second, figure), self.confidence)
+    def difference(self, token_class: TokenClass, first: str, second: str, figure: str = "predicted_gain") -> Estimate:
+        """Return how much more the first teacher helps in a class than the second, on the same nodes."""
+        first_estimator = self.estimator(token_class, first, figure)
+        return jackknife(first_estimator - self.estimator(token_class, second, figure), self.confidence)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep, in plain Python."""
+        """Return what a checkpoint must keep, in plain Python."""
         return {
             "teachers": list(self.teachers),
             "probes": [
-                [(*key, {q: sums.tolist() for q, sums in found.items()}) for key, found in probe.items()]
-                for probe in self._kept
+                [
+                    (*token_class, {question: sums.tolist() for question, sums in by_question.items()})
+                    for token_class, by_question in probe_sums.items()
+                ]
+                for probe_sums in self._sums_of_probes
             ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         self.teachers = tuple(state["teachers"])
-        self._kept.clear()
-        for probe in state["probes"]:
-            self._kept.append({(c, w): {q: np.array(s) for q, s in found.items()} for c, w, found in probe})
+        self._sums_of_probes.clear()
+        for probe_sums in state["probes"]:
+            self._sums_of_probes.append(
+                {
+                    (correct, window_index): {question: np.array(sums) for question, sums in by_question.items()}
+                    for correct, window_index, by_question in probe_sums
+                }
+            )
 
 
-def _sums(report: ProbeReport, windows: Sequence[int]) -> dict[Class, dict[str, Floats]]:
+def _sums_by_class(report: ProbeReport, windows: Sequence[int]) -> dict[TokenClass, dict[str, Floats]]:
+    """The sums ``(K, 4)`` of a probe, by class and question."""
     evidence = gather(report.nodes, teachers=len(report.teachers))
     weight = evidence.token_weight[:, None] * np.isfinite(evidence.gain)
-    norm, seen = correct(evidence).norm[:, None], (evidence.ideal_norm > 0)[:, None]
-    rows = np.stack([weight, weight * np.nan_to_num(evidence.gain), weight * norm, weight * seen], axis=-1)  # (N, K, 4)
-    window = np.searchsorted(np.array(windows), evidence.depth, side="right") - 1
-    found: dict[Class, dict[str, Floats]] = {}
-    for n, node in enumerate(report.nodes):
-        for w in (WHOLE, int(window[n])):
-            of_class = found.setdefault((bool(node.correct), w), {})
-            of_class[node.question] = of_class.get(node.question, 0) + rows[n]
-    return found
-
-
-def of_tokens(tokens: Tokens, windows: Sequence[int]) -> list[tuple[Tensor, Class]]:
-    """The classes that occur among tokens, each with its mask ``(N,)``."""
-    correct, window = tokens.need("correct"), window_of(tokens.depth, windows)
-    found = []
-    for side in (False, True):
-        for w in window[correct == side].unique().tolist():
-            found.append(((correct == side) & (window == w), (side, int(w))))
-    return found
+    ideal_norm, differs = correct_for_noise(evidence).norm[:, None], (evidence.ideal_norm > 0)[:, None]
+    columns = [weight, weight * np.nan_to_num(evidence.gain), weight * ideal_norm, weight * differs]
+    node_terms = np.stack(columns, axis=-1)  # (N, K, 4)
+    window_index = np.searchsorted(np.array(windows), evidence.depth, side="right") - 1
+    sums_by_class: dict[TokenClass, dict[str, Floats]] = {}
+    for node_index, node in enumerate(report.nodes):
+        for index in (ALL_DEPTHS, int(window_index[node_index])):
+            by_question = sums_by_class.setdefault((bool(node.correct), index), {})
+            by_question[node.question] = by_question.get(node.question, 0) + node_terms[node_index]
+    return sums_by_class

@@ -6,14 +6,14 @@ from odp_callbacks.gates.tokens import Tokens
 
 
 class IncorrectRolloutGate:
-    """Distillation acts on incorrect rollouts; correct ones are left as they are.
+    """Distil on incorrect rollouts, and leave correct ones out.
 
-    On correct rollouts the teacher's signal was found to be noise (arXiv:2605.10889); a probe says whether it is on
-    yours (``odp/predicted_gain/<teacher>/correct``). In a batch without an incorrect rollout the loss is exactly 0,
-    and so are its gradients; the optimizer's own momentum and weight decay act as ever.
+    On correct rollouts the teacher's signal was found to be noise (arXiv:2605.10889); a probe tells whether that holds
+    for your student and teacher (``odp/predicted_gain/<teacher>/correct``). In a batch without an incorrect rollout the
+    loss and its gradients are exactly 0; the optimizer's momentum and weight decay act as usual.
 
     Args:
-        correct_weight: Weight of the tokens of correct rollouts; those of incorrect ones weigh 1.
+        correct_weight: Weight of the tokens of correct rollouts; those of incorrect ones have the weight 1.
 
     Raises:
         ValueError: If the weight is negative or not finite.
@@ -32,7 +32,7 @@ class IncorrectRolloutGate:
         self.correct_weight = correct_weight
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        """Weights ``(N,)``."""
+        """Return the weights of ``N`` tokens, ``(N,)``."""
         correct = tokens.need("correct").float()
         return 1 + correct * (self.correct_weight - 1)
 

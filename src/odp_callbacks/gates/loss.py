@@ -1,23 +1,25 @@
-"""From weights to the loss: how a gate acts, and what is said of it."""
+"""How a gate's weights act on the loss, and what is logged about them."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from odp_callbacks.gates.tokens import Gate, Router, Tokens, tokens_of
+from odp_callbacks.gates.protocols import Gate, Router
+from odp_callbacks.gates.tokens import Tokens, tokens_of
 
 
 @dataclass(frozen=True)
 class GatedLoss:
-    """A loss on which a gate has acted.
+    """A loss whose tokens a gate has weighted.
 
     Attributes:
         loss: Scalar, differentiable.
-        weights: ``(B, T)``, renormalised to a mean of 1 over the tokens; 0 on padding.
-        logs: What to log: ``gate/token_share`` and ``gate/rollout_share`` (of those with a weight above 0),
-            ``gate/effective_share`` (Kish's effective number of tokens over their number: below ``token_share`` where
-            weights differ), ``gate/loss_before`` (the mean over all tokens) and ``gate/loss_after``.
+        weights: ``(B, T)``, with a mean of 1 over the tokens if they were renormalised; 0 on padding.
+        logs: What to log: ``gate/token_share`` and ``gate/rollout_share`` (the shares of tokens and rollouts with a
+            weight above 0), ``gate/effective_share`` (Kish's effective number of tokens divided by their number, which
+            is below ``token_share`` if the weights differ), ``gate/loss_before`` (the mean over all tokens) and
+            ``gate/loss_after``.
     """
 
     loss: Tensor
@@ -28,21 +30,24 @@ class GatedLoss:
 def gate_loss(
     gate: Gate, losses: Tensor, mask: Tensor, tokens: Tokens | None = None, *, renormalise: bool = True
 ) -> GatedLoss:
-    r"""Weigh per-token losses by a gate: the one call that a training step of your own needs.
+    r"""Weight per-token losses by a gate: the one call that a training step of your own needs.
 
     .. math:: L = \frac{\sum_i w_i \ell_i}{\sum_i w_i}
 
-    so that the loss keeps its scale whatever share of the tokens is let through. Where a batch has no token with a
-    weight, the loss is exactly 0 and so are its gradients: nothing is divided by 0, every parameter still takes part
-    (which DDP needs), and the optimizer's momentum and weight decay act as ever.
+    The loss thus keeps its scale, whatever share of the tokens has a weight. If no token of a batch has one, the loss
+    and its gradients are exactly 0: there is no division by 0, every parameter still takes part (which DDP needs), and
+    the optimizer's momentum and weight decay act as usual.
 
     Args:
-        gate: From tokens to weights.
-        losses: ``(B, T)``, of each response token.
+        gate: Maps tokens to weights.
+        losses: ``(B, T)``, the loss of each response token.
         mask: ``(B, T)``, 1 where there is a token.
-        tokens: What is known of the tokens, in the order of ``losses[mask]``; None: depth and length only. See
-            :func:`tokens_of`, and :meth:`Tokens.with_policies`.
+        tokens: The tokens, in the order of ``losses[mask]``, as :func:`tokens_of` and :meth:`Tokens.with_policies`
+            give them; None if only depth and length are known.
         renormalise: False divides by the number of tokens instead, so that a gate also lowers the loss.
+
+    Returns:
+        The loss, the weights, and what to log.
 
     Raises:
         ValueError: If shapes do not fit, or a weight is negative or not finite.
@@ -61,53 +66,56 @@ def gate_loss(
             "were given."
         )
     weights, logs = gate_weights(gate, mask, tokens, renormalise=renormalise)
-    weights, there = weights.to(losses), mask.bool()
-    # Chosen, not multiplied: an infinite loss behind a weight of 0 must not become NaN.
-    loss = (weights * torch.where(weights > 0, losses, 0)).sum() / there.sum().clamp(min=1)
-    logs |= {"gate/loss_before": float(losses.detach()[there].mean()), "gate/loss_after": float(loss.detach())}
+    weights, token_mask = weights.to(losses), mask.bool()
+    # Losses with a weight of 0 are replaced, because 0 times an infinite loss would be NaN.
+    loss = (weights * torch.where(weights > 0, losses, 0)).sum() / token_mask.sum().clamp(min=1)
+    logs |= {"gate/loss_before": float(losses.detach()[token_mask].mean()), "gate/loss_after": float(loss.detach())}
     return GatedLoss(loss, weights, logs)
 
 
 def gate_weights(
     gate: Gate, mask: Tensor, tokens: Tokens | None = None, *, renormalise: bool = True
 ) -> tuple[Tensor, dict[str, float]]:
-    """What each token of a padded batch weighs, for a loss that is a mean over tokens.
+    """Compute the weight of each token of a padded batch, for a loss that is a mean over tokens.
 
     Args:
-        gate: From tokens to weights.
+        gate: Maps tokens to weights.
         mask: ``(B, T)``, 1 where there is a token.
         tokens: As in :func:`gate_loss`.
-        renormalise: To a mean of 1 over the tokens; weights that are all 0 stay so.
+        renormalise: Scale the weights to a mean of 1 over the tokens, unless all of them are 0.
 
     Returns:
-        ``(B, T)``, float32 at least, 0 on padding; and what to log, see :class:`GatedLoss`.
+        The weights ``(B, T)``, float32 at least and 0 on padding, and what to log; see :class:`GatedLoss`.
 
     Raises:
         ValueError: If shapes do not fit, or a weight is negative or not finite.
     """
-    there = mask.bool()
-    tokens = tokens_of(there) if tokens is None else tokens
-    count = int(there.sum())
-    if len(tokens) != count:
-        raise ValueError(f"`tokens` must hold the {count} tokens of `mask`, but holds {len(tokens)}.")
-    raw = weigh(gate, tokens).to(mask.device)
-    total = raw.sum()
-    some = bool(total > 0)
-    weights = raw.new_zeros(mask.shape).masked_scatter(there, raw * (count / total) if renormalise and some else raw)
-    open_ = raw > 0
-    rollouts = int(there.any(dim=1).sum())
-    return weights, {
-        "gate/token_share": float(open_.float().mean()),
-        "gate/rollout_share": len(tokens.rollout[open_].unique()) / rollouts if rollouts else float("nan"),
-        "gate/effective_share": float(total**2 / (raw.square().sum() * count)) if some else 0.0,
+    token_mask = mask.bool()
+    tokens = tokens_of(token_mask) if tokens is None else tokens
+    token_count = int(token_mask.sum())
+    if len(tokens) != token_count:
+        raise ValueError(f"`tokens` must hold the {token_count} tokens of `mask`, but holds {len(tokens)}.")
+    token_weights = checked_weights(gate, tokens).to(mask.device)
+    total_weight = token_weights.sum()
+    any_weight = bool(total_weight > 0)
+    scaled = token_weights * (token_count / total_weight) if renormalise and any_weight else token_weights
+    has_weight = token_weights > 0
+    rollout_count = int(token_mask.any(dim=1).sum())
+    rollouts_with_weight = len(tokens.rollout[has_weight].unique())
+    return token_weights.new_zeros(mask.shape).masked_scatter(token_mask, scaled), {
+        "gate/token_share": float(has_weight.float().mean()),
+        "gate/rollout_share": rollouts_with_weight / rollout_count if rollout_count else float("nan"),
+        "gate/effective_share": (
+            float(total_weight**2 / (token_weights.square().sum() * token_count)) if any_weight else 0.0
+        ),
     }
 
 
-def weigh(gate: Gate, tokens: Tokens) -> Tensor:
-    """A gate's weights, checked: ``(N,)``, no gradient.
+def checked_weights(gate: Gate, tokens: Tokens) -> Tensor:
+    """Return a gate's weights ``(N,)`` without gradient, after checking them.
 
     Raises:
-        ValueError: If their shape is wrong, or one is negative or not finite.
+        ValueError: If their shape is wrong, or a weight is negative or not finite.
     """
     weights = torch.as_tensor(gate(tokens)).detach()
     weights = weights if weights.dtype == torch.float64 else weights.float()
@@ -122,33 +130,34 @@ def weigh(gate: Gate, tokens: Tokens) -> Tensor:
 
 
 def route(gate: object, tokens: Tokens) -> Tokens:
-    """The same tokens, each with the teacher that the gate chooses, if it chooses.
+    """Return the same tokens with the teachers that the gate chooses, if it is a router.
 
     Raises:
-        ValueError: If what it gives is no index of a teacher for each token.
+        ValueError: If the gate does not choose a teacher for each token.
     """
     if not isinstance(gate, Router):
         return tokens
-    chosen = gate.route(tokens)
-    if chosen.shape != (len(tokens),) or not bool(((chosen >= 0) & (chosen < len(tokens.teachers))).all()):
+    teacher_index = gate.route(tokens)
+    in_range = (teacher_index >= 0) & (teacher_index < len(tokens.teachers))
+    if teacher_index.shape != (len(tokens),) or not bool(in_range.all()):
         raise ValueError(
             f"`gate` must route each of the {len(tokens)} tokens to one of {len(tokens.teachers)} teachers by its "
-            f"index, but gave a tensor of shape {tuple(chosen.shape)}."
+            f"index, but gave a tensor of shape {tuple(teacher_index.shape)}."
         )
-    return replace(tokens, teacher=chosen)
+    return replace(tokens, teacher=teacher_index)
 
 
 def check_gate(gate: Gate, *, rewards: bool, policies: bool = True, teachers: tuple[str, ...] = ("teacher",)) -> None:
-    """Try a gate on a few made-up tokens, before training.
+    """Try a gate on a few invented tokens before training.
 
     Args:
         gate: The gate.
-        rewards: Whether training will know rewards.
-        policies: Whether it will know both policies' logits.
+        rewards: Whether the training knows rewards.
+        policies: Whether the training knows both policies' logits.
         teachers: Names of the teachers.
 
     Raises:
-        ValueError: If the gate needs what will not be known, or gives no proper weights.
+        ValueError: If the gate needs something that the training does not know, or its weights are invalid.
     """
     if not callable(gate):
         raise ValueError(f"`gate` must be a function from tokens to weights, but {gate!r} was given.")
@@ -157,4 +166,4 @@ def check_gate(gate: Gate, *, rewards: bool, policies: bool = True, teachers: tu
     if policies:
         logits = torch.linspace(-1, 1, 10).reshape(5, 2)
         tokens = tokens.with_policies(logits, -logits, torch.zeros(5, dtype=torch.long))
-    weigh(gate, route(gate, tokens))
+    checked_weights(gate, route(gate, tokens))

@@ -1,7 +1,7 @@
-"""Rules that others have published for where to distil: small pure functions from tokens to weights.
+"""Published rules for where to distil, as small pure functions from tokens to weights.
 
-They contradict each other, so compare them on your own run: :func:`~odp_callbacks.gates.scoring.score_rules` does it
-from a probe's records, without training. Parameters are set with ``functools.partial``.
+The rules contradict each other, so compare them on your own run: :func:`~odp_callbacks.gates.scoring.score_rules` does
+that from a probe's records, without training. Set their parameters with ``functools.partial``.
 """
 
 import torch
@@ -11,22 +11,22 @@ from odp_callbacks.gates.tokens import Tokens
 
 
 def everything(tokens: Tokens) -> Tensor:
-    """No rule: weight 1."""
+    """Give every token the weight 1: no rule."""
     return torch.ones_like(tokens.counts)
 
 
 def incorrect_rollouts(tokens: Tokens) -> Tensor:
-    """Incorrect rollouts only. Source: arXiv:2605.10889, which finds the teacher's signal there."""
+    """Keep incorrect rollouts only. Source: arXiv:2605.10889, which finds the teacher's signal there."""
     return (~tokens.need("correct")).float()
 
 
 def correct_rollouts(tokens: Tokens) -> Tensor:
-    """Correct rollouts only, as rejection sampling has it."""
+    """Keep correct rollouts only, as rejection sampling does."""
     return tokens.need("correct").float()
 
 
 def high_entropy(tokens: Tokens, share: float = 0.2) -> Tensor:
-    """The tokens at which the student is least sure: the ``share`` of them with the highest entropy.
+    """Keep the ``share`` of the tokens at which the student's entropy is highest.
 
     Source: arXiv:2506.01939, which trains on the fifth of the tokens with the highest entropy.
 
@@ -46,24 +46,25 @@ def high_entropy(tokens: Tokens, share: float = 0.2) -> Tensor:
         raise ValueError(f"`share` must lie in (0, 1], but {share!r} was given.")
     entropy, counts = tokens.need("student_entropy"), tokens.counts
     order = torch.argsort(entropy, descending=True, stable=True)
-    before = counts[order].cumsum(dim=0) - counts[order]
+    count_before = counts[order].cumsum(dim=0) - counts[order]
     weights = torch.zeros_like(entropy)
-    weights[order] = (before < share * counts.sum() * (1 - 1e-6)).to(weights)
+    weights[order] = (count_before < share * counts.sum() * (1 - 1e-6)).to(weights)
     return weights
 
 
 def teacher_confidence(tokens: Tokens) -> Tensor:
-    r"""The surer the teacher, the more: :math:`e^{-H(q)}`, one over the number of tokens that it chooses among.
+    r"""Weight a token by :math:`e^{-H(q)}`, which is high where the teacher is confident.
 
-    In the spirit of arXiv:2605.30833, which trusts confident teachers; the form is ours.
+    This is one over the effective number of tokens that the teacher chooses among. In the spirit of arXiv:2605.30833,
+    which trusts confident teachers; the form is ours.
     """
     return torch.exp(-tokens.need("teacher_entropy"))
 
 
 def teacher_margin(tokens: Tokens, scale: float = 1.0) -> Tensor:
-    r"""The less the teacher likes the token that was taken, the more: :math:`\sigma(-\ln(q_y/p_y)/s)`, from 0 to 1.
+    r"""Weight a token by :math:`\sigma(-\ln(q_y/p_y)/s)`, which is high where the teacher disfavours the token.
 
-    A token that the teacher would have taken as gladly as the student has weight one half.
+    A token that has the same probability under teacher and student has the weight one half.
 
     Raises:
         ValueError: If ``scale`` is not positive.
@@ -75,9 +76,10 @@ def teacher_margin(tokens: Tokens, scale: float = 1.0) -> Tensor:
 
 
 def position(tokens: Tokens, power: float = 1.0) -> Tensor:
-    r"""By relative position: :math:`((t + 1) / T)^{a}`; later tokens more for a positive power, earlier for a negative.
+    r"""Weight a token by its relative position, :math:`((t + 1) / T)^{a}`.
 
-    In the spirit of arXiv:2605.21606, which raises later tokens, and of its opposites; the form is ours.
+    A positive power favours later tokens, a negative one earlier tokens. In the spirit of arXiv:2605.21606, which
+    raises later tokens, and of its opposites; the form is ours.
 
     Examples:
         >>> import torch
@@ -89,7 +91,7 @@ def position(tokens: Tokens, power: float = 1.0) -> Tensor:
 
 
 def prefix(tokens: Tokens, full: float = 0.3, end: float = 0.6) -> Tensor:
-    """The beginning of a response only: weight 1 up to the share ``full`` of it, fading to 0 at ``end``.
+    """Keep the beginning of a response: weight 1 up to the share ``full`` of it, decreasing to 0 at ``end``.
 
     In the spirit of arXiv:2605.13643 (teach the prefix, fade the suffix); the numbers are ours.
 
@@ -98,19 +100,19 @@ def prefix(tokens: Tokens, full: float = 0.3, end: float = 0.6) -> Tensor:
     """
     if not 0 <= full <= end <= 1 or end == 0:
         raise ValueError(f"`full` and `end` must be shares with full <= end, but {full!r} and {end!r} were given.")
-    place = tokens.depth.float() / tokens.length.float()
+    relative_depth = tokens.depth.float() / tokens.length.float()
     if full == end:
-        return (place < end).float()
-    return ((end - place) / (end - full)).clamp(0, 1)
+        return (relative_depth < end).float()
+    return ((end - relative_depth) / (end - full)).clamp(0, 1)
 
 
 def pass_rate(tokens: Tokens) -> Tensor:
-    r"""By how open the question still is: :math:`\sqrt{p (1 - p)}` of its rollouts' pass rate, 0 if all are alike.
+    r"""Weight a token by :math:`\sqrt{p (1 - p)}` of its question's pass rate: 0 if all rollouts are alike.
 
     In the spirit of arXiv:2605.27765; it needs several rollouts of each question.
     """
-    p = tokens.need("pass_rate")
-    return torch.sqrt(p * (1 - p))
+    rate = tokens.need("pass_rate")
+    return torch.sqrt(rate * (1 - rate))
 
 
 RULES = {
@@ -124,4 +126,4 @@ RULES = {
     "prefix": prefix,
     "pass rate": pass_rate,
 }
-"""All of them with their defaults, by the name that a table shows."""
+"""All rules with their default parameters, by the names that tables show."""

@@ -1,4 +1,4 @@
-"""What any rule would have done, from a probe's records: no training, no model."""
+"""What any rule would have done, computed from a probe's records without training or a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,28 +11,29 @@ from odp_callbacks.analysis.estimators import questions_of
 from odp_callbacks.analysis.evidence import Evidence, gather, norm
 from odp_callbacks.analysis.jackknife import Estimate, Estimator, jackknife
 from odp_callbacks.analysis.success_model import fit_success_model
-from odp_callbacks.gates.loss import weigh
+from odp_callbacks.gates.loss import checked_weights
+from odp_callbacks.gates.protocols import Gate
 from odp_callbacks.gates.rules import RULES, everything
-from odp_callbacks.gates.tokens import Gate, Tokens
+from odp_callbacks.gates.tokens import Tokens
 from odp_callbacks.records import Floats, ProbeReport
 
 
 @dataclass(frozen=True)
 class RuleScore:
-    r"""What a rule with weights ``w`` keeps of a teacher's signal; sums over tokens ``u``, each with its interval.
+    r"""What a rule with weights ``w`` keeps of a teacher's signal, with intervals.
 
-    With :math:`g_u` the ideal gradient, :math:`\gamma_u = \langle g_u, d_u\rangle / \|d_u\|` the predicted gain, and
-    weights scaled so that the largest is 1:
+    The sums are over tokens, :math:`g` is the ideal gradient, :math:`\gamma = \langle g, d\rangle / \|d\|` the
+    predicted gain, and the weights are scaled so that the largest is 1:
 
     Attributes:
-        rule: Its name.
-        teacher: Its name.
-        token_share: Share of tokens that weigh more than 0.
-        ideal_gain_kept: :math:`\sum w \|g\| / \sum \|g\|`: where success can be raised at all, how much is let through.
-        help_kept: :math:`\sum w \gamma^+ / \sum \gamma^+`: of what the teacher does good.
-        harm_removed: :math:`1 - \sum w \gamma^- / \sum \gamma^-`: of what it does harm.
-        predicted_gain: :math:`\sum w \gamma / \sum w`: per weight spent; unbiased.
-        gained: ``predicted_gain`` less that without a rule, on the same nodes.
+        rule: Name of the rule.
+        teacher: Name of the teacher.
+        token_share: Share of tokens with a weight above 0.
+        ideal_gain_kept: :math:`\sum w \|g\| / \sum \|g\|`: the share kept of all that could raise success.
+        help_kept: :math:`\sum w \gamma^+ / \sum \gamma^+`: the share kept of the teacher's help.
+        harm_removed: :math:`1 - \sum w \gamma^- / \sum \gamma^-`: the share removed of the teacher's harm.
+        predicted_gain: :math:`\sum w \gamma / \sum w`: the predicted gain per unit of weight; unbiased.
+        gained: ``predicted_gain`` minus the predicted gain without a rule, on the same nodes.
     """
 
     rule: str
@@ -50,110 +51,161 @@ def score_rules(
 ) -> list[RuleScore]:
     """Score rules for each teacher of a probe.
 
-    Norm, help and harm are expectations under the success model fitted to the probe
-    (:mod:`~odp_callbacks.analysis.success_model`): the positive part of a noisy gain would count noise as help, and as harm.
-    A gate that learned from this very probe looks better here than it is; score it on a later one.
+    Norm, help and harm are expectations under the success model that is fitted to the probe
+    (:mod:`~odp_callbacks.analysis.success_model`): the positive part of a noisy gain would count noise as help and as
+    harm. A gate that learned from this very probe looks better here than it is; score it on a later one.
 
     Args:
         report: A probe's report, with continuations.
-        rules: Gates by name; None for those of :data:`~odp_callbacks.gates.rules.RULES`.
-        confidence: Level of the intervals, in (0, 1); clustered by question.
+        rules: Gates by name; None for :data:`~odp_callbacks.gates.rules.RULES`.
+        confidence: Level of the intervals, in (0, 1); they are clustered by question.
 
     Returns:
         One score for each rule and teacher, teacher by teacher.
 
     Raises:
-        ValueError: If the report is of the free mode, or a rule gives no proper weights.
+        ValueError: If the report has no continuations, or a rule's weights are invalid.
     """
     if report.free:
-        raise ValueError("`report` must have continuations: in the free mode a token's gain is not known by itself.")
-    rules = RULES if rules is None else rules
+        raise ValueError("`report` must have continuations: in the free mode the gain of a single token is not known.")
     evidence = gather(report.nodes, teachers=len(report.teachers))
-    drawn = fit_success_model(evidence).draw(evidence)  # (N, S, A)
-    offset = drawn - drawn[:, :, :1]
-    ideal = norm(evidence.norm_form, offset).mean(axis=1)
-    gains = np.einsum("nka,nsa->nks", np.nan_to_num(evidence.gain_form), offset)  # (N, K, S)
-    help_, harm = gains.clip(min=0).mean(axis=2), (-gains).clip(min=0).mean(axis=2)
-    found = []
-    for k, teacher in enumerate(report.teachers):
-        tokens = tokens_of_report(report, k)
-        there = np.isfinite(evidence.gain[:, k])
-        gain = np.nan_to_num(evidence.gain[:, k])
-        seen = "" if (evidence.ideal_norm[there] > 0).any() or not there.any() else "no difference"
-
-        def ratio(
-            above: Floats, below: Floats, chosen: NDArray[np.bool_] = there, withheld: str = seen, flip: bool = False
-        ) -> Estimator:
-            return _ratio(evidence, above, below, chosen, withheld, flip)
-
-        plain = weigh(everything, tokens).double().numpy()
-        for name, rule in rules.items():
-            w = weigh(rule, tokens).double().numpy()
-            w = w / w.max() if w.size and w.max() > 0 else w
-            of_rule = ratio(w * gain, w)
-            figures = {
-                "ideal_gain_kept": replace(ratio(w * ideal, ideal), ends=(0.0, 1.0)),
-                "help_kept": replace(ratio(w * help_[:, k], help_[:, k]), ends=(0.0, 1.0)),
-                "harm_removed": replace(ratio(w * harm[:, k], harm[:, k], flip=True), ends=(0.0, 1.0)),
-                "predicted_gain": of_rule,
-                "gained": of_rule - ratio(plain * gain, plain),
-            }
-            share = float(np.average(w[there] > 0, weights=evidence.token_weight[there])) if there.any() else np.nan
-            found.append(
-                RuleScore(name, teacher, share, **{key: jackknife(e, confidence) for key, e in figures.items()})
-            )
-    return found
+    sampled_success = fit_success_model(evidence).draw(evidence)  # (N, S, A)
+    sampled_offset = sampled_success - sampled_success[:, :, :1]
+    ideal_norm = norm(evidence.norm_form, sampled_offset).mean(axis=1)
+    sampled_gain = np.einsum("nka,nsa->nks", np.nan_to_num(evidence.gain_form), sampled_offset)  # (N, K, S)
+    expected_help = sampled_gain.clip(min=0).mean(axis=2)
+    expected_harm = (-sampled_gain).clip(min=0).mean(axis=2)
+    scores = []
+    for teacher_index, teacher in enumerate(report.teachers):
+        scoring = _TeacherScoring(
+            evidence,
+            np.isfinite(evidence.gain[:, teacher_index]),
+            np.nan_to_num(evidence.gain[:, teacher_index]),
+            ideal_norm,
+            expected_help[:, teacher_index],
+            expected_harm[:, teacher_index],
+        )
+        tokens = tokens_of_report(report, teacher_index)
+        for name, rule in (RULES if rules is None else rules).items():
+            token_share, estimators = scoring.score(_scaled_weights(rule, tokens), _weights(everything, tokens))
+            estimates = {figure: jackknife(estimator, confidence) for figure, estimator in estimators.items()}
+            scores.append(RuleScore(name, teacher, token_share, **estimates))
+    return scores
 
 
-def tokens_of_report(report: ProbeReport, teacher: int = 0) -> Tokens:
-    """A probe's nodes as the tokens that a gate sees, taught by one of its teachers.
+@dataclass(frozen=True)
+class _TeacherScoring:
+    """One teacher's nodes ``(N,)``, on which rules are scored.
+
+    Attributes:
+        evidence: Of all nodes.
+        defined: Whether the gain is defined at the node.
+        gain: The estimated predicted gain, 0 where it is not defined.
+        ideal_norm: Expected norm of the ideal gradient.
+        expected_help: Expected positive part of the gain.
+        expected_harm: Expected negative part of the gain, as a positive number.
+    """
+
+    evidence: Evidence
+    defined: NDArray[np.bool_]
+    gain: Floats
+    ideal_norm: Floats
+    expected_help: Floats
+    expected_harm: Floats
+
+    def score(self, weights: Floats, plain_weights: Floats) -> tuple[float, dict[str, Estimator]]:
+        """Return the share of tokens that have a weight, and the estimators of a score's figures.
+
+        Args:
+            weights: The rule's weights ``(N,)``.
+            plain_weights: The weights without a rule, ``(N,)``.
+        """
+        gain_per_weight = self._ratio(weights * self.gain, weights)
+        estimators = {
+            "ideal_gain_kept": self._share(weights, self.ideal_norm),
+            "help_kept": self._share(weights, self.expected_help),
+            "harm_removed": self._share(weights, self.expected_harm, complement=True),
+            "predicted_gain": gain_per_weight,
+            "gained": gain_per_weight - self._ratio(plain_weights * self.gain, plain_weights),
+        }
+        has_weight, token_weight = weights[self.defined] > 0, self.evidence.token_weight[self.defined]
+        token_share = float(np.average(has_weight, weights=token_weight)) if self.defined.any() else float("nan")
+        return token_share, estimators
+
+    def _share(self, weights: Floats, values: Floats, complement: bool = False) -> Estimator:
+        return replace(self._ratio(weights * values, values, complement), bounds=(0.0, 1.0))
+
+    def _ratio(self, numerator: Floats, denominator: Floats, complement: bool = False) -> Estimator:
+        """The token-weighted sum of ``numerator`` divided by that of ``denominator``, or 1 minus the ratio."""
+        question_count = int(self.evidence.question.max(initial=-1)) + 1
+        question, token_weight = self.evidence.question[self.defined], self.evidence.token_weight[self.defined]
+        question_sums = np.stack(
+            [
+                np.bincount(question, token_weight * terms[self.defined], minlength=question_count)
+                for terms in (numerator, denominator)
+            ],
+            axis=1,
+        )
+
+        def ratio(question_weights: Floats) -> Floats:
+            total = question_weights @ question_sums
+            value: Floats = total[..., 0] / total[..., 1]
+            return 1 - value if complement else value
+
+        informative = (self.evidence.ideal_norm[self.defined] > 0).any() or not self.defined.any()
+        used = self.defined & (denominator > 0)
+        return Estimator(
+            ratio,
+            questions_of(self.evidence, used),
+            int(used.sum()),
+            withheld="" if informative else "no difference",
+        )
+
+
+def _weights(rule: Gate, tokens: Tokens) -> Floats:
+    weights: Floats = checked_weights(rule, tokens).double().numpy()
+    return weights
+
+
+def _scaled_weights(rule: Gate, tokens: Tokens) -> Floats:
+    """A rule's weights, scaled so that the largest is 1."""
+    weights = _weights(rule, tokens)
+    return weights / weights.max() if weights.size and weights.max() > 0 else weights
+
+
+def tokens_of_report(report: ProbeReport, teacher_index: int = 0) -> Tokens:
+    """Return a probe's nodes as the tokens that a gate sees, all of them with the same teacher.
 
     Args:
         report: The report.
-        teacher: Index of the teacher.
+        teacher_index: Index of the teacher.
     """
     nodes, rollouts = report.nodes, report.rollouts
-    passed: dict[str, list[bool]] = {}
-    for r in rollouts:
-        passed.setdefault(r.question, []).append(r.correct)
+    correct_by_question: dict[str, list[bool]] = {}
+    for rollout in rollouts:
+        correct_by_question.setdefault(rollout.question, []).append(rollout.correct)
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64)
 
-    def log(values: list[float]) -> torch.Tensor:
-        return column(values).log()
+    def predictor(name: str) -> torch.Tensor:
+        return column([float(node.predictors[name][teacher_index]) for node in nodes])
 
-    index = [n.rollout for n in nodes]
+    teacher_probabilities = [float(node.teacher_probability[teacher_index, node.taken]) for node in nodes]
+    rollout_index = [node.rollout for node in nodes]
     return Tokens(
-        rollout=torch.tensor(index, dtype=torch.long),
-        depth=torch.tensor([n.depth for n in nodes], dtype=torch.long),
-        length=torch.tensor([len(rollouts[i].pieces) for i in index], dtype=torch.long),
-        reward=column([rollouts[i].reward for i in index]),
-        correct=torch.tensor([n.correct for n in nodes], dtype=torch.bool),
-        pass_rate=column([float(np.mean(passed[n.question])) for n in nodes]),
-        student_entropy=column([float(n.predictors["student_entropy"][teacher]) for n in nodes]),
-        teacher_entropy=column([float(n.predictors["teacher_entropy"][teacher]) for n in nodes]),
-        student_log_prob=log([float(n.probability[n.taken]) for n in nodes]),
-        teacher_log_prob=log([float(n.teacher_probability[teacher, n.taken]) for n in nodes]),
-        reverse_kl=column([float(n.predictors["reverse_kl"][teacher]) for n in nodes]),
-        teacher=torch.full((len(nodes),), teacher, dtype=torch.long),
+        rollout=torch.tensor(rollout_index, dtype=torch.long),
+        depth=torch.tensor([node.depth for node in nodes], dtype=torch.long),
+        length=torch.tensor([len(rollouts[index].pieces) for index in rollout_index], dtype=torch.long),
+        reward=column([rollouts[index].reward for index in rollout_index]),
+        correct=torch.tensor([node.correct for node in nodes], dtype=torch.bool),
+        pass_rate=column([float(np.mean(correct_by_question[node.question])) for node in nodes]),
+        student_entropy=predictor("student_entropy"),
+        teacher_entropy=predictor("teacher_entropy"),
+        student_log_prob=column([float(node.probability[node.taken]) for node in nodes]).log(),
+        teacher_log_prob=column(teacher_probabilities).log(),
+        reverse_kl=predictor("reverse_kl"),
+        teacher=torch.full((len(nodes),), teacher_index, dtype=torch.long),
         teachers=report.teachers,
-        weight=column([1 / n.inclusion for n in nodes]),
+        weight=column([1 / node.inclusion for node in nodes]),
     )
-
-
-def _ratio(
-    evidence: Evidence, above: Floats, below: Floats, chosen: NDArray[np.bool_], withheld: str, flip: bool
-) -> Estimator:
-    """Token-weighted sum of ``above`` over that of ``below``, or 1 less it; ``(N,)`` each."""
-    m = int(evidence.question.max(initial=-1)) + 1
-    index, weight = evidence.question[chosen], evidence.token_weight[chosen]
-    sums = np.stack([np.bincount(index, weight * x[chosen], minlength=m) for x in (above, below)], axis=1)
-
-    def function(weights: Floats) -> Floats:
-        total = weights @ sums
-        value: Floats = total[..., 0] / total[..., 1]
-        return 1 - value if flip else value
-
-    heard = chosen & (below > 0)
-    return Estimator(function, questions_of(evidence, heard), int(heard.sum()), withheld=withheld)

@@ -1,34 +1,33 @@
-"""What a gate sees: the tokens of a batch of rollouts, and what is known of each when the loss is taken."""
+"""The tokens of a batch of rollouts, with everything that a gate may know about each of them."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from odp_callbacks.records import ProbeReport
-
 
 @dataclass(frozen=True)
 class Tokens:
-    """``N`` response tokens. Whatever could not be known is None; :meth:`need` says so where a gate asks for it.
+    """``N`` response tokens; features that are not known are None, and :meth:`need` raises an error for them.
 
     Attributes:
-        rollout: ``(N,)`` int64, the rollout that each belongs to.
-        depth: ``(N,)`` int64, response tokens before it.
-        length: ``(N,)`` int64, tokens of its response.
-        reward: ``(N,)`` of its rollout, in [0, 1].
-        correct: ``(N,)`` bool, whether that reward reached the success threshold.
-        pass_rate: ``(N,)``, share of correct ones among the rollouts of its question.
-        student_entropy: ``(N,)`` in nats, of the policy that chose it.
-        teacher_entropy: ``(N,)`` in nats.
-        student_log_prob: ``(N,)`` in nats, of the token that was taken.
-        teacher_log_prob: ``(N,)`` in nats, of the same token.
-        reverse_kl: ``(N,)`` in nats, from student to teacher.
-        teacher: ``(N,)`` int64, which of :attr:`teachers` teaches it.
-        teachers: Names.
-        weight: ``(N,)``, how many tokens each stands for: 1 in training, the inverse inclusion probability in records.
+        rollout: ``(N,)`` int64, index of the token's rollout.
+        depth: ``(N,)`` int64, number of response tokens before the token.
+        length: ``(N,)`` int64, number of tokens in the response.
+        reward: ``(N,)``, reward of the rollout, in [0, 1].
+        correct: ``(N,)`` bool, whether the reward reaches the success threshold.
+        pass_rate: ``(N,)``, share of correct rollouts among those of the same question.
+        student_entropy: ``(N,)``, entropy of the student's policy at the token, in nats.
+        teacher_entropy: ``(N,)``, entropy of the teacher's policy at the token, in nats.
+        student_log_prob: ``(N,)``, log probability that the student gives the token, in nats.
+        teacher_log_prob: ``(N,)``, log probability that the teacher gives the token, in nats.
+        reverse_kl: ``(N,)``, divergence ``KL(student || teacher)`` at the token, in nats.
+        teacher: ``(N,)`` int64, index of the token's teacher in :attr:`teachers`.
+        teachers: Names of the teachers.
+        weight: ``(N,)``, how many tokens each one stands for; None in training, where it is 1, and the inverse
+            inclusion probability in records.
     """
 
     rollout: Tensor
@@ -50,75 +49,45 @@ class Tokens:
         return len(self.rollout)
 
     def need(self, feature: str) -> Tensor:
-        """A feature that a gate cannot do without.
+        """Return a feature that a gate cannot do without.
+
+        Args:
+            feature: Name of the attribute.
 
         Raises:
-            ValueError: If it is not known, saying what would make it known.
+            ValueError: If the feature is not known; the message says how to make it known.
         """
         value: Tensor | None = getattr(self, feature)
         if value is None:
-            cure = {
+            remedy = {
                 "reward": "give rewards (a `reward` function)",
                 "correct": "give rewards (a `reward` function)",
                 "pass_rate": "give rewards (a `reward` function)",
                 "teacher": "name the teachers",
             }.get(feature, "give the student's and the teacher's logits")
-            raise ValueError(f"`gate` needs {feature!r} of every token, which is not known here; {cure}.")
+            raise ValueError(f"`gate` needs {feature!r} of every token, which is not known here; {remedy}.")
         return value
 
     @property
     def counts(self) -> Tensor:
-        """:attr:`weight`, or ones."""
-        return (
-            torch.ones(len(self), dtype=torch.float32, device=self.rollout.device)
-            if self.weight is None
-            else self.weight
-        )
+        """How many tokens each one stands for, ``(N,)``: :attr:`weight`, or ones."""
+        if self.weight is not None:
+            return self.weight
+        return torch.ones(len(self), dtype=torch.float32, device=self.rollout.device)
 
     def with_policies(
-        self, student_logits: Tensor, teacher_logits: Tensor, taken: Tensor, temperature: float = 1.0
+        self, student_logits: Tensor, teacher_logits: Tensor, token_ids: Tensor, temperature: float = 1.0
     ) -> "Tokens":
-        """The same tokens with what the two policies say there; no gradient passes.
+        """Return the same tokens with the features of both policies, which carry no gradient.
 
         Args:
             student_logits: ``(N, V)``.
             teacher_logits: ``(N, V)``.
-            taken: ``(N,)`` int64, the tokens themselves.
-            temperature: Of both policies.
+            token_ids: ``(N,)`` int64, the tokens themselves.
+            temperature: Temperature of both policies.
         """
-        found: dict[str, Any] = {**policy_features(student_logits, teacher_logits, taken, temperature)}
-        return replace(self, **found)
-
-
-Gate = Callable[[Tokens], Tensor]
-"""From ``N`` tokens to their weights in the loss, ``(N,)``, finite and not negative."""
-
-
-@runtime_checkable
-class Learner(Protocol):
-    """A gate that learns from every probe."""
-
-    def observe(self, report: ProbeReport) -> None:
-        """Learn from a probe."""
-
-
-@runtime_checkable
-class Router(Protocol):
-    """A gate that chooses the teacher of each token."""
-
-    def route(self, tokens: Tokens) -> Tensor:
-        """Which of ``tokens.teachers``, ``(N,)`` int64."""
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A gate that a checkpoint must keep."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What to keep."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it up."""
+        features: dict[str, Any] = {**policy_features(student_logits, teacher_logits, token_ids, temperature)}
+        return replace(self, **features)
 
 
 def tokens_of(
@@ -129,14 +98,18 @@ def tokens_of(
     success_threshold: float = 1.0,
     teachers: Sequence[str] = ("teacher",),
 ) -> Tokens:
-    """The tokens of a padded batch, row by row.
+    """Collect the tokens of a padded batch of ``B`` rollouts, row by row.
 
     Args:
-        mask: ``(B, T)``: which places hold a response token; elsewhere 0.
-        rewards: ``(B,)`` in [0, 1].
-        questions: ``B`` labels, equal ones for rollouts of one question; by default each rollout has its own.
+        mask: ``(B, T)``, 1 where there is a response token and 0 elsewhere.
+        rewards: ``(B,)``, in [0, 1]; None if they are not known.
+        questions: ``B`` labels that are equal for rollouts of the same question; None if each rollout has a question of
+            its own.
         success_threshold: Reward from which a rollout counts as correct.
-        teachers: Names of the teachers; the first teaches all tokens until a router says otherwise.
+        teachers: Names of the teachers. All tokens have the first one until a router assigns others.
+
+    Returns:
+        The tokens, in the order of ``losses[mask]`` for losses ``(B, T)``.
 
     Raises:
         ValueError: If the number of rewards or questions is not that of the rollouts.
@@ -158,49 +131,57 @@ def tokens_of(
     )
     if rewards is None:
         return tokens
-    value = torch.as_tensor(rewards, dtype=torch.float32, device=mask.device)
+    reward = torch.as_tensor(rewards, dtype=torch.float32, device=mask.device)
     labels = list(range(len(mask))) if questions is None else list(questions)
-    for name, size in (("rewards", len(value)), ("questions", len(labels))):
+    for name, size in (("rewards", len(reward)), ("questions", len(labels))):
         if size != len(mask):
             raise ValueError(f"`{name}` must have one entry for each of the {len(mask)} rollouts, but has {size}.")
-    correct = value >= success_threshold
-    place = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    group = torch.tensor([place[label] for label in labels], device=mask.device)
-    # Lightning's "bf16-true" makes bfloat16 the default: said each time, or shares would have two digits.
-    passed = torch.zeros(len(place), dtype=torch.float32, device=mask.device).index_add_(0, group, correct.float())
-    rate = passed / torch.bincount(group, minlength=len(place))
-    return replace(tokens, reward=value[rollout], correct=correct[rollout], pass_rate=rate[group][rollout])
+    correct = reward >= success_threshold
+    index_of_label = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+    question_index = torch.tensor([index_of_label[label] for label in labels], device=mask.device)
+    # Lightning's "bf16-true" makes bfloat16 the default dtype, in which shares would have only two digits.
+    correct_count = torch.zeros(len(index_of_label), dtype=torch.float32, device=mask.device)
+    correct_count.index_add_(0, question_index, correct.float())
+    pass_rate = correct_count / torch.bincount(question_index, minlength=len(index_of_label))
+    return replace(
+        tokens, reward=reward[rollout], correct=correct[rollout], pass_rate=pass_rate[question_index][rollout]
+    )
 
 
 @torch.no_grad()
 def policy_features(
-    student_logits: Tensor, teacher_logits: Tensor, taken: Tensor, temperature: float = 1.0
+    student_logits: Tensor, teacher_logits: Tensor, token_ids: Tensor, temperature: float = 1.0
 ) -> dict[str, Tensor]:
-    """Entropies, log probabilities and divergence of ``N`` tokens, ``(N,)`` each, float32 at least.
+    """Compute the features of both policies at ``N`` tokens: entropies, log probabilities and divergence.
 
     Args:
         student_logits: ``(N, V)``.
         teacher_logits: ``(N, V)``.
-        taken: ``(N,)`` int64.
-        temperature: Of both policies.
+        token_ids: ``(N,)`` int64, the tokens themselves.
+        temperature: Temperature of both policies.
+
+    Returns:
+        By the names of the attributes of :class:`Tokens`, ``(N,)`` each, float32 at least.
 
     Examples:
         >>> import torch
-        >>> found = policy_features(torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([2]))
-        >>> round(float(found["student_entropy"]), 4), float(found["reverse_kl"])
+        >>> features = policy_features(torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([2]))
+        >>> round(float(features["student_entropy"]), 4), float(features["reverse_kl"])
         (1.3863, 0.0)
     """
-    student, teacher = (
-        torch.log_softmax((z if z.dtype == torch.float64 else z.float()) / temperature, dim=-1)
-        for z in (student_logits.detach(), teacher_logits.detach())
+    student_log_probs, teacher_log_probs = (
+        torch.log_softmax((logits if logits.dtype == torch.float64 else logits.float()) / temperature, dim=-1)
+        for logits in (student_logits.detach(), teacher_logits.detach())
     )
-    p = student.exp()
-    # A token that one of them excludes adds nothing to its own entropy.
-    gap = torch.where(p > 0, student - teacher, torch.zeros_like(student))
+    student_probs = student_log_probs.exp()
+    # A token that the student excludes adds nothing; without this, infinity minus infinity would make it NaN.
+    log_ratio = torch.where(
+        student_probs > 0, student_log_probs - teacher_log_probs, torch.zeros_like(student_log_probs)
+    )
     return {
-        "student_entropy": torch.special.entr(p).sum(dim=-1),
-        "teacher_entropy": torch.special.entr(teacher.exp()).sum(dim=-1),
-        "student_log_prob": student.gather(-1, taken[:, None])[:, 0],
-        "teacher_log_prob": teacher.gather(-1, taken[:, None])[:, 0],
-        "reverse_kl": (p * gap).sum(dim=-1),
+        "student_entropy": torch.special.entr(student_probs).sum(dim=-1),
+        "teacher_entropy": torch.special.entr(teacher_log_probs.exp()).sum(dim=-1),
+        "student_log_prob": student_log_probs.gather(-1, token_ids[:, None])[:, 0],
+        "teacher_log_prob": teacher_log_probs.gather(-1, token_ids[:, None])[:, 0],
+        "reverse_kl": (student_probs * log_ratio).sum(dim=-1),
     }

@@ -1,26 +1,43 @@
-"""A probe to any of Lightning's loggers: figures to all of them, pictures to those that take some."""
+"""Reports in Lightning's loggers: whatever a logger can show besides scalars."""
 
 from typing import Any
 
+from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.visualization.tensorboard import pictures, write_tensorboard
+from odp_callbacks.visualization.pictures import pictures
+from odp_callbacks.visualization.tensorboard import TensorBoardReports
 
 
-def log_pictures(logger: Any, report: ProbeReport, step: int, previous: ProbeReport | None = None) -> None:
-    """What a logger can show besides scalars: TensorBoard all, Weights & Biases and MLflow the pictures.
+class ReportLogger:
+    """Sends to each logger what it can show of a report besides scalars.
+
+    TensorBoard receives everything; Weights & Biases, Comet and MLflow receive the pictures. Loggers are recognised by
+    their methods, and others receive nothing.
 
     Args:
-        logger: Any logger; known by what it can do.
-        report: The probe's report.
-        step: Optimizer step.
-        previous: The probe before, for what changed since.
+        confidence: Level of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: If ``confidence`` is not in (0, 1).
     """
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_histogram"):
-        write_tensorboard(experiment, report, step, previous)
-    elif hasattr(logger, "log_image"):  # Weights & Biases, Comet ...
-        for name, figure in pictures(report):
-            logger.log_image(f"odp/{name}", [figure], step=step)
-    elif hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):  # MLflow
-        for name, figure in pictures(report):
-            experiment.log_figure(logger.run_id, figure, f"odp/{name.replace('/', '-')}-{step:08d}.png")
+
+    def __init__(self, confidence: float = 0.95) -> None:
+        self._tensorboard = TensorBoardReports(confidence)
+
+    def log(self, logger: Any, report: ProbeReport, step: int) -> None:
+        """Send a report to a logger.
+
+        Args:
+            logger: Any of Lightning's loggers.
+            report: The probe's report.
+            step: The optimizer step.
+        """
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_histogram"):
+            self._tensorboard.write(experiment, report, step)
+        elif hasattr(logger, "log_image"):  # Weights & Biases, Comet
+            for picture_name, plot in pictures(Analysis(report, self._tensorboard.confidence)):
+                logger.log_image(f"odp/{picture_name}", [plot], step=step)
+        elif hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):  # MLflow
+            for picture_name, plot in pictures(Analysis(report, self._tensorboard.confidence)):
+                experiment.log_figure(logger.run_id, plot, f"odp/{picture_name.replace('/', '-')}-{step:08d}.png")

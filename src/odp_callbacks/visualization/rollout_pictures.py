@@ -1,7 +1,11 @@
-"""A rollout as a picture, its tokens coloured by alignment. Purple helps and orange hurts, for any eyes."""
+"""Pictures of rollouts, with tokens coloured by their alignment.
+
+Purple means that the teacher helps and orange that it harms; colour-blind readers can distinguish the two.
+"""
 
 import re
 from functools import cache
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,155 +17,160 @@ from matplotlib.font_manager import fontManager
 
 from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED
 from odp_callbacks.analysis.summaries import Analysis
-from odp_callbacks.text import shown, wide
+from odp_callbacks.records import RolloutRecord
+from odp_callbacks.text import display_width, displayable
+from odp_callbacks.visualization.rollout_layout import Line, break_into_lines, excerpt
+from odp_callbacks.visualization.wording import level
 
 COLOURS = "PuOr"
-FRAMES = LinearSegmentedColormap.from_list("frames", ["#b35806", "#8c8c8c", "#542788"])
-"""Of the frames around tokens whose side is not sure: the same ends, and a middle that is seen on white."""
-LINE, LEAST_LINE = 88, 40
-"""Columns: the longest that a line gets, and the shortest that a picture is wide."""
-MOST_LINES, LEAST_LINES = 40, 4
-"""Lines of a picture, shared by its teachers, and how many each has at least."""
-KEY = "filled: {sure:g} % sure of the side · coloured frame: not sure\ndashed: cannot tell · dotted: no alignment here"
+FRAME_COLOURS = LinearSegmentedColormap.from_list("frames", ["#b35806", "#8c8c8c", "#542788"])
+"""For frames of tokens whose alignment is not significant: the ends of :data:`COLOURS`, with a middle that is visible
+on white."""
+MINIMUM_COLUMNS = 46
+"""Width of a picture at least, so that the key fits."""
+MAXIMUM_LINES, MINIMUM_LINES = 40, 4
+"""Lines of a picture, which its teachers share, and lines that each teacher has at least."""
+KEY = (
+    "filled: the {level} interval excludes 0 · coloured frame: it includes 0\n"
+    "dashed: undetermined, too few continuations · dotted: no alignment exists"
+)
+"""Explains how tokens are drawn."""
 
-OTHERS = (
+FONTS_OF_OTHER_SCRIPTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Noto Sans Arabic",
     "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS",
 )  # fmt: skip
-"""Fonts of other scripts, by preference."""
-MARK = re.compile(r"<[^<>\s]{1,40}>")
+"""By preference."""
+TEMPLATE_MARK = re.compile(r"<[^<>\s]{1,40}>")
 ROLES = {"assistant", "user", "system", "model"}
 
-Line = list[tuple[int, int, str]]
 
-
-def telling_rollout(analysis: Analysis, correct: bool) -> int | None:
-    """The rollout of this class with the most tokens whose side is sure, then that have an alignment; None if none."""
-    report = analysis.report
-    counts = {i: (0, 0) for i, rollout in enumerate(report.rollouts) if rollout.correct == correct}
-    sure, defined = analysis.sure().sum(axis=1), (analysis.status == DEFINED).sum(axis=1)
-    for n, node in enumerate(report.nodes):
-        if node.rollout in counts:
-            before = counts[node.rollout]
-            counts[node.rollout] = before[0] + int(sure[n]), before[1] + int(defined[n])
-    return max(counts, key=lambda i: counts[i]) if counts else None
-
-
-def rollout_figure(analysis: Analysis, index: int) -> Figure:
-    """One rollout, once for each teacher, each token coloured by its alignment with that teacher.
-
-    A token is filled with its colour where its interval excludes 0, and only framed in it where not. One without an
-    alignment has a dashed frame if the continuations cannot tell, a dotted one if no alignment exists. Tokens that were
-    not measured are plain; of a long response only lines with measured tokens are shown.
+def most_informative_rollout(analysis: Analysis, correct: bool) -> int | None:
+    """Find the rollout of a class with the most significant tokens, and among those with the most defined ones.
 
     Args:
-        analysis: Of a probe's report.
-        index: Which of its rollouts.
+        analysis: Analysis of a report.
+        correct: Whether to search among the correct or the incorrect rollouts.
+
+    Returns:
+        Its index, or None if the class is empty.
     """
     report = analysis.report
-    rollout, teachers = report.rollouts[index], report.teachers
-    place = {node.depth: n for n, node in enumerate(report.nodes) if node.rollout == index}
-    alignment, status, sure = analysis.token_alignment(), analysis.status, analysis.sure()
-    lines, hidden = _excerpt(_lines(rollout.pieces), set(place), max(LEAST_LINES, MOST_LINES // len(teachers)))
-    rows = len(lines) + 1
-    # As wide as the text: TensorBoard shrinks a picture to its card, and empty space would shrink the words.
-    said = "correct" if rollout.correct else "incorrect"
-    asked = shown(question_of(rollout.prompt)[-50:], 50)
-    title = f"{said}, question {shown(rollout.question, 16)}: {asked}"
-    columns = max([LEAST_LINE, wide(title), *(x + wide(piece) + 1 for line in lines for x, _, piece in line)])
-    figure = Figure(figsize=(1.2 + 0.085 * columns, 1.2 + 0.3 * rows * len(teachers)), facecolor="white")
-    figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
-    axes.set_xlim(0, columns)
-    axes.set_ylim(rows * len(teachers) + 0.7, -0.2)
+    token_counts = {index: (0, 0) for index, rollout in enumerate(report.rollouts) if rollout.correct == correct}
+    significant = analysis.significant_tokens().sum(axis=1)
+    defined = (analysis.status == DEFINED).sum(axis=1)
+    for node_index, node in enumerate(report.nodes):
+        if node.rollout in token_counts:
+            significant_count, defined_count = token_counts[node.rollout]
+            token_counts[node.rollout] = (
+                significant_count + int(significant[node_index]),
+                defined_count + int(defined[node_index]),
+            )
+    return max(token_counts, key=lambda index: token_counts[index]) if token_counts else None
+
+
+def plot_rollout(analysis: Analysis, rollout_index: int) -> Figure:
+    """Plot one rollout, once for each teacher, each token coloured by its alignment with that teacher.
+
+    A token is filled where the interval of its alignment excludes 0, and has only a coloured frame where the interval
+    includes 0. A token without an alignment has a dashed frame if the continuations are too few to tell, and a dotted
+    one if no alignment exists. Tokens that were not measured are plain. Of a long response, only lines with measured
+    tokens are drawn.
+
+    Args:
+        analysis: Analysis of a report.
+        rollout_index: Index of the rollout.
+    """
+    report = analysis.report
+    rollout, teachers = report.rollouts[rollout_index], report.teachers
+    node_indices = {node.depth: index for index, node in enumerate(report.nodes) if node.rollout == rollout_index}
+    maximum_lines = max(MINIMUM_LINES, MAXIMUM_LINES // len(teachers))
+    lines, hidden_tokens = excerpt(break_into_lines(rollout.pieces), set(node_indices), maximum_lines)
+    title = _title(rollout)
+    row_count = (len(lines) + 1) * len(teachers)
+    # As wide as the text: TensorBoard scales a picture down to its card, and empty space would shrink the text.
+    column_count = max([MINIMUM_COLUMNS, display_width(title), *(token.end for line in lines for token in line)])
+    rollout_plot = Figure(
+        figsize=(1.2 + 0.085 * column_count, 1.2 + 0.3 * row_count), facecolor="white", layout="constrained"
+    )
+    axes = rollout_plot.add_subplot()
+    axes.set_xlim(0, column_count)
+    axes.set_ylim(row_count + 0.7, -0.2)
     axes.axis("off")
-    axes.set_title(title, loc="left", fontsize=9, parse_math=False, family=fonts("DejaVu Sans"))
-    for k, teacher in enumerate(teachers):
-        top = k * rows
-        axes.text(
-            0,
-            top + 0.35,
-            shown(teacher, 40),
-            fontsize=9,
-            fontweight="bold",
-            va="center",
-            parse_math=False,
-            family=fonts("DejaVu Sans"),
-        )
-        for row, line in enumerate(lines):
-            for x, depth, piece in line:
-                n = place.get(depth)
-                known = "" if n is None else str(status[n, k])
-                value = 0.0 if n is None else float(alignment[n, k])
-                _token(axes, x, top + row + 1.1, piece, known, value, n is not None and bool(sure[n, k]))
-    key = KEY.format(sure=100 * analysis.confidence)
-    more = f"; {hidden} more measured tokens are not shown" if hidden else ""
-    axes.text(0, rows * len(teachers) + 0.3, key + more, fontsize=7, color="#555555", va="center", parse_math=False)
-    scale = ScalarMappable(Normalize(-1, 1), COLOURS)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.025, pad=0.01, ticks=np.linspace(-1, 1, 5))
-    bar.set_label("alignment", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    return figure
+    axes.set_title(title, loc="left", fontsize=9, parse_math=False, family=font_families("DejaVu Sans"))
+    for teacher_index in range(len(teachers)):
+        _draw_response(axes, analysis, teacher_index, lines, node_indices)
+    key_text = KEY.format(level=level(analysis.confidence))
+    omission_note = f"\n{hidden_tokens} more measured tokens are not shown" if hidden_tokens else ""
+    axes.text(0, row_count + 0.3, key_text + omission_note, fontsize=7, color="#555555", va="center", parse_math=False)
+    colour_scale = ScalarMappable(Normalize(-1, 1), COLOURS)
+    colour_bar = rollout_plot.colorbar(colour_scale, ax=axes, fraction=0.025, pad=0.01, ticks=np.linspace(-1, 1, 5))
+    colour_bar.set_label("alignment", fontsize=8)
+    colour_bar.ax.tick_params(labelsize=7)
+    return rollout_plot
+
+
+def _title(rollout: RolloutRecord) -> str:
+    outcome = "correct" if rollout.correct else "incorrect"
+    question = displayable(extract_question(rollout.prompt)[-50:], 50)
+    return f"{outcome}, question {displayable(rollout.question, 16)}: {question}"
+
+
+def _draw_response(
+    axes: Axes, analysis: Analysis, teacher_index: int, lines: list[Line], node_indices: dict[int, int]
+) -> None:
+    """Draw the teacher's name and, below it, the response's lines; ``node_indices`` are those of the depths."""
+    first_row = teacher_index * (len(lines) + 1)
+    axes.text(
+        0, first_row + 0.35, displayable(analysis.report.teachers[teacher_index], 40), fontsize=9, fontweight="bold",
+        va="center", parse_math=False, family=font_families("DejaVu Sans"),
+    )  # fmt: skip
+    alignment = analysis.token_alignment()[:, teacher_index]
+    significant = analysis.significant_tokens()[:, teacher_index]
+    for line_index, line in enumerate(lines):
+        for token in line:
+            node_index = node_indices.get(token.depth)
+            if node_index is None:
+                text_colour, frame_style = "#888888", None
+            else:
+                status = str(analysis.status[node_index, teacher_index])
+                text_colour, frame_style = _token_style(
+                    status, float(alignment[node_index]), bool(significant[node_index])
+                )
+            axes.text(
+                token.column, first_row + line_index + 1.1, token.text, fontsize=8.5, color=text_colour,
+                bbox=frame_style, va="center", family=font_families("DejaVu Sans Mono"), parse_math=False,
+            )  # fmt: skip
+
+
+def _token_style(status: str, alignment: float, significant: bool) -> tuple[str, dict[str, Any]]:
+    """Choose the colour of a measured token's text, and its frame."""
+    text_colour = "black"
+    frame_style: dict[str, Any] = {"pad": 1.6, "facecolor": "white"}
+    if status == DEFINED and significant:
+        text_colour = "white" if abs(alignment) > 0.6 else "black"
+        frame_style |= {"facecolor": colormaps[COLOURS]((alignment + 1) / 2), "edgecolor": "#222222", "linewidth": 1.0}
+    elif status == DEFINED:
+        frame_style |= {"edgecolor": FRAME_COLOURS((alignment + 1) / 2), "linewidth": 1.6}
+    else:
+        frame_style |= {"edgecolor": "#666666", "linewidth": 0.8, "linestyle": ":" if status == UNDEFINED else "--"}
+    return text_colour, frame_style
 
 
 @cache
-def fonts(first: str) -> list[str]:
-    """A font, and what is installed for scripts that it lacks."""
-    there = {font.name for font in fontManager.ttflist}
-    return [first, *(name for name in OTHERS if name in there)]
+def font_families(first: str) -> list[str]:
+    """List a font, and the installed fonts for scripts that it lacks."""
+    installed = {installed_font.name for installed_font in fontManager.ttflist}
+    return [first, *(font_name for font_name in FONTS_OF_OTHER_SCRIPTS if font_name in installed)]
 
 
-def question_of(prompt: str) -> str:
-    r"""The last line of a prompt that is not only a chat template's mark.
+def extract_question(prompt: str) -> str:
+    r"""Find the last line of a prompt that is more than a chat template's mark.
 
     Examples:
-        >>> question_of("<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n")
+        >>> extract_question("<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n")
         'What is 1 + 1?'
     """
-    lines = [line.strip() for line in MARK.sub("", prompt).splitlines()]
-    said = [line for line in lines if line and line not in ROLES]
-    return said[-1] if said else ""
-
-
-def _token(axes: Axes, x: float, y: float, piece: str, known: str, value: float, sure: bool) -> None:
-    box, colour = None, "black" if known else "#888888"
-    if known == DEFINED and sure:
-        box = {"facecolor": colormaps[COLOURS]((value + 1) / 2), "edgecolor": "#222222", "linewidth": 1.0}
-        colour = "white" if abs(value) > 0.6 else "black"
-    elif known == DEFINED:
-        box = {"facecolor": "white", "edgecolor": FRAMES((value + 1) / 2), "linewidth": 1.6}
-    elif known:
-        box = {"facecolor": "white", "edgecolor": "#666666", "linewidth": 0.8}
-        box["linestyle"] = ":" if known == UNDEFINED else "--"
-    box = box and {**box, "pad": 1.6}
-    family = fonts("DejaVu Sans Mono")
-    axes.text(x, y, piece, fontsize=8.5, family=family, color=colour, bbox=box, va="center", parse_math=False)
-
-
-def _lines(pieces: tuple[str, ...]) -> list[Line]:
-    """Lay pieces out on lines: ``(column, depth, shown)``; white space is shown by its sign."""
-    lines: list[Line] = [[]]
-    column = 0
-    for depth, piece in enumerate(pieces):
-        text = shown(piece, 40).replace(" ", "·").replace("␣", "·") or "∅"
-        if column + wide(text) > LINE - 2 and lines[-1]:
-            lines.append([])
-            column = 0
-        lines[-1].append((column, depth, text))
-        column += wide(text) + 1
-    return lines
-
-
-def _excerpt(lines: list[Line], measured: set[int], most: int) -> tuple[list[Line], int]:
-    """The lines with measured tokens, an ellipsis for each gap, and how many measured tokens did not fit."""
-    found: list[Line] = []
-    skipped, hidden = False, 0
-    for line in lines:
-        here = sum(depth in measured for _, depth, _ in line)
-        if here and len(found) + skipped < most:
-            found += [[(0, -1, "…")]] * skipped + [line]
-            skipped = False
-        else:
-            skipped = True
-            hidden += here
-    return found + [[(0, -1, "…")]] * skipped, hidden
+    lines = [line.strip() for line in TEMPLATE_MARK.sub("", prompt).splitlines()]
+    meaningful_lines = [line for line in lines if line and line not in ROLES]
+    return meaningful_lines[-1] if meaningful_lines else ""

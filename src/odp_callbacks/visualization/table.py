@@ -1,4 +1,4 @@
-"""A report as a table for the terminal."""
+"""Tables for the terminal: a report's summary, and the scores of rules."""
 
 import math
 from collections.abc import Sequence
@@ -9,131 +9,166 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from odp_callbacks.analysis.estimators import success_rate
 from odp_callbacks.analysis.jackknife import Estimate
-from odp_callbacks.analysis.summaries import GAP, Analysis, ClassSummary, success_rate
+from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT, Analysis, ClassSummary
 from odp_callbacks.gates.scoring import RuleScore
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.text import LONGEST, shown
+from odp_callbacks.text import MAXIMUM_LENGTH, displayable
+from odp_callbacks.visualization.wording import level
 
-COLUMNS = ("predicted_gain", "gain_weighted_alignment", "alignment")
-HEADS = ("predicted\ngain", "gain-weighted\nalignment", "alignment\n(token mean)")
+FIGURE_COLUMNS = {
+    "predicted_gain": "predicted\ngain",
+    "gain_weighted_alignment": "gain-weighted\nalignment",
+    "alignment": "alignment\n(token mean)",
+}
+"""Figures of the summary table, with the headings of their columns."""
 
 
 def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
-    """Teacher by correct and incorrect rollouts, the gap between them, and teacher against teacher.
+    """Tabulate the figures of each teacher on correct and incorrect rollouts, and the differences between teachers.
 
-    Every figure stands above its interval.
+    Each estimate stands above its interval.
 
     Args:
         report: A probe's report.
-        confidence: Level of the intervals.
+        confidence: Level of the intervals, in (0, 1).
+
+    Returns:
+        Tables that ``rich.print`` shows.
+
+    Raises:
+        ValueError: If ``confidence`` is not in (0, 1).
     """
-    analysis = Analysis(report, confidence)
-    rate = success_rate(report, confidence)
+    return tabulate(Analysis(report, confidence))
+
+
+def tabulate(analysis: Analysis) -> Group:
+    """Tabulate an analysis as :func:`summary_table` does."""
+    table = _figure_table("Does the teacher push towards success?", "teacher\nrollouts")
+    table.caption = _summary_caption(analysis)
+    for heading in ("tokens\nquest.", "undef.\nundet."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for summary in analysis.summaries():
+        is_difference = summary.split == INCORRECT_MINUS_CORRECT
+        status_shares = f"{_share(summary.undefined, summary.nodes)}\n{_share(summary.undetermined, summary.nodes)}"
+        table.add_row(
+            f"[bold]{escape(displayable(summary.teacher))}[/bold]\n{'gap' if is_difference else summary.split}",
+            *_figure_cells(summary),
+            f"{summary.nodes}\n{summary.figures['predicted_gain'].questions}",
+            "" if is_difference else status_shares,
+            end_section=is_difference,
+        )
+    contrasts = [contrast for contrast in analysis.contrasts() if contrast.split == "all"]
+    return Group(table, "", _contrast_table(contrasts)) if contrasts else Group(table)
+
+
+def _summary_caption(analysis: Analysis) -> str:
+    """Explain the summary table, in lines that fit into 80 columns."""
+    report = analysis.report
+    success = success_rate(report, analysis.confidence)
     truncated = report.truncated / max(1, len(report.rollouts) + report.continuations)
-    table = _table("Does the teacher pull where success lies?", "teacher\nrollouts")
-    table.caption = "\n".join(
+    return "\n".join(
         (
-            f"{len(report.rollouts)} rollouts, success rate {rate.value:.0%} ({rate.low:.0%} to {rate.high:.0%}); "
-            f"{report.continuations} continuations, {truncated:.0%} cut at the limit.",
-            f"{confidence:.0%} intervals, clustered by question.",
+            f"{len(report.rollouts)} rollouts, success rate {success.value:.0%} "
+            f"({success.low:.0%} to {success.high:.0%})",
+            f"{report.continuations} continuations; {truncated:.0%} of all responses cut at the length limit",
+            f"{level(analysis.confidence)} intervals, clustered by question. Gap: incorrect minus correct.",
             "Predicted gain: success gained per unit step along the teacher's gradient;",
-            "unbiased: it ranks teachers. Gain-weighted alignment: the share of the",
-            "possible gain that the teacher delivers. Alignment: mean cosine with the",
-            "ideal gradient, corrected for noise. Undef.: no alignment exists.",
-            "Unclear: the continuations (cont.) cannot tell, or are too few.",
+            "unbiased, so it ranks the teachers. Gain-weighted alignment: the share of",
+            "the possible gain that the teacher delivers. Alignment: mean cosine with",
+            "the ideal gradient, corrected for noise. Undef.: tokens without an",
+            "alignment. Undet.: tokens with too few continuations (cont.) to tell.",
         )
     )
-    for column in ("nodes\nquest.", "undef.\nunclear"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for summary in analysis.summaries():
-        gap = summary.split == GAP
-        table.add_row(
-            *_cells(f"[bold]{escape(shown(summary.teacher))}[/bold]\n{'gap' if gap else summary.split}", summary),
-            f"{summary.nodes}\n{summary.figures['predicted_gain'].questions}",
-            "" if gap else f"{_share(summary.undefined, summary.nodes)}\n{_share(summary.undetermined, summary.nodes)}",
-            end_section=gap,
-        )
-    contrasts = [c for c in analysis.contrasts() if c.split == "all"]
-    if not contrasts:
-        return Group(table)
-    versus = _table("Teacher against teacher, on the same nodes", "first - second")
+
+
+def _contrast_table(contrasts: Sequence[ClassSummary]) -> Table:
+    table = _figure_table("Difference between teachers on the same tokens", "first - second")
     for contrast in contrasts:
-        versus.add_row(
-            *_cells(f"[bold]{escape(shown(contrast.teacher, 2 * LONGEST))}[/bold]\n{verdict(contrast)}", contrast)
-        )
-    return Group(table, "", versus)
+        contrast_name = displayable(contrast.teacher, 2 * MAXIMUM_LENGTH)
+        table.add_row(f"[bold]{escape(contrast_name)}[/bold]\n{verdict(contrast)}", *_figure_cells(contrast))
+    return table
 
 
 def rules_table(scores: Sequence[RuleScore]) -> Table:
-    """Rules for where to distil, teacher by teacher, the best by predicted gain first.
+    """Tabulate rules for where to distil: for each teacher, the one with the highest predicted gain first.
 
     Args:
-        scores: Of :func:`~odp_callbacks.gates.scoring.score_rules`.
+        scores: Scores from :func:`~odp_callbacks.gates.scoring.score_rules`.
+
+    Returns:
+        A table that ``rich.print`` shows.
     """
     table = Table(box=SIMPLE_HEAVY, show_edge=False, pad_edge=False, title="Where to distil?")
     table.caption = "\n".join(
         (
-            "Predicted gain: per weight spent; against no rule on the same nodes, with",
-            "intervals clustered by question. Help kept, harm removed: of what the",
-            "teacher does good and harm. Ideal: share of the gain there is that lies at",
-            "the tokens let through, and tokens: their share.",
+            "Predicted gain: per unit of weight. Against no rule: the difference from",
+            "distilling on every token. Intervals are clustered by question. Help kept,",
+            "harm removed: shares of the teacher's help and harm. Ideal: share of the",
+            "possible gain at the tokens that the rule keeps. Tokens: share of tokens",
+            "that it keeps.",
         )
     )
-    for column in ("teacher\nrule", "predicted\ngain", "against\nno rule"):
-        table.add_column(column, justify="left" if column.startswith("teacher") else "right", no_wrap=True)
-    for column in ("help\nkept", "harm\nremoved", "ideal\ntokens"):
-        table.add_column(column, justify="right", no_wrap=True)
-    by_teacher: dict[str, list[RuleScore]] = {}
+    table.add_column("teacher\nrule", no_wrap=True)
+    for heading in ("predicted\ngain", "against\nno rule", "help\nkept", "harm\nremoved", "ideal\ntokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    scores_by_teacher: dict[str, list[RuleScore]] = {}
     for score in scores:
-        by_teacher.setdefault(score.teacher, []).append(score)
-    for teacher, of_teacher in by_teacher.items():
-        ranked = sorted(of_teacher, key=lambda s: np.nan_to_num(s.predicted_gain.value, nan=-np.inf), reverse=True)
-        for place, score in enumerate(ranked):
-            table.add_row(
-                f"[bold]{escape(shown(teacher))}[/bold]\n{escape(score.rule)}",
-                show(score.predicted_gain),
-                "" if score.gained.low == score.gained.high == 0 else show(score.gained),
-                _percent(score.help_kept.value),
-                _percent(score.harm_removed.value),
-                f"{_percent(score.ideal_gain_kept.value)}\n{_percent(score.token_share)}",
-                end_section=place == len(ranked) - 1,
-            )
+        scores_by_teacher.setdefault(score.teacher, []).append(score)
+    for teacher_scores in scores_by_teacher.values():
+        ranked_scores = sorted(
+            teacher_scores, key=lambda s: np.nan_to_num(s.predicted_gain.value, nan=-np.inf), reverse=True
+        )
+        for score in ranked_scores:
+            table.add_row(*_rule_cells(score), end_section=score is ranked_scores[-1])
     return table
+
+
+def _rule_cells(score: RuleScore) -> tuple[str, ...]:
+    without_effect = score.gained.low == score.gained.high == 0
+    return (
+        f"[bold]{escape(displayable(score.teacher))}[/bold]\n{escape(score.rule)}",
+        format_estimate(score.predicted_gain),
+        "" if without_effect else format_estimate(score.gained),
+        _percentage(score.help_kept.value),
+        _percentage(score.harm_removed.value),
+        f"{_percentage(score.ideal_gain_kept.value)}\n{_percentage(score.token_share)}",
+    )
 
 
 def verdict(contrast: ClassSummary) -> str:
-    """What a difference in predicted gain says, in words."""
-    figure = contrast.figures["predicted_gain"]
-    if not (figure.low > 0 or figure.high < 0):
-        return "cannot tell which"
-    return "first helps more" if figure.low > 0 else "second helps more"
+    """Say in words which of two teachers has the higher predicted gain."""
+    difference = contrast.figures["predicted_gain"]
+    if not (difference.low > 0 or difference.high < 0):
+        return "no significant difference"
+    return "first helps more" if difference.low > 0 else "second helps more"
 
 
-def show(figure: Estimate) -> str:
-    """A figure above its interval, or why there is none."""
-    if math.isnan(figure.value):
-        return f"unclear\n{figure.note.replace('continuations', 'cont.')}"
-    if math.isnan(figure.low):
-        return f"{figure.value:+.3f}\n{figure.note}"
-    return f"{figure.value:+.3f}\n{figure.low:.2f} to {figure.high:.2f}"
+def format_estimate(estimate: Estimate) -> str:
+    """Write an estimate above its interval, or above the reason why there is none."""
+    if math.isnan(estimate.value):
+        return f"no estimate\n{estimate.note.replace('continuations', 'cont.')}"
+    if math.isnan(estimate.low):
+        return f"{estimate.value:+.3f}\n{estimate.note}"
+    return f"{estimate.value:+.3f}\n{estimate.low:.2f} to {estimate.high:.2f}"
 
 
-def _table(title: str, first: str) -> Table:
+def _figure_table(title: str, first_heading: str) -> Table:
     table = Table(box=SIMPLE_HEAVY, show_edge=False, pad_edge=False, title=title)
-    table.add_column(first, no_wrap=True)
-    for column in HEADS:
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column(first_heading, no_wrap=True)
+    for heading in FIGURE_COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
-def _cells(name: str, summary: ClassSummary) -> tuple[str, ...]:
-    return (name, *(show(summary.figures[column]) for column in COLUMNS))
+def _figure_cells(summary: ClassSummary) -> tuple[str, ...]:
+    return tuple(format_estimate(summary.figures[figure]) for figure in FIGURE_COLUMNS)
 
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "-"
 
 
-def _percent(share: float) -> str:
-    return "unclear" if math.isnan(share) else f"{share:.0%}"
+def _percentage(share: float) -> str:
+    return "n/a" if math.isnan(share) else f"{share:.0%}"

@@ -93,7 +93,7 @@ def test_the_spread_of_a_branch_is_not_judged_by_its_own_rewards():
     evidence = sample()
     before = fit_success_model(evidence)
     question, group = evidence.question, np.array([0, 1, 2, 3, 4, 5, 6, 3, 8, 9, 10, 11])
-    spread = before.spread_without_own(question, group)
+    spread = before.leave_one_out_spread(question, group)
     assert (spread > 0).all()
     assert (spread <= 0.5).all()
     # Another outcome of one branch moves what is expected of the others, not of itself, save through all nodes' fit.
@@ -101,7 +101,7 @@ def test_the_spread_of_a_branch_is_not_judged_by_its_own_rewards():
     changed.total[3, 1] = changed.total_square[3, 1] = 6 - changed.total[3, 1]
     after = fit_success_model(changed)
     after = type(after)(before.prior, after.log_likelihood, after.wins, after.losses)
-    moved = after.spread_without_own(question, group)
+    moved = after.leave_one_out_spread(question, group)
     assert moved[3, 1] == pytest.approx(spread[3, 1], abs=1e-12)
     assert abs(moved[3, [0, 2, 3]] - spread[3, [0, 2, 3]]).max() > 1e-4
     # Node 7 has the same prefix as node 3: what it says of that branch is the same rewards. Node 11 is another one.

@@ -10,7 +10,7 @@ P = torch.tensor([0.05, 0.4, 0.02, 0.25, 0.08, 0.2], dtype=torch.float64)
 
 def choose(p=P, taken=2, mass=0.6, most=4, tail_draws=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return choose_branches(p, [taken], mass=mass, most=most, tail_draws=tail_draws, generator=generator)
+    return choose_branches(p, [taken], mass=mass, max_branches=most, tail_draws=tail_draws, generator=generator)
 
 
 @given(
@@ -71,5 +71,5 @@ def test_single_precision_that_does_not_quite_add_up():
 
 
 def test_every_token_that_was_taken_is_a_branch():
-    branches = choose_branches(P, [2, 0, 1, 2], mass=0.4, most=1, tail_draws=1, generator=torch.Generator())
+    branches = choose_branches(P, [2, 0, 1, 2], mass=0.4, max_branches=1, tail_draws=1, generator=torch.Generator())
     assert [b.token for b in branches if not b.tail] == [1, 2, 0]

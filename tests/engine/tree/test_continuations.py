@@ -2,12 +2,14 @@ import numpy as np
 import torch
 from scipy import stats
 
+from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.backends import prefill_rollouts
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.tree.branches import Branch
-from odp_callbacks.engine.tree.continuations import BranchOutcomes, ContinuationCost, ContinuationTree, measure_success
+from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
+from odp_callbacks.engine.tree.continuations import ContinuationSampler
 from odp_callbacks.engine.tree.nodes import Node
 from odp_callbacks.engine.verifier import Verifier
 from tests.helpers.worlds import make_world
@@ -19,37 +21,31 @@ NODES = [Node(0, 0, 1.0), Node(0, 1, 1.0), Node(0, 2, 1.0), Node(1, 1, 1.0)]
 BRANCHES = [[Branch(k, 0.2, 0.2, False) for k in range(5)] for _ in NODES]
 
 
-def fresh(nodes=NODES, rollouts=ROLLOUTS):
+def new_tree(nodes=NODES, rollouts=ROLLOUTS):
     tree = ContinuationTree(rollouts, nodes)
-    tree.set_branches([list(BRANCHES[0]) for _ in tree.first])
+    tree.set_branches([list(BRANCHES[0]) for _ in tree.first_nodes])
     return tree
 
 
-def measure(allocation, reward=WORLD.reward, tree=None, seed=0, **changes):
-    tree, spent = tree or fresh(), ContinuationCost()
+def measure(allocation, reward=WORLD.reward, tree=None, seed=0, eos_token_ids=(0,), batch_size=64):
+    tree = tree or new_tree()
     with torch.no_grad():
-        measure_success(
+        sampler = ContinuationSampler(
             WORLD.model,
             WORLD.tokenizer,
             Verifier(reward),
-            prefill_rollouts(WORLD.model, [r.sequence[:-1] for r in tree.rollouts]),
+            prefill_rollouts(WORLD.model, [rollout.sequence[:-1] for rollout in tree.rollouts]),
             tree,
-            **{
-                "allocation": allocation,
-                "max_new_tokens": WORLD.horizon,
-                "temperature": 1.0,
-                "eos_token_ids": [0],
-                "randomness": Randomness(seed),
-                "batch_size": 64,
-                "spent": spent,
-                **changes,
-            },
+            ProbeConfig(max_new_tokens=WORLD.horizon, batch_size=batch_size),
+            eos_token_ids,
+            Randomness(seed),
         )
-    return tree.outcomes, spent
+        sampler.sample(allocation)
+    return tree.outcomes, sampler.cost
 
 
 def test_branches_that_end_the_response_are_known():
-    outcomes, spent = measure([[2] * 5 for _ in NODES])
+    outcomes, cost = measure([[2] * 5 for _ in NODES])
     with torch.no_grad():
         exact = WORLD.solve()
     for node, row in zip(NODES, outcomes, strict=True):
@@ -60,9 +56,9 @@ def test_branches_that_end_the_response_are_known():
             assert len(outcome.rewards) == 1 if ends else len(outcome.rewards) >= 2
             if ends:
                 assert outcome.rewards == [exact[prefix].success[k]]
-    assert spent.continuations == 3 * 4 * 2
+    assert cost.continuations == 3 * 4 * 2
     # From depth 0 up to two more tokens each, from depth 1 one.
-    assert spent.tokens <= 4 * 2 * 2 + 2 * 4 * 2
+    assert cost.tokens <= 4 * 2 * 2 + 2 * 4 * 2
 
 
 def test_rewards_are_unbiased_samples_of_the_success():
@@ -84,7 +80,7 @@ def test_the_verifier_sees_the_whole_response():
         seen.extend(zip(completion_ids, completions, strict=True))
         return [0.0] * len(prompts)
 
-    _, spent = measure([[1] * 5 for _ in NODES], reward=reward)
+    _, cost = measure([[1] * 5 for _ in NODES], reward=reward)
     starts = [(*ROLLOUTS[n.rollout].response_ids[: n.depth], b.token) for n, row in zip(NODES, BRANCHES) for b in row]
     over = [start for start in starts if start[-1] == 0 or len(start) == WORLD.horizon]
     going = [start for start in starts if start not in over]
@@ -94,11 +90,11 @@ def test_the_verifier_sees_the_whole_response():
         assert text == WORLD.text(tuple(ids))
         assert 0 not in ids[:-1]
         assert len(ids) == WORLD.horizon or ids[-1] == 0
-    assert spent.truncated == sum(ids[-1] != 0 for ids, _ in seen[len(over) :])
+    assert cost.truncated == sum(ids[-1] != 0 for ids, _ in seen[len(over) :])
 
 
 def test_more_are_added_and_nothing_known_is_scored_again():
-    tree = fresh()
+    tree = new_tree()
     outcomes, _ = measure([[1] * 5 for _ in NODES], tree=tree)
     before = [[list(o.rewards) for o in row] for row in outcomes]
     scored = []
@@ -107,55 +103,21 @@ def test_more_are_added_and_nothing_known_is_scored_again():
         scored.extend(completions)
         return WORLD.reward(prompts, completions)
 
-    _, spent = measure([[0, 3, 0, 1, 0]] * 4, reward=reward, tree=tree, seed=1)
+    _, cost = measure([[0, 3, 0, 1, 0]] * 4, reward=reward, tree=tree, seed=1)
     added = [[len(o.rewards) - len(old) for o, old in zip(row, olds)] for row, olds in zip(outcomes, before)]
     # Some continuations from the root pass through the nodes below it.
     assert added[0] == [0, 3, 0, 1, 0]
     assert all(
         n >= m for row, least in zip(added[1:], ([0, 3, 0, 1, 0], [0] * 5, [0, 3, 0, 1, 0])) for n, m in zip(row, least)
     )
-    assert len(scored) == spent.continuations == 12
+    assert len(scored) == cost.continuations == 12
     assert all(o.rewards[: len(old)] == old for row, olds in zip(outcomes, before) for o, old in zip(row, olds))
 
 
 def test_nothing_to_do():
-    outcomes, spent = measure([[0] * 5 for _ in NODES], eos_token_ids=[9])
-    assert (spent.tokens, spent.continuations, spent.truncated) == (0, 0, 0)
+    outcomes, cost = measure([[0] * 5 for _ in NODES], eos_token_ids=(9,))
+    assert (cost.tokens, cost.continuations, cost.truncated) == (0, 0, 0)
     assert sum(len(o.rewards) for row in outcomes for o in row) == 5
-
-
-def test_nodes_with_the_same_prefix_share_their_continuations():
-    nodes = [Node(0, 0, 1.0), Node(1, 0, 1.0), Node(1, 1, 1.0)]
-    tree = fresh(nodes)
-    assert tree.group == [0, 0, 1]
-    assert tree.first == [0, 2]
-    assert tree.taken(0) == [1, 3]
-
-
-def test_a_continuation_counts_wherever_it_passes():
-    tree = fresh()
-    tree.add(0, 1, (1, 2, 3), 0.75)
-    seen = [[o.rewards for o in row] for row in tree.outcomes]
-    assert seen == [[[], [0.75], [], [], []], [[], [], [0.75], [], []], [[], [], [], [0.75], []], [[]] * 5]
-    tree.outcomes[2][3] = BranchOutcomes([0.5], [0], True)
-    tree.add(0, 1, (1, 2, 3), 0.75)
-    assert tree.outcomes[2][3].rewards == [0.5], "a success that is known needs no sample"
-    assert tree.outcomes[1][2].halves == tree.outcomes[0][1].halves == [0, 1]
-
-
-def test_siblings_are_samples_and_the_own_ending_is_not():
-    other = as_questions([WORLD.row], WORLD.tokenizer)[0]
-    rollouts = [
-        Rollout(QUESTION, (1, 2, 0), "", False, 0.0),
-        Rollout(QUESTION, (1, 3), "", False, 1.0),
-        Rollout(QUESTION, (2, 0), "", False, 0.5),
-        Rollout(other, (1, 2), "", False, 0.125),
-    ]
-    tree = fresh([Node(0, 0, 1.0), Node(0, 1, 1.0), Node(1, 0, 1.0)], rollouts)
-    assert [o.rewards for o in tree.at(0)] == [[], [1.0], [0.5], [], []]
-    assert [o.rewards for o in tree.at(1)] == [[], [], [], [1.0], []]
-    assert [o.rewards for o in tree.at(2)] == [[], [0.0], [0.5], [], []]
-    assert all(not o.rewards for row in tree.outcomes for o in row)
 
 
 def test_what_passes_is_an_unbiased_sample():

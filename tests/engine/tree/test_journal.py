@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from odp_callbacks.engine import BaseTeacher, Probe, ProbeConfig
-from odp_callbacks.engine.sampling.categorical import Continuation
+from odp_callbacks.engine.sampling.requests import Continuation
 from odp_callbacks.engine.tree import continuations as module
 from odp_callbacks.engine.tree.journal import Journal
 from tests.helpers.worlds import World, make_world
@@ -31,21 +31,21 @@ def test_an_interrupted_probe_samples_no_continuation_twice(
     asked: list[int] = []
     sample = module.sample_continuations
 
-    def counted(*arguments: Any, keys: list[int], finished: Any, **rest: Any) -> Any:
+    def counted(*arguments: Any, keys: list[int], on_finished: Any, **rest: Any) -> Any:
         asked.extend(keys)
 
         def told(some: Any) -> None:
-            finished(some)
-            if len(asked) and stop and len(Journal(tmp_path / "journal").known) >= 10:
+            on_finished(some)
+            if len(asked) and stop and len(Journal(tmp_path / "journal").continuations) >= 10:
                 raise KeyboardInterrupt
 
-        return sample(*arguments, keys=keys, finished=told, **rest)
+        return sample(*arguments, keys=keys, on_finished=told, **rest)
 
     monkeypatch.setattr(module, "sample_continuations", counted)
     stop = True
     with pytest.raises(KeyboardInterrupt):
         probe(world, batch_size=4, **options).run([world.row], seed=1, journal=Journal(tmp_path / "journal"))
-    kept = set(Journal(tmp_path / "journal").known)
+    kept = set(Journal(tmp_path / "journal").continuations)
     assert len(kept) >= 10
     stop = False
     asked.clear()
@@ -63,11 +63,9 @@ def test_an_interrupted_probe_samples_no_continuation_twice(
 
 def test_a_line_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
     first = Journal(tmp_path / "journal")
-    first.put(2**62 + 1, Continuation((1, 2), False))
-    first.flush()
+    first.write({2**62 + 1: Continuation((1, 2), False)})
     with first.path.open("a") as file:
         file.write("[5, [1,")
     second = Journal(first.path)
-    second.put(7, Continuation((), True))
-    second.flush()
-    assert Journal(first.path).known == {2**62 + 1: Continuation((1, 2), False), 7: Continuation((), True)}
+    second.write({7: Continuation((), True)})
+    assert Journal(first.path).continuations == {2**62 + 1: Continuation((1, 2), False), 7: Continuation((), True)}

@@ -1,4 +1,4 @@
-"""The report as a file: what it says, how large it is, and that text stays text."""
+"""The HTML report as a file: what it says, how large it is, and that text stays text."""
 
 import json
 import re
@@ -12,10 +12,9 @@ import pytest
 
 from odp_callbacks.analysis.evidence import gather
 from odp_callbacks.analysis.summaries import Analysis, summarise
-from odp_callbacks.visualization import plots
 from odp_callbacks.visualization.html_report import write_report
-from odp_callbacks.visualization.html_report.data import page_data, success
-from odp_callbacks.visualization.html_report.page import show
+from odp_callbacks.visualization.html_report.data import page_data, success_with_interval
+from odp_callbacks.visualization.html_report.page import describe_estimate
 from tests.helpers.records import HOSTILE, MakeReport, hostile, split
 
 
@@ -31,29 +30,29 @@ class Elements(HTMLParser):
 
 
 def elements(text: str) -> Elements:
-    found = Elements()
-    found.feed(text)
-    return found
+    parser = Elements()
+    parser.feed(text)
+    return parser
 
 
-def embedded(text: str) -> Any:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+def embedded_data(text: str) -> Any:
+    script = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert script is not None
+    return json.loads(script[1])
 
 
 def test_whatever_was_written_stays_text(make_report: MakeReport, tmp_path: Path) -> None:
     text = write_report(hostile(make_report), tmp_path / "<b> & report.html").read_text("utf-8")
-    found = elements(text)
-    assert found.tags.count("script") == 2
-    assert "img" not in found.tags
-    assert not [value for name, value in found.attributes if name.startswith("on")]
+    page = elements(text)
+    assert page.tags.count("script") == 2
+    assert "img" not in page.tags
+    assert not [value for name, value in page.attributes if name.startswith("on")]
     assert "\x1b" not in text
     assert "\x00" not in text
-    data = embedded(text)
+    data = embedded_data(text)
     assert data["rollouts"][0]["question"] == HOSTILE[0]
-    assert max(len(piece) for r in data["rollouts"] for piece in r["pieces"]) <= 61
-    assert "49" not in data["words"]["7"], "no template is run"
+    assert max(len(piece) for rollout in data["rollouts"] for piece in rollout["pieces"]) <= 61
+    assert "49" not in data["words"]["7"], "no template is rendered"
 
 
 def test_nothing_is_loaded_from_elsewhere(make_report: MakeReport, tmp_path: Path) -> None:
@@ -71,63 +70,90 @@ def test_the_page_s_numbers_are_the_library_s(make_report: MakeReport, tmp_path:
     report = make_report(split)
     text = write_report(report, tmp_path / "report.html").read_text("utf-8")
     for summary in summarise(report):
-        assert show(summary.figures["predicted_gain"]) in text
+        assert describe_estimate(summary.figures["predicted_gain"]) in text
     data, evidence = page_data(Analysis(report)), gather(report.nodes, teachers=2)
-    for n, node in enumerate(data["nodes"]):
-        np.testing.assert_allclose(np.array(node["a"], dtype=float), evidence.cosine[n], rtol=1e-3)
-        np.testing.assert_allclose(np.array(node["g"], dtype=float), evidence.gain[n], rtol=1e-3)
-        for a, (mean, low, high, count) in enumerate(node["s"]):
-            record = report.nodes[n]
-            assert mean == pytest.approx(record.total[a] / record.count[a], rel=1e-3)
+    for node_index, node in enumerate(data["nodes"]):
+        record = report.nodes[node_index]
+        alignment, gain = np.array(node["alignment"], dtype=float), np.array(node["gain"], dtype=float)
+        np.testing.assert_allclose(alignment, evidence.cosine[node_index], rtol=1e-3)
+        np.testing.assert_allclose(gain, evidence.gain[node_index], rtol=1e-3)
+        for branch, (mean, low, high, count) in enumerate(node["success"]):
+            assert mean == pytest.approx(record.total[branch] / record.count[branch], rel=1e-3)
             assert low <= mean <= high
-            assert count == (0 if record.exact[a] else record.count[a])
+            assert count == (0 if record.exact[branch] else record.count[branch])
 
 
-def test_sure_tokens_are_counted_for_and_against(make_report: MakeReport, tmp_path: Path) -> None:
+def test_the_confidence_level_reaches_every_interval_of_the_page(make_report: MakeReport, tmp_path: Path) -> None:
+    report = make_report(split, noise=0.2, success=(0.1, 0.8))
+    report = replace(
+        report, nodes=tuple(replace(node, total=np.array([0.0, 4.0 - node.depth % 2])) for node in report.nodes)
+    )
+    texts = {
+        confidence: write_report(report, tmp_path / "report.html", confidence=confidence).read_text("utf-8")
+        for confidence in (0.8, 0.95)
+    }
+    lengths = {}
+    for confidence, text in texts.items():
+        assert f"{100 * confidence:g}% confidence intervals" in text
+        assert "95%" not in text or confidence == 0.95
+        data = embedded_data(text)
+        assert data["level"] == f"{100 * confidence:g}%"
+        table = re.findall(r"\(([+-][\d.]+) to ([+-][\d.]+)\)", text[: text.index("<h2>Where to distil")])
+        lengths[confidence] = {
+            "table": [float(high) - float(low) for low, high in table],
+            "success": [high - low for node in data["nodes"] for _, low, high, _ in node["success"]],
+        }
+    for name, narrow in lengths[0.8].items():
+        pairs = list(zip(narrow, lengths[0.95][name], strict=True))
+        assert len(pairs) > 10
+        assert all(short < long or short == long == 0 for short, long in pairs), name
+        assert sum(narrow) < 0.9 * sum(lengths[0.95][name]), name
+
+
+def test_significant_tokens_are_counted_on_either_side_of_0(make_report: MakeReport, tmp_path: Path) -> None:
     report = make_report(split, success=(0.0, 1.0))
     text = write_report(report, tmp_path / "report.html").read_text("utf-8")
     rows = re.findall(r"<tr><td>(\w*)</td><td><bdi>(\w+)</bdi></td>.*?>(\d+) · (\d+)</td></tr>", text)
-    found = {(teacher, int(a), int(b)) for _, teacher, a, b in rows}
-    nodes = len(report.nodes)
-    assert ("near", nodes, 0) in found, "towards success on every token"
-    assert ("far", nodes // 2, nodes // 2) in found, "and against it on correct rollouts"
+    counts = {(teacher, int(towards), int(away)) for _, teacher, towards, away in rows}
+    node_count = len(report.nodes)
+    assert ("near", node_count, 0) in counts, "towards success on every token"
+    assert ("far", node_count // 2, node_count // 2) in counts, "and away from it on correct rollouts"
 
 
 def test_success_has_wilsons_interval(make_report: MakeReport) -> None:
     node = make_report(split).nodes[0]
-    some = replace(node, count=np.array([10, 0]), total=np.array([3.0, 0.0]), exact=np.array([False, False]))
-    # Of scipy.stats.binomtest(3, 10).proportion_ci(method="wilson").
-    np.testing.assert_allclose(success(some, 0), [0.3, 0.10779, 0.60322, 10], rtol=1e-3)
-    assert success(some, 1) == [None, None, None, 0], "what was not measured is not 0"
+    node = replace(node, count=np.array([10, 0]), total=np.array([3.0, 0.0]), exact=np.array([False, False]))
+    # From scipy.stats.binomtest(3, 10).proportion_ci(method="wilson").
+    np.testing.assert_allclose(success_with_interval(node, 0), [0.3, 0.10779, 0.60322, 10], rtol=1e-3)
+    # From scipy.stats.binomtest(3, 10).proportion_ci(0.8, method="wilson").
+    np.testing.assert_allclose(success_with_interval(node, 0, 0.8), [0.3, 0.15380, 0.50263, 10], rtol=1e-3)
+    assert success_with_interval(node, 1) == [None, None, None, 0], "what was not measured is not 0"
 
 
 def test_ten_thousand_nodes_take_less_than_five_megabytes(make_report: MakeReport, tmp_path: Path) -> None:
     report = make_report(split, questions=500, depths=tuple(range(10)))
     assert len(report.nodes) == 10_000
-    found = write_report(report, tmp_path / "report.html")
-    assert found.stat().st_size < 5e6
+    path = write_report(report, tmp_path / "report.html")
+    assert path.stat().st_size < 5e6
 
 
-def test_probes_of_a_run_are_shown_as_it_went(make_report: MakeReport, tmp_path: Path) -> None:
-    several = [(f"step {i}", make_report(split, seed=i)) for i in range(3)]
-    text = write_report(several, tmp_path / "report.html").read_text("utf-8")
-    assert "As training went" in text
+def test_probes_of_a_run_are_shown_in_their_order(make_report: MakeReport, tmp_path: Path) -> None:
+    reports = [(f"step {index}", make_report(split, seed=index)) for index in range(3)]
+    text = write_report(reports, tmp_path / "report.html").read_text("utf-8")
+    assert "Over the course of training" in text
     assert "step 1" in text
-    trend = text[text.index("As training went") :]
-    low, high = make_report(lambda c, d: (0.1, 0.1), noise=0.0), make_report(lambda c, d: (0.9, 0.9), noise=0.0)
-    figure = plots.over_steps([("same", low), ("same", high)], 0.95)
-    first, second, *_ = figure.axes[0].containers
-    assert first[0].get_ydata() < second[0].get_ydata(), "two probes of one name are still two"
+    trend = text[text.index("Over the course of training") :]
     assert trend.index("step 0") < trend.index("step 2")
-    assert "As training went" not in write_report(several[0][1], tmp_path / "one.html").read_text("utf-8")
+    single = write_report(reports[0][1], tmp_path / "one.html").read_text("utf-8")
+    assert "Over the course of training" not in single
 
 
 def test_the_free_mode_has_a_report_too(make_report: MakeReport, tmp_path: Path) -> None:
     text = write_report(replace(make_report(split), free=True), tmp_path / "report.html").read_text("utf-8")
     assert "Where to distil" not in text
-    assert "undefined" in text
+    assert "no estimate (free mode)" in text
 
 
-def test_nothing_to_show_is_said(make_report: MakeReport, tmp_path: Path) -> None:
+def test_a_report_without_nodes_is_refused(make_report: MakeReport, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`reports` must hold a probe with nodes"):
         write_report(replace(make_report(split), nodes=()), tmp_path / "report.html")

@@ -1,1 +1,1 @@
-"""Gradients on the LoRA parameters."""
+"""Gradients on the LoRA parameters: vector-Jacobian products, Gram matrices, and their geometry."""

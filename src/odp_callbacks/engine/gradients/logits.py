@@ -1,4 +1,4 @@
-"""Logits where they are needed, and nowhere else."""
+"""Logits at chosen positions of sequences, without computing or storing those of other positions."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from odp_callbacks.engine.sampling.backends import BACKENDS, backend_of
-from odp_callbacks.engine.sampling.prefix_cache import extend_prefix_cache, prefill, vocabulary_size
+from odp_callbacks.engine.sampling.backend_selection import BACKENDS, backend_of
+from odp_callbacks.engine.sampling.model_forward import vocabulary_size
+from odp_callbacks.engine.sampling.prefix_cache import extend_prefix_cache, prefill
 from odp_callbacks.functional.gradients import logits_at
 
 
@@ -16,32 +17,39 @@ def node_logits(
     sequences: Sequence[Tensor],
     positions: Sequence[Sequence[int]],
     parameters: dict[str, Tensor] | None = None,
-    most_elements: int = 2**26,
+    max_elements: int = 2**26,
 ) -> list[Tensor]:
-    """Logits at chosen positions of each sequence, in padded batches; gradients pass where they are on.
+    """Logits at chosen positions of each sequence, in padded batches, with gradients if they are enabled.
 
     Args:
-        model: Causal language model in the mode that the caller wants.
+        model: Causal language model, in the mode that the caller wants.
         sequences: ``(T_s,)`` int64 each.
-        positions: For each sequence, the positions asked for.
-        parameters: Replacements for parameters of ``model``.
-        most_elements: The most logits to hold in one batch.
+        positions: The positions of each sequence.
+        parameters: Replacements for parameters of ``model``, by name.
+        max_elements: Numbers in the logits of one batch, at most.
 
     Returns:
-        ``(N_s, V)`` each.
+        ``(N_s, V)`` for each sequence.
     """
     device = next(model.parameters()).device
-    found: list[Tensor] = []
-    for first, last in _batches(positions, vocabulary_size(model), most_elements):
-        batch = sequences[first:last]
-        wanted = sorted({p for row in positions[first:last] for p in row})
-        lengths = torch.tensor([len(s) for s in batch])
-        ids = pad_sequence([s.cpu() for s in batch], batch_first=True)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        logits = logits_at(model, ids.to(device), torch.tensor(wanted, device=device), mask.to(device), parameters)
-        place = {p: i for i, p in enumerate(wanted)}
-        found += [logits[row, [place[p] for p in ps]] for row, ps in enumerate(positions[first:last])]
-    return found
+    all_logits: list[Tensor] = []
+    for first, last in _batches(positions, vocabulary_size(model), max_elements):
+        batch, batch_positions = sequences[first:last], positions[first:last]
+        # Every sequence of the batch is read at the positions of all of them.
+        common_positions = sorted({position for of_sequence in batch_positions for position in of_sequence})
+        lengths = torch.tensor([len(sequence) for sequence in batch])
+        input_ids = pad_sequence([sequence.cpu() for sequence in batch], batch_first=True)
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        kept_positions = torch.tensor(common_positions, device=device)
+        logits = logits_at(
+            model, input_ids.to(device), kept_positions, attention_mask.to(device), parameters
+        )  # (B, N, V)
+        columns = {position: column for column, position in enumerate(common_positions)}
+        all_logits += [
+            logits[row_index, [columns[position] for position in of_sequence]]
+            for row_index, of_sequence in enumerate(batch_positions)
+        ]
+    return all_logits
 
 
 def response_logits(
@@ -51,44 +59,54 @@ def response_logits(
     depths: Sequence[Sequence[int]],
     parameters: dict[str, Tensor] | None = None,
 ) -> list[Tensor]:
-    """Logits at chosen depths of responses; equal prompts are read once, whatever the number of responses.
+    """Logits at chosen depths of responses; the keys and values of equal prompts are computed once.
 
-    Student and teachers take this same way; hence a teacher that equals the student gives the same bits, and is seen
-    to say nothing.
+    The logits of the student and of every teacher are computed by this function, so those of a teacher that equals
+    the student are bit-identical to the student's.
 
     Args:
-        model: Causal language model in the mode that the caller wants.
-        prompts: ``(P_r,)`` int64, one for each response.
-        responses: Response tokens.
-        depths: For each response, the ``N_r`` depths that are asked for.
-        parameters: Replacements for parameters of ``model``.
+        model: Causal language model, in the mode that the caller wants.
+        prompts: ``(P_r,)`` int64 for each response.
+        responses: The tokens of each response.
+        depths: ``N_r`` depths for each response.
+        parameters: Replacements for parameters of ``model``, by name.
 
     Returns:
-        ``(N_r, V)`` each.
+        ``(N_r, V)`` for each response.
     """
     if not responses:
         return []
-    tails = [torch.tensor(list(r[: max(d)]), dtype=torch.long) for r, d in zip(responses, depths, strict=True)]
+    prefixes = [
+        torch.tensor(list(response[: max(of_response)]), dtype=torch.long)
+        for response, of_response in zip(responses, depths, strict=True)
+    ]
     if backend_of(model) == BACKENDS[0]:
-        different = list(dict.fromkeys(tuple(p.tolist()) for p in prompts))
-        place = {ids: q for q, ids in enumerate(different)}
-        trunks = prefill(model, [torch.tensor(ids[:-1], dtype=torch.long) for ids in different], parameters)
-        owners = [place[tuple(p.tolist())] for p in prompts]
-        limbs = [torch.cat([p[-1:], tail]) for p, tail in zip(prompts, tails, strict=True)]
-        return extend_prefix_cache(model, trunks, limbs, owners, depths, parameters)[1]
-    sequences = [torch.cat([p, tail]) for p, tail in zip(prompts, tails, strict=True)]
-    positions = [[len(p) - 1 + t for t in d] for p, d in zip(prompts, depths, strict=True)]
+        distinct_prompts = list(dict.fromkeys(tuple(prompt.tolist()) for prompt in prompts))
+        prompt_indices = {prompt_tokens: prompt_index for prompt_index, prompt_tokens in enumerate(distinct_prompts)}
+        # A prompt's last token belongs to the response, because its logits choose the first response token.
+        prompt_cache = prefill(
+            model,
+            [torch.tensor(prompt_tokens[:-1], dtype=torch.long) for prompt_tokens in distinct_prompts],
+            parameters,
+        )
+        prompt_of_response = [prompt_indices[tuple(prompt.tolist())] for prompt in prompts]
+        extensions = [torch.cat([prompt[-1:], prefix]) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+        return extend_prefix_cache(model, prompt_cache, extensions, prompt_of_response, depths, parameters)[1]
+    sequences = [torch.cat([prompt, prefix]) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+    positions = [
+        [len(prompt) - 1 + depth for depth in of_response] for prompt, of_response in zip(prompts, depths, strict=True)
+    ]
     return node_logits(model, sequences, positions, parameters)
 
 
-def _batches(positions: Sequence[Sequence[int]], vocabulary: int, most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive runs of sequences whose common positions' logits are at most ``most`` numbers."""
-    first, union = 0, set(positions[0]) if positions else set()
+def _batches(positions: Sequence[Sequence[int]], vocabulary: int, max_elements: int) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive sequences whose logits at their common positions are at most ``max_elements`` numbers."""
+    first, common = 0, set(positions[0]) if positions else set()
     for index in range(1, len(positions)):
-        joined = union | set(positions[index])
-        if (index - first + 1) * len(joined) * vocabulary > most:
+        extended = common | set(positions[index])
+        if (index - first + 1) * len(extended) * vocabulary > max_elements:
             yield first, index
-            first, joined = index, set(positions[index])
-        union = joined
+            first, extended = index, set(positions[index])
+        common = extended
     if positions:
         yield first, len(positions)

@@ -1,4 +1,4 @@
-"""Another geometry on the LoRA parameters than the Euclidean one: a positive weight for each of them."""
+"""A preconditioner: a geometry of the LoRA parameters with a non-negative weight for each of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,40 +11,48 @@ from odp_callbacks.functional.gradients import lora_parameters
 
 @dataclass(frozen=True)
 class Preconditioner:
-    r"""A diagonal metric: the inner product of gradients is :math:`\langle g, D d \rangle`.
+    r"""A diagonal preconditioner :math:`D`; the inner product of gradients becomes :math:`\langle g, D d \rangle`.
 
-    A step along :math:`D d`, as an optimizer with such a preconditioner takes it, changes success by
-    :math:`\langle g, D d \rangle`; its length, :math:`\sqrt{\langle d, D d \rangle}`, is that of :math:`D d` in the
-    inverse metric. With gradients scaled by :math:`\sqrt{D}` both are Euclidean, and so is all that follows.
+    An optimizer with this preconditioner takes a step along :math:`D d`, which changes success by
+    :math:`\langle g, D d \rangle` to first order. The length of the step is :math:`\sqrt{\langle d, D d \rangle}`,
+    measured with :math:`D^{-1}`. Both are Euclidean for gradients that are multiplied by :math:`\sqrt{D}`, so every
+    figure can be computed from the Gram matrices of these.
 
     Attributes:
-        name: What figures and records call it.
-        weights: The diagonal of :math:`D` by parameter name, of each parameter's shape; non-negative, and 0 for a
-            parameter that does not count.
+        name: Its name in figures and records.
+        weights: The diagonal of :math:`D` by parameter name, of each parameter's shape. Weights are non-negative; a
+            parameter with weight 0 does not count.
     """
 
     name: str
     weights: Mapping[str, Tensor]
 
-    def roots(self, student: nn.Module) -> dict[str, Tensor]:
-        """Roots of the weights, in float32 on the student's device, in the order of its LoRA parameters.
+    def square_roots(self, student: nn.Module) -> dict[str, Tensor]:
+        """Square roots of the weights, in float32 on the student's device, in the order of its LoRA parameters.
+
+        Args:
+            student: The student.
+
+        Returns:
+            The square roots by parameter name.
 
         Raises:
-            ValueError: If they are not those of this student's LoRA parameters, or not finite and non-negative.
+            ValueError: If the weights are not those of this student's LoRA parameters, or not finite and non-negative.
         """
         parameters = lora_parameters(student)
-        if missing := sorted(parameters.keys() ^ self.weights.keys()):
+        if unmatched := sorted(parameters.keys() ^ self.weights.keys()):
             raise ValueError(
-                f"`metric` must have a weight for each of the student's {len(parameters)} LoRA parameters and no "
-                f"others, but {missing[0]!r} is in only one of the two."
+                f"`preconditioner` must have a weight for each of the student's {len(parameters)} LoRA parameters and "
+                f"no others, but {unmatched[0]!r} is in only one of the two."
             )
-        found = {}
-        for name, p in parameters.items():
+        square_roots = {}
+        for name, parameter in parameters.items():
             weight = self.weights[name]
-            if weight.shape != p.shape or not bool((weight.isfinite() & (weight >= 0)).all()):
+            if weight.shape != parameter.shape or not bool((weight.isfinite() & (weight >= 0)).all()):
                 raise ValueError(
-                    f"`metric` must be finite, non-negative and of shape {tuple(p.shape)} for {name}, but its shape is "
-                    f"{tuple(weight.shape)} and its numbers reach from {float(weight.min())} to {float(weight.max())}."
+                    f"`preconditioner` must be finite, non-negative and of shape {tuple(parameter.shape)} for {name}, "
+                    f"but its shape is {tuple(weight.shape)} and its numbers reach from {float(weight.min())} to "
+                    f"{float(weight.max())}."
                 )
-            found[name] = weight.to(p.device, torch.float64).sqrt().float()
-        return found
+            square_roots[name] = weight.to(parameter.device, torch.float64).sqrt().float()
+        return square_roots

@@ -1,119 +1,28 @@
-r"""Attention that reads a shared prefix once for all sequences that continue it.
+r"""Attention that reads a shared prefix once for all rows that continue it.
 
-A batch of continuations attends to parts that it shares (a question's prompt, a rollout's response) and to each row's
-own suffix. Each part is attended by itself, with its log-sum-exp, and the parts are then merged exactly:
+The rows of a batch attend to parts that they share (a question's prompt, a rollout's response) and to their own
+suffixes. Attention to each part is computed separately, with the log-sum-exp of its scores, and the parts are then
+merged exactly:
 
 .. math:: o = \sum_i \frac{e^{\ell_i}}{\sum_j e^{\ell_j}}\, o_i, \qquad \ell_i = \ln \sum_{t \in i} e^{s_t}
 
-Registered through transformers' ``AttentionInterface``, so every architecture that attends through it is served:
-grouped-query heads, any position embedding, sliding windows, soft-capping and attention sinks.
+The function is registered with transformers' ``AttentionInterface``, so it serves every architecture that attends
+through this interface, with grouped-query heads, any position embedding, sliding windows, soft-capping and attention
+sinks.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-NAME = "odp_shared_prefix"
-"""Of the attention implementation, as transformers knows it."""
+from odp_callbacks.engine.sampling.shared_prefix import SharedPrefixView
 
-Layers = list[tuple[Tensor, Tensor]]
-"""Keys and values of each layer, ``(S, H, T, D)``."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """Sequences that rows of a batch share, of one kind: all prompts, or all responses.
-
-    Attributes:
-        layers: Their keys and values, ``(S, H, T, D)`` in each layer.
-        groups: ``(sequence, first, stop, longest)``: rows ``first`` to ``stop``, in the view's order, read sequence
-            ``sequence``, at most ``longest`` positions of it.
-        lengths: ``(B,)`` in the view's order, how many positions of its sequence a row reads.
-        offsets: ``(B,)`` in the view's order, where in its text the sequence starts.
-        ragged: For each group, whether its rows read unequally far.
-    """
-
-    layers: Layers
-    groups: list[tuple[int, int, int, int]]
-    lengths: Tensor
-    offsets: Tensor
-    ragged: list[bool]
-
-
-@dataclass
-class SharedPrefix:
-    """What one forward sees: the levels that its ``B`` rows share, and how far each row's own suffix is.
-
-    Attributes:
-        levels: From the root.
-        order: ``(B,)``, rows sorted so that those that share a sequence are neighbours.
-        inverse: ``(B,)``, undoes it.
-        starts: ``(B,)``, the position at which a row's own suffix starts.
-        ages: ``(B,)``, tokens in a row's suffix before this forward.
-        oldest: The largest of ``ages``.
-        even: Whether ``ages`` are all equal.
-        furthest: No position is beyond this one.
-        windows: Sliding windows that layers asked for, to see that none was forgotten.
-    """
-
-    levels: list[Level]
-    order: Tensor
-    inverse: Tensor
-    starts: Tensor
-    ages: Tensor
-    oldest: int
-    even: bool
-    furthest: int
-    windows: set[int] = field(default_factory=set)
-    _masks: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)
-
-    def step(self, oldest: int, even: bool) -> None:
-        """One token further; ``ages`` has been counted up in place."""
-        self.oldest, self.even = oldest, even
-        # Masks of levels hold while rows stay, except those that a window cuts.
-        self._masks = {key: mask for key, mask in self._masks.items() if key[0] >= 0 and key[2] == 0}
-
-    def level_mask(self, depth: int, group: int, window: int, heads: int, query: Tensor) -> Tensor | None:
-        """Additive ``(1, 1, n * heads * T', T)`` for one group of a level, or None where everything is seen."""
-        level = self.levels[depth]
-        cut = window if 0 < window <= self.furthest else 0
-        if not cut and not level.ragged[group]:
-            return None
-        key = (depth, group, cut, heads)
-        if key not in self._masks:
-            _, first, stop, longest = level.groups[group]
-            at = torch.arange(longest, device=query.device)
-            seen = at < level.lengths[first:stop, None, None]  # (n, 1, T)
-            if cut:
-                rows = self.order[first:stop]
-                now = (self.starts + self.ages)[rows, None] + torch.arange(query.shape[2], device=query.device)
-                seen = seen & (level.offsets[first:stop, None, None] + at > now[..., None] - cut)  # (n, T', T)
-            tall = seen[:, None].expand(-1, heads, query.shape[2], -1).reshape(1, 1, -1, longest)
-            self._masks[key] = _additive(tall, query)
-        return self._masks[key]
-
-    def suffix_mask(self, length: int, window: int, heads: int, query: Tensor) -> Tensor | None:
-        """Additive ``(B or 1, 1, heads * T', L)`` for the rows' own suffixes, or None where everything is seen."""
-        cut = window if 0 < window < length else 0
-        if self.even and query.shape[2] == 1 and not cut:
-            return None
-        key = (-1, length, cut, heads)
-        if key not in self._masks:
-            at = torch.arange(length, device=query.device)
-            ages = at[self.oldest : self.oldest + 1] if self.even else self.ages
-            now = ages[:, None] + torch.arange(query.shape[2], device=query.device)  # (B or 1, T')
-            seen = at <= now[..., None]
-            if cut:
-                seen = seen & (at > now[..., None] - cut)
-            tall = seen[:, None].expand(-1, heads, -1, -1).reshape(len(ages), 1, -1, length)
-            self._masks[key] = _additive(tall, query)
-        return self._masks[key]
+ATTENTION_NAME = "odp_shared_prefix"
+"""Name under which transformers knows this attention implementation."""
 
 
 def shared_prefix_attention(
@@ -123,7 +32,7 @@ def shared_prefix_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prefix: SharedPrefix,
+    shared_prefix: SharedPrefixView,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -131,70 +40,107 @@ def shared_prefix_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to the shared levels and to the rows' own suffixes, by transformers' attention interface.
+    """Attend to the shared levels and to the rows' own suffixes, with the signature of transformers' interface.
 
     Args:
-        module: The attention module; its ``layer_idx`` says whose keys and values to read.
+        module: The attention module; its ``layer_idx`` selects the shared keys and values.
         query: ``(B, H, T', D)``.
-        key: ``(B, H', L, D)``, the rows' own suffixes up to now.
-        value: ``(B, H', L, D)``.
-        attention_mask: Not used: ``shared_prefix`` knows who sees what.
-        shared_prefix: What the rows share.
-        scaling: Of the scores; one over the root of ``D`` by default.
+        key: ``(B, H', L, D)``, keys of the rows' own suffixes.
+        value: ``(B, H', L, D)``, values of the rows' own suffixes.
+        attention_mask: Not used: ``shared_prefix`` says which positions each row sees.
+        shared_prefix: The levels that the rows share.
+        scaling: Factor of the scores; None for one over the square root of ``D``.
         sliding_window: Positions that a query sees, itself included; None for all.
-        softcap: Scores go through ``softcap * tanh(score / softcap)``.
-        s_aux: ``(H,)``, attention sinks.
+        softcap: Caps the scores at ``softcap * tanh(score / softcap)``; None for no cap.
+        s_aux: ``(H,)``, attention sinks; None for none.
         position_bias: Not supported.
 
     Returns:
-        ``(B, T', H, D)``, and None for the weights.
+        ``(B, T', H, D)`` in the dtype of ``value``, and None in place of the attention weights.
 
     Raises:
         NotImplementedError: For a position bias.
     """
     if position_bias is not None:
-        raise NotImplementedError("a position bias in attention")
-    # Under autocast a rotation leaves queries and keys in float32, and values in half precision.
+        raise NotImplementedError("attention with a position bias cannot share a prefix")
+    # Under autocast a rotary embedding leaves queries and keys in float32 and values in half precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    batch, all_heads, steps = query.shape[:3]
-    heads = key.shape[1]
-    share = all_heads // heads
+    batch_size, query_heads, steps = query.shape[:3]
+    key_heads = key.shape[1]
+    queries_per_key = query_heads // key_heads
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
     window = sliding_window or 0
     if window:
         shared_prefix.windows.add(window)
-    layer: int = module.layer_idx  # type: ignore[assignment]  # torch declares modules' attributes so
-    # Queries of the heads that share keys and values stand in line: (B, H', share * T', D).
-    q = query.reshape(batch, heads, share * steps, -1)
-    own_mask = shared_prefix.suffix_mask(key.shape[2], window, share, query)
-    parts = [attend(q, key, value, scale, own_mask, softcap, fused=steps > 1)]
-    sorted_q = q[shared_prefix.order].transpose(0, 1).contiguous()  # (H', B, share * T', D)
-    for depth, level in enumerate(shared_prefix.levels):
-        keys, values = level.layers[layer]
-        out = q.new_zeros(*sorted_q.shape[:3], values.shape[-1])
-        total = parts[0][1].new_full(sorted_q.shape[:3], _lowest(parts[0][1].dtype))
-        for group, (sequence, first, stop, longest) in enumerate(level.groups):
-            mask = shared_prefix.level_mask(depth, group, window, share, query)
-            found, sums = attend(
-                sorted_q[:, first:stop].flatten(1, 2)[None],
-                keys[sequence, None, :, :longest],
-                values[sequence, None, :, :longest],
-                scale,
-                mask,
-                softcap,
-                fused=True,
-            )
-            out[:, first:stop] = found[0].unflatten(1, (stop - first, -1))
-            total[:, first:stop] = sums[0].unflatten(1, (stop - first, -1))
-        parts.append((out.transpose(0, 1)[shared_prefix.inverse], total.transpose(0, 1)[shared_prefix.inverse]))
-    sink = None
+    # Query heads that share keys and values are stacked along the steps: (B, H', queries_per_key * T', D).
+    stacked = query.reshape(batch_size, key_heads, queries_per_key * steps, -1)
+    suffix_mask = shared_prefix.suffix_mask(key.shape[2], window, queries_per_key, query)
+    parts = [attend(stacked, key, value, scale, suffix_mask, softcap, fused=steps > 1)]
+    sorted_stacked = stacked[shared_prefix.order].transpose(0, 1).contiguous()  # (H', B, queries_per_key * T', D)
+    layer_index: int = module.layer_idx  # type: ignore[assignment]  # torch types the attributes of modules as Tensor
+    for level_index in range(len(shared_prefix.levels)):
+        masks = [
+            shared_prefix.level_mask(level_index, group_index, window, queries_per_key, query)
+            for group_index in range(len(shared_prefix.levels[level_index].groups))
+        ]
+        parts.append(_attend_to_level(sorted_stacked, shared_prefix, level_index, layer_index, masks, scale, softcap))
+    sink_scores = None
     if s_aux is not None:
-        sink = s_aux.reshape(1, heads, share, 1).expand(1, heads, share, steps).reshape(1, heads, -1)
-    merged = merge(parts, sink)  # (B, H', share * T', D)
-    return merged.reshape(batch, all_heads, steps, -1).transpose(1, 2).contiguous(), None
+        sink_scores = s_aux.reshape(1, key_heads, queries_per_key, 1).expand(1, key_heads, queries_per_key, steps)
+        sink_scores = sink_scores.reshape(1, key_heads, -1)
+    merged = merge(parts, sink_scores)  # (B, H', queries_per_key * T', D)
+    return merged.reshape(batch_size, query_heads, steps, -1).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, shared_prefix_attention)
+def _attend_to_level(
+    sorted_query: Tensor,
+    view: SharedPrefixView,
+    level_index: int,
+    layer_index: int,
+    masks: Sequence[Tensor | None],
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to one level, group by group.
+
+    Args:
+        sorted_query: ``(H, B, N, D)``, rows in the view's order.
+        view: What the rows share.
+        level_index: Index of the level.
+        layer_index: Index of the layer.
+        masks: The mask of each of the level's groups.
+        scale: Factor of the scores.
+        softcap: Caps the scores.
+
+    Returns:
+        Output ``(B, H, N, D)`` and log-sum-exp ``(B, H, N)``, with the rows in their original order.
+    """
+    level = view.levels[level_index]
+    keys, values = level.layers[layer_index]
+    accumulation_dtype = _accumulation_dtype(sorted_query.dtype)
+    output = sorted_query.new_zeros(*sorted_query.shape[:3], values.shape[-1])
+    # Rows that read nothing of this level keep the lowest finite score, which gives the level a weight of 0.
+    log_sums = torch.full(
+        sorted_query.shape[:3],
+        torch.finfo(accumulation_dtype).min,
+        dtype=accumulation_dtype,
+        device=sorted_query.device,
+    )
+    for group, mask in zip(level.groups, masks, strict=True):
+        rows = slice(group.first_row, group.stop_row)
+        group_output, group_log_sums = attend(
+            sorted_query[:, rows].flatten(1, 2)[None],
+            keys[group.sequence, None, :, : group.longest_read],
+            values[group.sequence, None, :, : group.longest_read],
+            scale,
+            mask,
+            softcap,
+            fused=True,
+        )
+        row_count = group.stop_row - group.first_row
+        output[:, rows] = group_output[0].unflatten(1, (row_count, -1))
+        log_sums[:, rows] = group_log_sums[0].unflatten(1, (row_count, -1))
+    return output.transpose(0, 1)[view.inverse_order], log_sums.transpose(0, 1)[view.inverse_order]
 
 
 def attend(
@@ -206,107 +152,106 @@ def attend(
     softcap: float | None = None,
     fused: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Scaled dot product attention to one part, with the log-sum-exp of its scores.
+    """Compute scaled dot product attention to one part, and the log-sum-exp of its scores.
 
     Args:
         query: ``(G, H, N, D)``.
         key: ``(G, H, T, D)``.
         value: ``(G, H, T, D')``.
-        scale: Of the scores.
+        scale: Factor of the scores.
         mask: Added to the scores; broadcasts to ``(G, H, N, T)``.
-        softcap: Caps the scores before the mask.
-        fused: Whether torch's fused kernel may be used where there is one; it pays for many queries a group.
+        softcap: Caps the scores before the mask is added; None for no cap.
+        fused: Whether torch's fused kernel may be used where there is one. It is faster for many queries per group.
 
     Returns:
-        ``(G, H, N, D')`` in the dtype of ``value``, and ``(G, H, N)`` float32, float64 for float64.
+        ``(G, H, N, D')`` in the dtype of ``value``, and ``(G, H, N)`` in float32, or float64 for a float64 query.
 
     Examples:
         >>> import torch
-        >>> q, k, v = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 4, 2), torch.arange(8.0).view(1, 1, 4, 2)
-        >>> out, total = attend(q, k, v, 1.0)
-        >>> out.tolist(), round(float(total.exp()), 4)
+        >>> query, key = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 4, 2)
+        >>> output, log_sums = attend(query, key, torch.arange(8.0).view(1, 1, 4, 2), 1.0)
+        >>> output.tolist(), round(float(log_sums.exp()), 4)
         ([[[[3.0, 4.0]]]], 4.0)
     """
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    accumulation_dtype = _accumulation_dtype(query.dtype)
     if fused and softcap is None and query.device.type == "cpu" and key.shape[-1] == value.shape[-1]:
         if mask is not None:
             mask = mask.expand(len(query), -1, -1, -1)
-        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        output, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
-        return out, total.to(wide)
-    scores = torch.matmul(query * scale, key.mT).to(wide)
+        return output, log_sums.to(accumulation_dtype)
+    scores = torch.matmul(query * scale, key.mT).to(accumulation_dtype)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores = scores + mask.to(wide)
-    top = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    sums = weights.sum(dim=-1, keepdim=True)
-    out = torch.matmul(weights.to(value.dtype), value) / sums.to(value.dtype)
-    return out, (top + sums.log()).squeeze(-1)
+        scores = scores + mask.to(accumulation_dtype)
+    highest_scores = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(highest_scores).exp_()
+    weight_sums = weights.sum(dim=-1, keepdim=True)
+    output = torch.matmul(weights.to(value.dtype), value) / weight_sums.to(value.dtype)
+    return output, (highest_scores + weight_sums.log()).squeeze(-1)
 
 
-def merge(parts: Sequence[tuple[Tensor, Tensor]], sink: Tensor | None = None) -> Tensor:
-    """Attention to all parts together, from attention to each.
+def merge(parts: Sequence[tuple[Tensor, Tensor]], sink_scores: Tensor | None = None) -> Tensor:
+    """Merge attention to each part into attention to all parts together.
 
     Args:
         parts: Outputs ``(…, N, D)`` and log-sum-exps ``(…, N)`` of :func:`attend`.
-        sink: ``(…, N)``, a score that takes attention and gives nothing.
+        sink_scores: ``(…, N)``, scores of a sink that takes attention and contributes no value; None for no sink.
 
     Returns:
         ``(…, N, D)``.
 
     Examples:
         >>> import torch
-        >>> k, v = torch.randn(1, 1, 5, 2), torch.randn(1, 1, 5, 2)
-        >>> q = torch.randn(1, 1, 3, 2)
-        >>> whole, _ = attend(q, k, v, 1.0)
-        >>> halves = [attend(q, k[:, :, s], v[:, :, s], 1.0) for s in (slice(0, 2), slice(2, 5))]
-        >>> torch.allclose(merge(halves), whole, atol=1e-6)
+        >>> query, key, value = (torch.randn(1, 1, length, 2) for length in (3, 5, 5))
+        >>> whole, _ = attend(query, key, value, 1.0)
+        >>> slices = slice(0, 2), slice(2, 5)
+        >>> parts = [attend(query, key[:, :, part], value[:, :, part], 1.0) for part in slices]
+        >>> torch.allclose(merge(parts), whole, atol=1e-6)
         True
     """
-    if len(parts) == 1 and sink is None:
+    if len(parts) == 1 and sink_scores is None:
         return parts[0][0]
-    totals = [total for _, total in parts]
-    every = torch.stack(totals if sink is None else [*totals, sink.to(totals[0]).expand_as(totals[0])])
-    shares = torch.softmax(every, dim=0)  # (I, …, N)
-    out = parts[0][0] * shares[0, ..., None].to(parts[0][0])
-    for (more, _), share in zip(parts[1:], shares[1:], strict=False):
-        out += more * share[..., None].to(more)
-    return out
+    log_sums = [part_log_sums for _, part_log_sums in parts]
+    if sink_scores is not None:
+        log_sums.append(sink_scores.to(log_sums[0]).expand_as(log_sums[0]))
+    weights = torch.softmax(torch.stack(log_sums), dim=0)  # (I, …, N)
+    merged = parts[0][0] * weights[0, ..., None].to(parts[0][0])
+    for (output, _), weight in zip(parts[1:], weights[1:], strict=False):
+        merged += output * weight[..., None].to(output)
+    return merged
 
 
 def model_configs(model: nn.Module) -> list[Any]:
-    """Every configuration that a module of ``model`` reads, and of one with several parts that of its text."""
-    found: dict[int, Any] = {}
+    """Collect the configurations that modules of ``model`` read; for a model with several parts, also its text's."""
+    configs: dict[int, Any] = {}
     for config in (module.config for module in model.modules() if hasattr(module, "config")):
-        for part in (config, getattr(config, "get_text_config", lambda c=config: c)()):
-            found[id(part)] = part
-    return list(found.values())
+        for part in (config, getattr(config, "get_text_config", lambda config=config: config)()):
+            configs[id(part)] = part
+    return list(configs.values())
 
 
 @contextmanager
 def using_shared_prefix_attention(model: nn.Module) -> Iterator[None]:
-    """Let ``model`` attend through :func:`shared_prefix_attention`, and afterwards as it did."""
-    held = [
+    """Let ``model`` attend through :func:`shared_prefix_attention`, and restore its own implementation afterwards."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+    implementations = [
         (config, config._attn_implementation_internal)
         for config in model_configs(model)
         if hasattr(config, "_attn_implementation_internal")
     ]
     try:
-        for config, _ in held:
-            config._attn_implementation_internal = NAME
+        for config, _ in implementations:
+            config._attn_implementation_internal = ATTENTION_NAME
         yield
     finally:
-        for config, before in held:
-            config._attn_implementation_internal = before
+        for config, implementation in implementations:
+            config._attn_implementation_internal = implementation
 
 
-def _lowest(dtype: torch.dtype) -> float:
-    # Finite: a row that sees nothing of a part must get a weight of 0 there, not NaN.
-    return torch.finfo(dtype).min
-
-
-def _additive(seen: Tensor, query: Tensor) -> Tensor:
-    return torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill_(~seen, _lowest(query.dtype))
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

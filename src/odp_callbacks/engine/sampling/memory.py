@@ -1,18 +1,21 @@
-"""How much memory is left."""
+"""How much memory a stage of the probe may use."""
 
 import psutil
 import torch
 
-SHARE = 0.5
-"""Of the memory that is free, what one stage of a probe may take."""
+USABLE_SHARE = 0.5
+"""Share of the free memory that one stage of a probe may use."""
 
 
-def free_bytes(device: torch.device, limit: float | None = None) -> int:
-    """Bytes that a stage of the probe may take on ``device``.
+def free_bytes(device: torch.device, max_memory_bytes: float | None = None) -> int:
+    """Count the bytes that a stage of the probe may use on ``device``.
 
     Args:
         device: Where the model is.
-        limit: The most that the user allows, in bytes.
+        max_memory_bytes: The user's limit in bytes; None for half of what is free.
+
+    Returns:
+        Half of the free memory in bytes, or the user's limit where that is smaller.
 
     Examples:
         >>> import torch
@@ -20,9 +23,10 @@ def free_bytes(device: torch.device, limit: float | None = None) -> int:
         1000
     """
     if device.type == "cuda":
-        # What torch's allocator holds and does not use is free for us, too.
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        # Memory that torch's allocator has reserved and does not use is free for the probe, too.
+        available, _ = torch.cuda.mem_get_info(device)
+        available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        free = psutil.virtual_memory().available
-    return int(SHARE * free if limit is None else min(SHARE * free, limit))
+        available = psutil.virtual_memory().available
+    usable = USABLE_SHARE * available
+    return int(usable if max_memory_bytes is None else min(usable, max_memory_bytes))

@@ -1,1 +1,1 @@
-"""The tree of prefixes: which tokens are measured, and how continuations are spent on them."""
+"""The prefixes of rollouts: which tokens are measured, and where continuations are sampled."""

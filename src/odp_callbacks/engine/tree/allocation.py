@@ -1,4 +1,4 @@
-"""Where the next continuations narrow the wanted interval most. Arithmetic only: no model is asked."""
+"""Where the next continuations narrow the interval of the target figure most; arithmetic on arrays, without a model."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,83 +8,99 @@ from odp_callbacks.analysis.success_model import SuccessModel
 from odp_callbacks.records import Floats
 
 TARGETS = ("predicted_gain", "gain_weighted_alignment", "alignment")
+"""Figures whose interval a budget can narrow."""
+SUCCESS_DRAWS = 16
+"""Number of draws of the success for the expected norm of the ideal gradient."""
 
 
 def sensitivities(evidence: Evidence, model: SuccessModel, target: str) -> Floats:
-    r"""How much a figure's sum over tokens moves with the success of each branch, ``(N, K, A)``.
+    r"""Compute the derivative of a figure's sum over tokens with respect to the success of each branch.
 
-    The delta method on the Gram matrix. For predicted gain the derivative is :math:`b`, known before any continuation,
-    so that the allocation does not depend on what it measures. For the others it is taken at the posterior mean of the
-    success, which never vanishes because two continuations happened to agree.
+    This is the delta method on the Gram matrix. For predicted gain, the derivative is :math:`b`. It is known before any
+    continuation is sampled, so the allocation does not depend on what it measures. For the other figures, the
+    derivative is taken at the posterior mean of the success; that never vanishes just because two continuations
+    happened to agree.
 
     Args:
         evidence: ``N`` nodes.
-        model: Fitted to them.
+        model: The success model fitted to them.
         target: One of :data:`TARGETS`.
+
+    Returns:
+        ``(N, K, A)``, for each node, teacher and branch.
+
+    Raises:
+        ValueError: If ``target`` is unknown.
     """
-    weight = evidence.token_weight
-    gain: Floats = np.nan_to_num(evidence.gain_form)
+    weight = evidence.token_weight[:, None, None]
+    gain_slopes: Floats = np.nan_to_num(evidence.gain_form)  # (N, K, A)
     if target == "predicted_gain":
-        return _weighted(weight, gain)
-    mean = model.mean(evidence)
-    drawn = model.draw(evidence, 16)
-    length = norm(evidence.norm_form, drawn - drawn[:, :, :1]).mean(axis=1)  # (N,)
-    pull = np.einsum("nab,nb->na", evidence.norm_form, mean)
-    unit = np.divide(pull, length[:, None], out=np.zeros_like(pull), where=length[:, None] > 0)
-    inner = np.einsum("nka,na->nk", gain, mean)
+        return weight * gain_slopes
+    mean = model.mean(evidence)  # (N, A)
+    draws = model.draw(evidence, SUCCESS_DRAWS)
+    ideal_norm = norm(evidence.norm_form, draws - draws[:, :, :1]).mean(axis=1)  # (N,)
+    square_slopes = np.einsum("nab,nb->na", evidence.norm_form, mean)
+    norm_slopes = _divide(square_slopes, ideal_norm[:, None])[:, None]  # (N, 1, A)
+    gains = np.einsum("nka,na->nk", gain_slopes, mean)
     if target == "gain_weighted_alignment":
-        total = (evidence.token_weight * length).sum()
-        share = evidence.token_weight @ inner / total if total > 0 else np.zeros(inner.shape[1])
-        return _weighted(weight, gain - share[:, None] * unit[:, None])
+        total = (evidence.token_weight * ideal_norm).sum()
+        ratios = evidence.token_weight @ gains / total if total > 0 else np.zeros(gains.shape[1])
+        return weight * (gain_slopes - ratios[:, None] * norm_slopes)
     if target == "alignment":
-        there = length[:, None] > 0
-        cosine = np.divide(inner, length[:, None], out=np.zeros_like(inner), where=there).clip(-1, 1)
-        slope = gain - cosine[:, :, None] * unit[:, None]
-        return _weighted(
-            weight, np.divide(slope, length[:, None, None], out=np.zeros_like(slope), where=there[..., None])
-        )
+        cosines = _divide(gains, ideal_norm[:, None]).clip(-1, 1)
+        slopes = _divide(gain_slopes - cosines[:, :, None] * norm_slopes, ideal_norm[:, None, None])
+        return weight * slopes
     raise ValueError(f"`target` must be one of {list(TARGETS)}, but {target!r} was given.")
 
 
-def _weighted(weight: Floats, slope: Floats) -> Floats:
-    found: Floats = weight[:, None, None] * slope
-    return found
+def _divide(numerator: Floats, denominator: Floats) -> Floats:
+    """Divide where the denominator is positive; 0 elsewhere."""
+    quotient: Floats = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
+    return quotient
 
 
 def allocate(
     score: Floats, cost: Floats, have: Floats, tokens: float, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    r"""How many continuations to add to each branch: Neyman's allocation, :math:`n \propto s / \sqrt{c}`.
+    r"""Decide how many continuations to add to each branch by Neyman's allocation, :math:`n \propto s / \sqrt{c}`.
 
-    Minimises :math:`\sum s^2 / n` at the given cost, counting what is there already.
+    It minimises :math:`\sum s^2 / n` at the given cost, where :math:`n` includes the continuations that exist already.
+    Source: Neyman, "On the two different aspects of the representative method" (1934).
 
     Args:
-        score: ``(N, A)``, sensitivity times standard deviation of a reward; 0 for a branch that needs none.
-        cost: ``(N, A)``, tokens that a continuation is expected to take, positive.
-        have: ``(N, A)``, continuations there are.
-        tokens: To spend, in expectation.
-        generator: Rounds: the expected numbers are met, so that small needs are not always rounded away.
+        score: ``(G, A)``, sensitivity times standard deviation of a reward; 0 for a branch that needs no more.
+        cost: ``(G, A)``, expected number of tokens of a continuation, positive.
+        have: ``(G, A)``, number of continuations that exist already.
+        tokens: Number of tokens to spend in expectation.
+        generator: Random numbers for rounding. Rounding is unbiased, so that small needs are not always rounded to 0.
+
+    Returns:
+        ``(G, A)``, the number of continuations to add.
 
     Examples:
         >>> allocate(np.array([[3.0, 1.0]]), np.ones((1, 2)), np.ones((1, 2)), 6, np.random.default_rng(0))
         array([[5, 1]])
     """
-    want = score / np.sqrt(cost)
-    if not tokens > 0 or not (want > 0).any():
+    proportion = score / np.sqrt(cost)
+    if not tokens > 0 or not (proportion > 0).any():
         return np.zeros(score.shape, dtype=np.int64)
-    # The scale at which each branch starts to need more, from the neediest on.
-    start = np.divide(have, want, out=np.full(want.shape, np.inf), where=want > 0)
-    order = np.argsort(start, axis=None)
-    ahead = np.cumsum((cost * want).ravel()[order])
-    spent = np.cumsum((cost * have).ravel()[order])
-    scale = (tokens + spent) / ahead
-    reached = int((scale >= start.ravel()[order]).nonzero()[0][-1])
-    more = (scale[reached] * want - have).clip(min=0)
-    more[want <= 0] = 0
-    # Systematic rounding in a random order: the total is met to within one.
-    shuffled = generator.permutation(more.size)
-    edges = np.cumsum(more.ravel()[shuffled]) - generator.random()
-    rounded = np.diff(np.ceil(edges), prepend=0.0)
-    found = np.zeros(more.size, dtype=np.int64)
-    found[shuffled] = rounded.astype(np.int64)
-    return found.reshape(score.shape)
+    # The optimum is n = max(have, scale * proportion). Each branch starts to need more above its own scale; the common
+    # scale is found among the branches sorted by it.
+    thresholds = np.divide(have, proportion, out=np.full(proportion.shape, np.inf), where=proportion > 0)
+    order = np.argsort(thresholds, axis=None)
+    tokens_per_scale = np.cumsum((cost * proportion).ravel()[order])
+    tokens_so_far = np.cumsum((cost * have).ravel()[order])
+    scales = (tokens + tokens_so_far) / tokens_per_scale
+    last_served = int((scales >= thresholds.ravel()[order]).nonzero()[0][-1])
+    expected = (scales[last_served] * proportion - have).clip(min=0)
+    expected[proportion <= 0] = 0
+    return _round_systematically(expected, generator)
+
+
+def _round_systematically(expected: Floats, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Round to integers with these expectations, in a random order; the total is met to within one."""
+    order = generator.permutation(expected.size)
+    edges = np.cumsum(expected.ravel()[order]) - generator.random()
+    rounded = np.zeros(expected.size, dtype=np.int64)
+    rounded[order] = np.diff(np.ceil(edges), prepend=0.0).astype(np.int64)
+    return rounded.reshape(expected.shape)

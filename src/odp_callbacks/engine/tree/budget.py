@@ -1,42 +1,42 @@
-"""Spending a budget of continuations in rounds: explore, then put them where they narrow the wanted interval most."""
+"""Spending a budget of continuations in rounds: one for each branch first, then more where they help the most.
+
+After each round, the continuations of the next one go to the branches where they narrow the interval of the target
+figure most (:mod:`odp_callbacks.engine.tree.allocation`).
+"""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from odp_callbacks.analysis.estimators import half_width
 from odp_callbacks.analysis.evidence import Evidence
 from odp_callbacks.analysis.success_model import fit_success_model
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.tree.allocation import allocate, sensitivities
-from odp_callbacks.engine.tree.continuations import ContinuationCost, ContinuationTree
-from odp_callbacks.engine.tree.nodes import Node
+from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
+from odp_callbacks.engine.tree.continuations import ContinuationCost
 from odp_callbacks.records import Floats
 
-ROUND = 1 / 3
-"""Share of what is left that goes into a round before it is looked where the next should go."""
-CLOSE = 0.02
+ROUND_SHARE = 1 / 3
+"""Share of the remaining budget that one round may spend."""
+NEGLIGIBLE_SHARE = 0.02
 """Share of a budget that is not worth another round."""
-EXPLORE = 0.5
-"""Share of the budget that one continuation a branch may take; nodes are drawn if all of them would take more."""
-
-Sample = Callable[[NDArray[np.int64]], None]
-"""Adds as many continuations to each group and branch ``(G, A)`` to the tree."""
+PRIOR_CONTINUATIONS = 2
+"""Number of continuations that the length expected in advance counts for in an estimated length."""
 
 
 @dataclass(frozen=True)
 class AllocationState:
-    """What is known between two rounds; ``G`` prefixes, ``A`` branches at the most.
+    """What is known between two rounds about ``N`` nodes in ``G`` groups with at most ``A`` branches.
 
     Attributes:
-        evidence: Of all ``N`` nodes.
-        group: ``(N,)``, the prefix of each node.
-        have: ``(G, A)``, continuations of each branch.
-        open: ``(G, A)`` bool: more of them would tell more.
-        cost: ``(G,)``, tokens that one of them is expected to take.
+        evidence: The evidence of all nodes.
+        group: ``(N,)``, the group of each node.
+        have: ``(G, A)``, number of continuations of each branch.
+        open: ``(G, A)`` bool, whether more continuations of the branch would be informative.
+        cost: ``(G,)``, expected number of tokens of one continuation.
     """
 
     evidence: Evidence
@@ -46,123 +46,109 @@ class AllocationState:
     cost: Floats
 
 
-def remaining_length(rollouts: Sequence[Rollout], depth: int) -> float:
-    """Tokens that a continuation from ``depth`` is expected to take after its first, from the rollouts' lengths."""
-    longer = [len(r.response_ids) - depth - 1 for r in rollouts if len(r.response_ids) > depth]
-    return max(1.0, float(np.mean(longer)) if longer else 1.0)
-
-
-def subsample_nodes(
-    nodes: Sequence[Node], tree: ContinuationTree, cost: float, budget: float, generator: np.random.Generator
-) -> list[Node]:
-    """Draw nodes if one continuation a branch would take too much of the budget.
+def read_allocation_state(tree: ContinuationTree, evidence: Evidence, expected_lengths: Floats) -> AllocationState:
+    """Read the allocation state from a tree.
 
     Args:
-        nodes: All nodes.
-        tree: Their prefixes, with branches.
-        cost: Tokens that one continuation of every branch is expected to take.
-        budget: In tokens.
-        generator: Draws.
-
-    Returns:
-        The nodes that stay, their inclusion probabilities reduced accordingly.
+        tree: The prefixes, with their outcomes.
+        evidence: The evidence of the tree's nodes.
+        expected_lengths: ``(G,)``, the length of a continuation from each group that was expected in advance. It
+            counts for :data:`PRIOR_CONTINUATIONS` continuations.
     """
-    groups = len(tree.first)
-    if groups == 0:
-        return []
-    keep = min(groups, max(1, int(groups * EXPLORE * budget / cost))) if cost > 0 else groups
-    if keep == groups:
-        return list(nodes)
-    kept = set(generator.permutation(groups)[:keep].tolist())
-    return [
-        replace(node, inclusion=node.inclusion * keep / groups) for n, node in enumerate(nodes) if tree.group[n] in kept
-    ]
+    group_shape = len(tree.branches), max(map(len, tree.branches), default=0)
+    have, is_open = np.ones(group_shape), np.zeros(group_shape, bool)
+    for group_index, outcomes in enumerate(tree.outcomes):
+        have[group_index, : len(outcomes)] = [len(outcome.rewards) for outcome in outcomes]
+        is_open[group_index, : len(outcomes)] = [not outcome.exact for outcome in outcomes]
+    cost = np.array(
+        [
+            (PRIOR_CONTINUATIONS * expected + tokens) / (PRIOR_CONTINUATIONS + count)
+            for expected, (tokens, count) in zip(expected_lengths, tree.sampled_lengths, strict=True)
+        ]
+    )
+    return AllocationState(evidence, np.array(tree.group_of_node), have, is_open, cost.clip(min=1))
 
 
-def read_allocation_state(tree: ContinuationTree, evidence: Evidence, expected: Floats) -> AllocationState:
-    """Read a tree; the length expected before anything was sampled counts as two continuations."""
-    size = max(map(len, tree.branches), default=0)
-    have, open_ = np.ones((len(tree.branches), size)), np.zeros((len(tree.branches), size), bool)
-    for g, row in enumerate(tree.outcomes):
-        have[g, : len(row)] = [len(outcome.rewards) for outcome in row]
-        open_[g, : len(row)] = [not outcome.exact for outcome in row]
-    cost = np.array([(2 * e + tokens) / (2 + n) for e, (tokens, n) in zip(expected, tree.length, strict=True)])
-    return AllocationState(evidence, np.array(tree.group), have, open_, cost.clip(min=1))
+def equal_allocation(tree: ContinuationTree, count: int) -> NDArray[np.int64]:
+    """Allocate ``count`` continuations to every branch, ``(G, A)``."""
+    largest_group = max(map(len, tree.branches), default=0)
+    return np.array(
+        [
+            [count * int(branch_index < len(branches)) for branch_index in range(largest_group)]
+            for branches in tree.branches
+        ],
+        dtype=np.int64,
+    )
 
 
-def spend_budget(
-    config: ProbeConfig,
-    first: NDArray[np.int64],
-    spent: ContinuationCost,
-    sample: Sample,
-    seen: Callable[[], AllocationState],
-    width: Callable[[Evidence], float],
-    generator: np.random.Generator,
-) -> None:
-    """Sample continuations until the budget is spent, the time is over, or the interval is narrow enough.
+class ContinuationBudget:
+    """A budget of tokens, seconds or both, and the decision where its continuations go.
+
+    The clock starts when the object is created.
 
     Args:
-        config: Budget, target and half-width.
-        first: ``(G, A)``, the continuations of the first round.
-        spent: What continuations have cost; ``sample`` adds to it.
-        sample: Samples.
-        seen: What is known so far.
-        width: Largest half-width of the target figure among the teachers.
-        generator: Rounds.
+        config: Budget, time budget, target and half-width.
+        cost: What continuations have cost so far. The sampler updates it; this object only reads it.
+        generator: Random numbers for rounding allocations.
     """
-    start = time.perf_counter()
-    sample(first)
-    while left := _left(config, spent, time.perf_counter() - start):
-        now = seen()
-        if config.half_width is not None and width(now.evidence) <= config.half_width:
-            return
-        score = np.where(now.open, _score(now, config.target), 0)
-        if not score.any():
-            # No teacher has a say anywhere: all alike.
-            score = now.open.astype(float)
-        last = left < 4 * CLOSE * _total(config, spent, time.perf_counter() - start)
-        cost = np.broadcast_to(now.cost[:, None], score.shape)
-        tokens = left if last else ROUND * left
-        if config.half_width is not None:
-            tokens = min(tokens, spent.tokens)  # double what there is, and look whether it suffices
-        more = allocate(score, cost, now.have, tokens, generator)
-        if not more.any():
-            return
-        sample(more)
+
+    def __init__(self, config: ProbeConfig, cost: ContinuationCost, generator: np.random.Generator) -> None:
+        self.config, self.cost, self.generator = config, cost, generator
+        self._start = time.perf_counter()
+
+    def total_tokens(self) -> float:
+        """Return the whole budget in tokens; a time budget is converted at the speed of sampling so far."""
+        limits = []
+        if self.config.budget:
+            limits.append(float(self.config.budget))
+        if self.config.time_budget is not None and self.cost.tokens:
+            elapsed = max(time.perf_counter() - self._start, 1e-9)
+            limits.append(self.config.time_budget * self.cost.tokens / elapsed)
+        return min(limits, default=0.0)
+
+    def remaining_tokens(self) -> float:
+        """Return the number of tokens that remain, or 0 if they are not worth another round."""
+        total = self.total_tokens()
+        remaining = total - self.cost.tokens
+        return remaining if remaining > NEGLIGIBLE_SHARE * total else 0.0
+
+    def planned_continuations(self) -> int:
+        """Return how many continuations there will be in all, as far as known: the half-width may be met before."""
+        if not self.cost.tokens:
+            return 0
+        return round(self.total_tokens() / self.cost.tokens * self.cost.continuations)
+
+    def next_round(self, state: AllocationState) -> NDArray[np.int64]:
+        """Allocate the next round's continuations, ``(G, A)``; all zero if none are left to sample.
+
+        Args:
+            state: What is known after the previous round.
+        """
+        wanted_half_width = self.config.half_width
+        if wanted_half_width is not None and half_width(state.evidence, self.config.target) <= wanted_half_width:
+            return np.zeros(state.have.shape, dtype=np.int64)
+        remaining = self.remaining_tokens()
+        scores = np.where(state.open, _scores(state, self.config.target), 0)
+        if not scores.any():
+            # Every teacher equals the student at every node, so that all branches matter alike.
+            scores = state.open.astype(float)
+        is_last_round = remaining < 4 * NEGLIGIBLE_SHARE * self.total_tokens()
+        tokens = remaining if is_last_round else ROUND_SHARE * remaining
+        if wanted_half_width is not None:
+            # At most double what has been sampled, then check whether the interval is narrow enough.
+            tokens = min(tokens, self.cost.tokens)
+        cost = np.broadcast_to(state.cost[:, None], scores.shape)
+        return allocate(scores, cost, state.have, tokens, self.generator)
 
 
-def planned_continuations(config: ProbeConfig, spent: ContinuationCost, seconds: float) -> int:
-    """How many continuations there will be in all, as far as it is known; an interval may be narrow enough before."""
-    if not spent.tokens:
-        return 0
-    return round(_total(config, spent, seconds) / spent.tokens * spent.continuations)
-
-
-def _total(config: ProbeConfig, spent: ContinuationCost, seconds: float) -> float:
-    """The budget in tokens, as far as it is known."""
-    limits = []
-    if config.budget:
-        limits.append(float(config.budget))
-    if config.seconds is not None and spent.tokens:
-        limits.append(config.seconds * spent.tokens / max(seconds, 1e-9))
-    return min(limits, default=0.0)
-
-
-def _left(config: ProbeConfig, spent: ContinuationCost, seconds: float) -> float:
-    """Tokens left to spend; 0 where they are not worth another round."""
-    total = _total(config, spent, seconds)
-    left = total - spent.tokens
-    return left if left > CLOSE * total else 0.0
-
-
-def _score(seen: AllocationState, target: str) -> Floats:
-    """Sensitivity times spread of a reward, ``(G, A)``, over all teachers; nodes that share continuations add up."""
-    model = fit_success_model(seen.evidence)
-    by_node = sensitivities(seen.evidence, model, target)
-    total = np.zeros((len(seen.have), *by_node.shape[1:]))
-    np.add.at(total, seen.group, by_node)
-    spread = np.zeros((len(seen.have), by_node.shape[-1]))
-    np.add.at(spread, seen.group, model.spread_without_own(seen.evidence.question, seen.group))
-    nodes = np.bincount(seen.group, minlength=len(seen.have))[:, None]
-    found: Floats = np.sqrt((total**2).sum(axis=1)) * spread / nodes
-    return found
+def _scores(state: AllocationState, target: str) -> Floats:
+    """Sensitivity times standard deviation of a reward, ``(G, A)``, over all teachers and the nodes of a group."""
+    model = fit_success_model(state.evidence)
+    by_node = sensitivities(state.evidence, model, target)
+    by_group = np.zeros((len(state.have), *by_node.shape[1:]))
+    np.add.at(by_group, state.group, by_node)
+    spread = np.zeros((len(state.have), by_node.shape[-1]))
+    np.add.at(spread, state.group, model.leave_one_out_spread(state.evidence.question, state.group))
+    node_counts = np.bincount(state.group, minlength=len(state.have))[:, None]
+    scores: Floats = np.sqrt((by_group**2).sum(axis=1)) * spread / node_counts
+    return scores

@@ -1,7 +1,7 @@
-"""Which positions of a rollout are measured, and with what probability each of them is chosen."""
+"""Node selection: which positions of a rollout are measured, and with what probability each is chosen."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,12 @@ from odp_callbacks.engine.sampling.randomness import Randomness
 
 @dataclass(frozen=True)
 class Node:
-    """A position of a rollout: the prefix before it, where the student chooses its next token.
+    """A position of a rollout, where the student chooses its next token.
 
     Attributes:
         rollout: Index of the rollout in its probe.
-        depth: Number of response tokens before the choice, from 0.
-        inclusion: Probability that the selector chooses this position; its inverse weighs the node in means over
+        depth: Number of response tokens before the position, from 0.
+        inclusion: Probability that the selector chooses this position. Its inverse weights the node in means over
             tokens (Horvitz-Thompson), so that they stay unbiased.
     """
 
@@ -27,52 +27,52 @@ class Node:
 
 
 NodeSelector = Callable[[Rollout, torch.Generator], list[tuple[int, float]]]
-"""From a rollout and a random stream (CPU) to ``(depth, inclusion probability)`` pairs.
+"""A function from a rollout and a random stream (on the CPU) to ``(depth, inclusion probability)`` pairs.
 
-One with the attribute ``uses_entropy`` gets rollouts whose ``entropy`` is filled in.
+A selector with the attribute ``uses_entropy`` receives rollouts with their ``entropy``.
 """
 
 
 def exponential_windows(rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
-    """One position from each of the depth windows [0, 1), [1, 2), [2, 4), [4, 8), ..., uniformly.
+    """Select one position from each of the depth windows [0, 1), [1, 2), [2, 4), [4, 8), ..., uniformly.
 
-    The last window ends with the response. The number of nodes grows with the logarithm of the length, and so does
-    the cost. Source: arXiv:2605.10889.
+    The last window ends with the response. The number of nodes, and with it the cost, grows with the logarithm of the
+    length. Source: arXiv:2605.10889.
 
     Examples:
         >>> import torch
         >>> from odp_callbacks.engine.prompts import Question
         >>> rollout = Rollout(Question("0", {}, torch.tensor([1])), tuple(range(6)), "", False)
-        >>> [p for _, p in exponential_windows(rollout, torch.Generator().manual_seed(0))]
+        >>> [inclusion for _, inclusion in exponential_windows(rollout, torch.Generator().manual_seed(0))]
         [1.0, 1.0, 0.5, 0.5]
     """
-    chosen = []
+    positions = []
     start, length = 0, len(rollout.response_ids)
     while start < length:
         end = min(max(2 * start, 1), length)
         depth = start + int(torch.randint(end - start, (1,), generator=generator))
-        chosen.append((depth, 1 / (end - start)))
+        positions.append((depth, 1 / (end - start)))
         start = end
-    return chosen
+    return positions
 
 
 def every_node(rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
-    """Every position of the response."""
+    """Select every position of the response."""
     return [(depth, 1.0) for depth in range(len(rollout.response_ids))]
 
 
 @dataclass(frozen=True)
 class UniformNodes:
-    """``count`` positions of each response, every one as likely as any other.
+    """Selects ``count`` positions of each response, all equally likely.
 
     Attributes:
-        count: At least 1; shorter responses are taken whole.
+        count: Number of positions, at least 1; all positions of shorter responses are selected.
 
     Examples:
         >>> import torch
         >>> from odp_callbacks.engine.prompts import Question
         >>> rollout = Rollout(Question("0", {}, torch.tensor([1])), tuple(range(8)), "", False)
-        >>> [p for _, p in UniformNodes(2)(rollout, torch.Generator().manual_seed(0))]
+        >>> [inclusion for _, inclusion in UniformNodes(2)(rollout, torch.Generator().manual_seed(0))]
         [0.25, 0.25]
     """
 
@@ -83,22 +83,23 @@ class UniformNodes:
         _check_count(self.count)
 
     def __call__(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
-        """Choose."""
+        """Select positions of a rollout."""
         length = len(rollout.response_ids)
         count = min(self.count, length)
-        return [(d, count / length) for d in torch.randperm(length, generator=generator)[:count].tolist()]
+        depths = torch.randperm(length, generator=generator)[:count].tolist()
+        return [(depth, count / length) for depth in depths]
 
 
 @dataclass(frozen=True)
 class EntropyNodes:
-    """About ``count`` positions of each response, the likelier the less sure the student was there.
+    """Selects about ``count`` positions of each response, preferring those where the student's entropy is high.
 
-    The inclusion probability is proportional to the entropy of the student's policy, above a floor (a tenth is spread
-    evenly, so that every position can be chosen) and up to 1. Systematic sampling keeps the number of nodes within one
-    of ``count``.
+    The inclusion probability is proportional to the entropy of the student's policy, up to 1. A tenth of it is
+    distributed evenly, so that every position can be selected. Systematic sampling keeps the number of nodes within
+    one of ``count``.
 
     Attributes:
-        count: At least 1.
+        count: Expected number of positions, at least 1.
     """
 
     count: int = 4
@@ -109,7 +110,7 @@ class EntropyNodes:
         _check_count(self.count)
 
     def __call__(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
-        """Choose."""
+        """Select positions of a rollout with its ``entropy``."""
         assert rollout.entropy is not None
         entropy = rollout.entropy.double()
         total = float(entropy.sum())
@@ -117,31 +118,31 @@ class EntropyNodes:
         share = 0.1 * even + 0.9 * (entropy / total if total > 0 else even)
         inclusion = inclusion_probabilities(share, self.count)
         edges = inclusion.cumsum(0) - torch.rand((), generator=generator, dtype=torch.float64)
-        hit = edges.ceil() - (edges - inclusion).ceil() >= 1
-        return [(int(d), float(inclusion[d])) for d in hit.nonzero()]
+        selected = edges.ceil() - (edges - inclusion).ceil() >= 1
+        return [(int(depth), float(inclusion[depth])) for depth in selected.nonzero()]
 
 
 def inclusion_probabilities(share: torch.Tensor, count: int) -> torch.Tensor:
-    """Probabilities proportional to ``share`` that add up to ``count``, none above 1.
+    """Compute probabilities proportional to ``share`` that add up to ``count``, none above 1.
 
     Args:
         share: ``(T,)``, positive.
-        count: How many are wanted; all of them if it reaches ``T``.
+        count: The expected number of selected positions; all probabilities are 1 if it reaches ``T``.
 
     Examples:
         >>> inclusion_probabilities(torch.tensor([6.0, 1.0, 1.0]), 2)
         tensor([1.0000, 0.5000, 0.5000])
     """
-    found = torch.ones_like(share)
-    free = torch.ones(len(share), dtype=torch.bool)
-    while int(free.sum()) > (left := count - int((~free).sum())):
-        scaled = share * left / share[free].sum()
-        found = torch.where(free, scaled, found)
-        if not (over := free & (scaled > 1)).any():
+    probabilities = torch.ones_like(share)
+    is_below_one = torch.ones(len(share), dtype=torch.bool)
+    while int(is_below_one.sum()) > (remaining_count := count - int((~is_below_one).sum())):
+        scaled = share * remaining_count / share[is_below_one].sum()
+        probabilities = torch.where(is_below_one, scaled, probabilities)
+        if not (exceeds_one := is_below_one & (scaled > 1)).any():
             break
-        found[over] = 1.0
-        free &= ~over
-    return found.clamp(max=1)
+        probabilities[exceeds_one] = 1.0
+        is_below_one &= ~exceeds_one
+    return probabilities.clamp(max=1)
 
 
 def _check_count(count: int) -> None:
@@ -149,31 +150,54 @@ def _check_count(count: int) -> None:
         raise ValueError(f"`count` must be a positive integer, but {count!r} was given.")
 
 
-STRATEGIES: dict[str, NodeSelector] = {
+NODE_SELECTORS: dict[str, NodeSelector] = {
     "exponential": exponential_windows,
     "every": every_node,
     "uniform": UniformNodes(),
     "entropy": EntropyNodes(),
 }
+"""The node selectors that can be named in a configuration."""
 
 
 def select_nodes(selector: NodeSelector, rollouts: list[Rollout], randomness: Randomness) -> list[Node]:
-    """Apply a selector to every rollout; what it draws depends on the question and on the rollout's place in it.
+    """Apply a selector to every rollout.
+
+    Args:
+        selector: The node selector.
+        rollouts: The probe's rollouts.
+        randomness: Random draws; those of a rollout depend on its question and on its number among the question's.
+
+    Returns:
+        The nodes, by rollout and then by depth.
 
     Raises:
-        ValueError: If it chooses a position outside the response, or states an impossible probability.
+        ValueError: If the selector chooses a position outside the response, or returns an impossible probability.
     """
     nodes = []
-    place: Counter[int] = Counter()
-    for index, rollout in enumerate(rollouts):
+    rollout_counts: Counter[int] = Counter()
+    for rollout_index, rollout in enumerate(rollouts):
         question = rollout.question
-        generator = randomness.generator(question.id, "nodes", place[id(question)])
-        place[id(question)] += 1
+        generator = randomness.generator(question.id, "nodes", rollout_counts[id(question)])
+        rollout_counts[id(question)] += 1
         for depth, inclusion in sorted(selector(rollout, generator)):
             if not 0 <= depth < len(rollout.response_ids) or not 0 < inclusion <= 1:
                 raise ValueError(
                     f"`nodes` must choose depths in [0, {len(rollout.response_ids)}) with a probability in (0, 1], "
                     f"but it gave {(depth, inclusion)!r}."
                 )
-            nodes.append(Node(index, depth, inclusion))
+            nodes.append(Node(rollout_index, depth, inclusion))
     return nodes
+
+
+def group_by_question(
+    rollouts: Sequence[Rollout], nodes: Sequence[Node]
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Yield for each question the indices of its rollouts, and for each of these the depths of its nodes, in order."""
+    depths: dict[int, list[int]] = {}
+    for node in nodes:
+        depths.setdefault(node.rollout, []).append(node.depth)
+    rollouts_of_question: dict[int, list[int]] = {}
+    for rollout_index in depths:
+        rollouts_of_question.setdefault(id(rollouts[rollout_index].question), []).append(rollout_index)
+    for rollout_indices in rollouts_of_question.values():
+        yield rollout_indices, [depths[rollout_index] for rollout_index in rollout_indices]

@@ -1,4 +1,4 @@
-"""What is kept of a node once it is measured."""
+"""Records of measured nodes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.tree.branches import Branch
-from odp_callbacks.engine.tree.continuations import BranchOutcomes
+from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
 from odp_callbacks.engine.tree.nodes import Node
 from odp_callbacks.records import NodeRecord
 
@@ -25,25 +25,29 @@ def node_record(
     teacher_probabilities: list[Tensor],
     predictors: Mapping[str, np.ndarray[Any, Any]],
 ) -> NodeRecord:
-    """Put a node's gradients into a record that has seen no continuation yet.
+    """Make the record of a node from its gradients; it has no outcomes yet.
 
     Args:
-        rollout: The rollout that it lies on.
+        rollout: The node's rollout.
         node: The node.
         branches: ``A`` branches.
         correct: Whether the rollout was correct.
-        gram: ``(M, C, C)`` float64, ``C = A - 1 + K``.
-        directions: ``(C, V)``, on the logits.
+        gram: ``(M, C, C)`` float64 Gram matrices of the gradients, ``C = A - 1 + K``, for each of ``M`` modules.
+        directions: ``(C, V)`` directions on the logits.
         teacher_probabilities: ``(V',)`` for each of ``K`` teachers.
         predictors: ``(K,)`` each.
     """
-    rows = directions.double()
-    tokens = np.array([b.token for b in branches])
-    candidates = {b.token for b in branches if not b.tail}
-    # A token beyond a teacher's vocabulary is a padding row of the student's: the teacher gives it nothing.
-    q = np.array([[float(t[k]) if k < len(t) else 0.0 for k in tokens] for t in teacher_probabilities])
-    inside = np.array([float(sum(t[k] for k in candidates if k < len(t))) for t in teacher_probabilities])
-    nothing = np.zeros(len(tokens))
+    directions = directions.double()
+    tokens = np.array([branch.token for branch in branches])
+    candidates = {branch.token for branch in branches if not branch.tail}
+    # A token beyond a teacher's vocabulary is a padding row of the student's; the teacher gives it no probability.
+    teacher_probability = np.array(
+        [[float(policy[token]) if token < len(policy) else 0.0 for token in tokens] for policy in teacher_probabilities]
+    )
+    candidate_mass = np.array(
+        [float(sum(policy[token] for token in candidates if token < len(policy))) for policy in teacher_probabilities]
+    )
+    zeros = np.zeros(len(tokens))
     return NodeRecord(
         rollout=node.rollout,
         question=rollout.question.id,
@@ -51,30 +55,30 @@ def node_record(
         inclusion=node.inclusion,
         correct=correct,
         tokens=tokens,
-        probability=np.array([b.probability for b in branches]),
-        weight=np.array([b.weight for b in branches]),
-        tail=np.array([b.tail for b in branches]),
-        # The last one: in the free mode a token stands for itself and, before that, for what it is compared with.
-        taken=max(a for a, k in enumerate(tokens) if k == rollout.response_ids[node.depth]),
+        probability=np.array([branch.probability for branch in branches]),
+        weight=np.array([branch.weight for branch in branches]),
+        tail=np.array([branch.tail for branch in branches]),
+        # The last index: in the free mode the taken token has two branches, and the first is the baseline.
+        taken=max(index for index, token in enumerate(tokens) if token == rollout.response_ids[node.depth]),
         count=np.zeros(len(tokens), dtype=np.int64),
-        total=nothing,
-        total_square=nothing,
+        total=zeros,
+        total_square=zeros,
         exact=np.zeros(len(tokens), dtype=bool),
-        # Copies: the records outlive the probe, and must hold no tensor of it.
+        # Copies: the records outlive the probe and must not keep its tensors alive.
         gram=gram.numpy().copy(),
-        logit_gram=(rows @ rows.mT).cpu().numpy().copy(),
-        teacher_probability=q,
-        teacher_tail=(1 - inside).clip(0, 1),
+        logit_gram=(directions @ directions.mT).cpu().numpy().copy(),
+        teacher_probability=teacher_probability,
+        teacher_tail=(1 - candidate_mass).clip(0, 1),
         predictors=dict(predictors),
     )
 
 
 def with_outcomes(record: NodeRecord, outcomes: Sequence[BranchOutcomes]) -> NodeRecord:
-    """The record with what its branches' continuations gave."""
+    """Return the record with the number, sum and sum of squares of the rewards of each branch."""
     return replace(
         record,
-        count=np.array([len(o.rewards) for o in outcomes], dtype=np.int64),
-        total=np.array([sum(o.rewards) for o in outcomes]),
-        total_square=np.array([sum(r * r for r in o.rewards) for o in outcomes]),
-        exact=np.array([o.exact for o in outcomes]),
+        count=np.array([len(outcome.rewards) for outcome in outcomes], dtype=np.int64),
+        total=np.array([sum(outcome.rewards) for outcome in outcomes]),
+        total_square=np.array([sum(reward * reward for reward in outcome.rewards) for outcome in outcomes]),
+        exact=np.array([outcome.exact for outcome in outcomes]),
     )

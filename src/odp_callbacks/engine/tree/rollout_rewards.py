@@ -1,4 +1,4 @@
-"""The free mode: predicted gain from the rollouts themselves, without a continuation."""
+"""The free mode: predicted gain from the rewards of the rollouts themselves, without continuations."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,30 +14,38 @@ from odp_callbacks.records import NodeRecord
 
 
 def taken_branches(rollout: Rollout, node: Node, logits: Tensor, temperature: float) -> list[Branch]:
-    """The token that was taken, and before it what it is compared with: itself, with a weight of 0.
+    """Return the two branches of a node in the free mode, both with the token that the rollout took.
+
+    The first has the weight 0 and stands for the baseline, the second has the weight 1.
 
     Args:
         rollout: The rollout.
-        node: A node of it.
-        logits: ``(V,)``, the student's.
-        temperature: Of sampling.
+        node: A node of the rollout.
+        logits: ``(V,)``, the student's logits at the node.
+        temperature: The sampling temperature.
     """
     token = rollout.response_ids[node.depth]
-    p = float(torch.softmax(logits.double() / temperature, dim=-1)[token])
-    return [Branch(token, p, weight, tail=False) for weight in (0.0, 1.0)]
+    probability = float(torch.softmax(logits.double() / temperature, dim=-1)[token])
+    return [Branch(token, probability, weight, tail=False) for weight in (0.0, 1.0)]
 
 
 def from_rewards(rollouts: Sequence[Rollout], records: Sequence[NodeRecord]) -> list[NodeRecord]:
-    r"""The free mode: :math:`(r - b)(e_y - p)` is an unbiased one-sample estimate of the ideal gradient.
+    r"""Fill records of the free mode with the rollouts' rewards.
 
-    The baseline is the mean reward of the sibling rollouts, or of all others where there is none; it only has to be
-    independent of the rollout's own.
+    :math:`(r - b)(e_y - p)` is an unbiased one-sample estimate of the ideal gradient, whatever the baseline :math:`b`,
+    as long as it is independent of the rollout. Here it is the mean reward of the sibling rollouts, or of all other
+    rollouts if there is no sibling.
+
+    Args:
+        rollouts: The probe's rollouts.
+        records: Records of nodes with the branches of :func:`taken_branches`.
     """
-    found = []
+    filled_records = []
     for record in records:
-        own = rollouts[record.rollout]
-        others = [r for i, r in enumerate(rollouts) if i != record.rollout]
-        siblings = [r.reward for r in others if r.question is own.question] or [r.reward for r in others]
-        pair = np.array([np.mean(siblings) if siblings else 0.0, own.reward])
-        found.append(replace(record, count=np.ones(2, dtype=np.int64), total=pair, total_square=pair**2))
-    return found
+        rollout = rollouts[record.rollout]
+        others = [other for index, other in enumerate(rollouts) if index != record.rollout]
+        rewards = [other.reward for other in others if other.question is rollout.question]
+        rewards = rewards or [other.reward for other in others]
+        total = np.array([np.mean(rewards) if rewards else 0.0, rollout.reward])
+        filled_records.append(replace(record, count=np.ones(2, dtype=np.int64), total=total, total_square=total**2))
+    return filled_records

@@ -1,4 +1,4 @@
-"""The report: one HTML file that says which teacher helps, where, and how sure that is."""
+"""The HTML report: one file that says which teacher helps, on which tokens, and how certain that is."""
 
 from odp_callbacks.visualization.html_report.page import write_report
 

@@ -1,88 +1,134 @@
-"""What the page shows, as plain rows: computed by the library's own functions, and only put into order here."""
+"""The data behind the page's interactive part, as plain values that JSON can hold."""
 
 import math
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from odp_callbacks.analysis.summaries import Analysis
-from odp_callbacks.records import NodeRecord
-from odp_callbacks.text import cut, shown
+from odp_callbacks.records import Floats, NodeRecord, RolloutRecord
+from odp_callbacks.text import displayable, keep_end
+from odp_callbacks.visualization.wording import level
 
-LONGEST_PROMPT, LONGEST_RESPONSE = 2000, 4000
-"""Characters of a prompt, and tokens of a response, that are shown; what is cut is said."""
-Z = 1.959964
-"""Of a 95 % interval."""
+MAXIMUM_PROMPT_LENGTH = 2000
+"""Characters of a prompt that are kept; the page marks where one was cut."""
+MAXIMUM_RESPONSE_LENGTH = 4000
+"""Tokens of a response that are kept; the page says how many were left out."""
 
 
 def page_data(analysis: Analysis) -> dict[str, Any]:
-    """Rollouts and nodes as JSON can hold them; a number that does not exist is null.
+    """Collect what the page's script needs; a number that does not exist is None.
 
-    Tables, columns first: a node's ``p``, ``q`` and so on are lists over its branches.
+    Args:
+        analysis: Analysis of a report.
+
+    Returns:
+        ``teachers``, names; ``free``, whether the probe was in free mode; ``level``, the confidence level in words;
+        ``words``, the texts of candidate tokens by id; ``rollouts`` and ``nodes``, see :func:`_rollout_data` and
+        :func:`_node_data`.
     """
-    report, evidence, status = analysis.report, analysis.evidence, analysis.status
-    low, high = analysis.token_intervals()
-    alignment = analysis.token_alignment()
-    texts = report.token_text
+    report, alignment = analysis.report, analysis.token_alignment()
+    lower_ends, upper_ends = analysis.token_intervals()
     return {
-        "teachers": [shown(name) for name in report.teachers],
+        "teachers": [displayable(teacher_name) for teacher_name in report.teachers],
         "free": report.free,
-        "words": {str(k): shown(text) for k, text in texts.items()},
-        "rollouts": [
-            {
-                "question": shown(r.question),
-                "prompt": cut(r.prompt, LONGEST_PROMPT),
-                "pieces": [shown(piece) for piece in r.pieces[:LONGEST_RESPONSE]],
-                "more": max(0, len(r.pieces) - LONGEST_RESPONSE),
-                "reward": number(r.reward),
-                "correct": r.correct,
-                "truncated": r.truncated,
-            }
-            for r in report.rollouts
-        ],
+        "level": level(analysis.confidence),
+        "words": {str(token_id): displayable(token_text) for token_id, token_text in report.token_text.items()},
+        "rollouts": [_rollout_data(rollout) for rollout in report.rollouts],
         "nodes": [
-            {
-                "r": node.rollout,
-                "d": node.depth,
-                "k": node.tokens.tolist(),
-                "t": int(node.taken),
-                "p": numbers(node.probability),
-                "q": [numbers(row) for row in node.teacher_probability],
-                "s": [success(node, a) for a in range(len(node.tokens))],
-                "a": numbers(alignment[n]),
-                "l": numbers(low[n]),
-                "h": numbers(high[n]),
-                "g": numbers(evidence.gain[n]),
-                "u": [str(kind) for kind in status[n]],
-            }
-            for n, node in enumerate(report.nodes)
-            if node.depth < LONGEST_RESPONSE
+            _node_data(analysis, node_index, alignment[node_index], (lower_ends[node_index], upper_ends[node_index]))
+            for node_index, node in enumerate(report.nodes)
+            if node.depth < MAXIMUM_RESPONSE_LENGTH
         ],
     }
 
 
-def success(node: NodeRecord, a: int) -> list[float | None]:
-    """Of a branch: estimate, ends of its 95 % interval, and continuations (0: known exactly).
+def _rollout_data(rollout: RolloutRecord) -> dict[str, Any]:
+    return {
+        "question": displayable(rollout.question),
+        "prompt": keep_end(rollout.prompt, MAXIMUM_PROMPT_LENGTH),
+        "pieces": [displayable(piece) for piece in rollout.pieces[:MAXIMUM_RESPONSE_LENGTH]],
+        "omitted": max(0, len(rollout.pieces) - MAXIMUM_RESPONSE_LENGTH),
+        "reward": json_number(rollout.reward),
+        "correct": rollout.correct,
+        "truncated": rollout.truncated,
+    }
 
-    The interval is Wilson's, with the rewards' mean for a share: for rewards between 0 and 1 it is at least as wide as
-    need be.
+
+def _node_data(
+    analysis: Analysis, node_index: int, alignment: Floats, interval: tuple[Floats, Floats]
+) -> dict[str, Any]:
+    """Collect the data of a node: lists over its ``A`` branches or over the ``K`` teachers.
+
+    ``tokens``, ``student`` and ``success`` are lists over branches; ``teachers`` is a list over teachers of lists over
+    branches; ``alignment``, its interval ``low`` to ``high``, ``gain`` and ``status`` are lists over teachers.
     """
-    n = float(node.count[a])
-    if n == 0:
+    node = analysis.report.nodes[node_index]
+    return {
+        "rollout": node.rollout,
+        "depth": node.depth,
+        "tokens": node.tokens.tolist(),
+        "taken": int(node.taken),
+        "student": json_numbers(node.probability),
+        "teachers": [json_numbers(probabilities) for probabilities in node.teacher_probability],
+        "success": [
+            success_with_interval(node, branch_index, analysis.confidence) for branch_index in range(len(node.tokens))
+        ],
+        "alignment": json_numbers(alignment),
+        "low": json_numbers(interval[0]),
+        "high": json_numbers(interval[1]),
+        "gain": json_numbers(analysis.evidence.gain[node_index]),
+        "status": [str(status) for status in analysis.status[node_index]],
+    }
+
+
+def success_with_interval(node: NodeRecord, branch_index: int, confidence: float = 0.95) -> list[float | None]:
+    """Estimate a branch's success, with Wilson's interval.
+
+    The interval treats the mean reward as a share of successes. For rewards between 0 and 1 it is therefore at least as
+    wide as necessary.
+
+    Args:
+        node: A node's record.
+        branch_index: Index of the branch.
+        confidence: Level of the interval, in (0, 1).
+
+    Returns:
+        The estimate, the ends of its interval, and the number of continuations, which is 0 if the success is known
+        exactly. Without continuations, the first three are None.
+    """
+    continuation_count = float(node.count[branch_index])
+    if continuation_count == 0:
         return [None, None, None, 0]
-    mean = float(node.total[a]) / n
-    if node.exact[a]:
-        return [number(mean), number(mean), number(mean), 0]
-    centre, spread = mean + Z * Z / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
-    below = 1 + Z * Z / n
-    return [number(mean), number((centre - spread) / below), number((centre + spread) / below), int(n)]
+    mean_reward = float(node.total[branch_index]) / continuation_count
+    if node.exact[branch_index]:
+        return [json_number(mean_reward), json_number(mean_reward), json_number(mean_reward), 0]
+    quantile = NormalDist().inv_cdf((1 + confidence) / 2)
+    interval_centre = mean_reward + quantile * quantile / (2 * continuation_count)
+    interval_spread = quantile * math.sqrt(
+        mean_reward * (1 - mean_reward) / continuation_count
+        + quantile * quantile / (4 * continuation_count * continuation_count)
+    )
+    denominator = 1 + quantile * quantile / continuation_count
+    return [
+        json_number(mean_reward),
+        json_number((interval_centre - interval_spread) / denominator),
+        json_number((interval_centre + interval_spread) / denominator),
+        int(continuation_count),
+    ]
 
 
-def number(value: float) -> float | None:
-    """Four digits; None for what is no number."""
+def json_number(value: float) -> float | None:
+    """Round to four significant digits; None for a value that is not finite.
+
+    Examples:
+        >>> json_number(0.123456), json_number(float("nan"))
+        (0.1235, None)
+    """
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-def numbers(values: Any) -> list[float | None]:
-    """:func:`number` of each."""
-    return [number(float(v)) for v in np.asarray(values).ravel()]
+def json_numbers(values: Floats) -> list[float | None]:
+    """Apply :func:`json_number` to each value."""
+    return [json_number(float(value)) for value in np.ravel(values)]

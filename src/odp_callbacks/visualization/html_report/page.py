@@ -1,6 +1,7 @@
-"""From a report to one HTML file that needs nothing else."""
+"""The HTML page of a report: one file that loads nothing else."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from importlib.resources import files
@@ -9,15 +10,21 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
+from odp_callbacks.analysis.estimators import success_rate
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.ranking import rank_analysis
-from odp_callbacks.analysis.summaries import GAP, SPLITS, Analysis, success_rate
+from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.gates.scoring import score_rules
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.text import shown
-from odp_callbacks.visualization import plots
+from odp_callbacks.text import displayable
+from odp_callbacks.visualization import module_maps, plots
 from odp_callbacks.visualization.html_report.data import page_data
+from odp_callbacks.visualization.plot_style import to_svg
+from odp_callbacks.visualization.wording import class_title, level
+
+PACKAGE = "odp_callbacks.visualization.html_report"
 
 
 def write_report(
@@ -27,15 +34,15 @@ def write_report(
     title: str = "Is my teacher helping?",
     confidence: float = 0.95,
 ) -> Path:
-    """Write the report of a probe, or of a run's probes, as one HTML file that loads nothing.
+    """Write the report of a probe, or of the probes of a run, as one HTML file that loads nothing else.
 
-    First the answer: which teacher helps, where, how sure that is. Then pictures, the rollouts with their tokens
-    coloured by alignment, and tables. Whatever a model or a user wrote is shown as text, never as markup.
+    The page begins with the answer: which teacher helps, where, and how certain that is. Plots, rollouts with tokens
+    coloured by alignment, and tables follow. Whatever a model or a user wrote appears as text, never as markup.
 
     Args:
-        reports: A probe's report; or several with a name each (their steps, say), of which the last is shown whole and
-            all in a picture of how things went.
-        path: Where to.
+        reports: The report of a probe; or several reports, each with a name, such as its step. The page shows the last
+            one in full, and how the predicted gain developed over all of them.
+        path: Path of the file; missing folders are created.
         title: Headline.
         confidence: Level of the intervals, in (0, 1).
 
@@ -43,75 +50,82 @@ def write_report(
         The path.
 
     Raises:
-        ValueError: If there is no report, or one has no nodes.
+        ValueError: If there is no report, if the last one has no nodes, or if ``confidence`` is not in (0, 1).
     """
-    several = [("", reports)] if isinstance(reports, ProbeReport) else list(reports)
-    if not several or not several[-1][1].nodes:
+    named_reports = [("", reports)] if isinstance(reports, ProbeReport) else list(reports)
+    if not named_reports or not named_reports[-1][1].nodes:
         raise ValueError("`reports` must hold a probe with nodes, but there is nothing to show.")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(several, title, confidence), encoding="utf-8")
-    return target
+    target_path = Path(path)
+    target_path.parent.mkdir(parents=True, exist_ok=True)
+    target_path.write_text(render_page(named_reports, title, confidence), encoding="utf-8")
+    return target_path
 
 
-def render(several: Sequence[tuple[str, ProbeReport]], title: str, confidence: float) -> str:
-    """The page as text."""
-    report = several[-1][1]
+def render_page(named_reports: Sequence[tuple[str, ProbeReport]], title: str, confidence: float) -> str:
+    """Render the page.
+
+    Args:
+        named_reports: At least one report, each with a name.
+        title: Headline.
+        confidence: Level of the intervals, in (0, 1).
+    """
+    name, report = named_reports[-1]
     analysis = Analysis(report, confidence)
-    summaries = [s for s in analysis.summaries() if s.split in (*SPLITS, GAP)]
-    ranking = rank_analysis(analysis)
-    teachers = [shown(name) for name in report.teachers]
-    environment = Environment(
-        loader=PackageLoader("odp_callbacks.visualization.html_report", "."), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters |= {"figure": show, "shown": shown}
-    source = files("odp_callbacks.visualization.html_report")
-    trend = None
-    alike = [(name, other) for name, other in several if other.teachers == report.teachers]
-    if len(alike) > 1:
-        trend = Markup(plots.svg(plots.over_steps([(shown(name), other) for name, other in alike], confidence)))
-    modules = plots.by_module(analysis)
+    comparable = [
+        (displayable(report_name), other) for report_name, other in named_reports if other.teachers == report.teachers
+    ]
+    environment = Environment(loader=PackageLoader(PACKAGE, "."), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"estimate": describe_estimate, "displayable": displayable, "class_title": class_title}
+    resources = files(PACKAGE)
     return environment.get_template("page.html.jinja").render(
         title=title,
-        confidence=confidence,
+        level=level(confidence),
         report=report,
-        teachers=teachers,
-        ranking=ranking,
-        summaries=summaries,
-        sides=analysis.sides(),
-        rate=success_rate(report, confidence),
+        teachers=[displayable(teacher) for teacher in report.teachers],
+        ranking=rank_analysis(analysis),
+        summaries=analysis.summaries(),
+        significant_tokens=analysis.significant_token_counts(),
+        success_rate=success_rate(report, confidence),
         rules=[] if report.free else score_rules(report, confidence=confidence),
-        gains=Markup(plots.svg(plots.gains(summaries, report.teachers))),
-        depth=Markup(plots.svg(plots.over_depth(analysis))),
-        modules=None if modules is None else Markup(plots.svg(modules)),
-        divergence=Markup(plots.svg(plots.against_divergence(analysis))),
-        trend=trend,
-        strangers=len(several) - len(alike),
-        probe=shown(several[-1][0]),
-        # Both are ours; the data is made harmless for the place where it stands.
-        style=Markup(source.joinpath("page.css").read_text("utf-8")),
-        script=Markup(source.joinpath("page.js").read_text("utf-8")),
-        data=Markup(as_script(page_data(analysis))),
+        plots=_plots(analysis, comparable),
+        omitted_reports=len(named_reports) - len(comparable),
+        probe=displayable(name),
+        # Style and script are part of this package; the data is escaped for its place in the page.
+        style=Markup(resources.joinpath("page.css").read_text("utf-8")),
+        script=Markup(resources.joinpath("page.js").read_text("utf-8")),
+        data=Markup(json_for_script(page_data(analysis))),
     )
 
 
-def as_script(data: Any) -> str:
-    r"""JSON for a script element: nothing in it can end the element, or be read as markup.
+def _plots(analysis: Analysis, comparable: Sequence[tuple[str, ProbeReport]]) -> dict[str, Markup | None]:
+    """Draw the page's plots as SVG; None for those that do not apply."""
+    drawn_plots: dict[str, Figure | None] = {
+        "gains": plots.plot_gains(analysis.summaries(), analysis.report.teachers),
+        "depth": plots.plot_over_depth(analysis),
+        "modules": module_maps.plot_module_maps(analysis),
+        "divergence": plots.plot_alignment_against_divergence(analysis),
+        "trend": plots.plot_over_probes(comparable, analysis.confidence) if len(comparable) > 1 else None,
+    }
+    return {name: None if plot is None else Markup(to_svg(plot)) for name, plot in drawn_plots.items()}
+
+
+def json_for_script(data: Any) -> str:
+    r"""Write JSON for a script element: nothing in it can end the element or be read as markup.
 
     Examples:
-        >>> as_script({"piece": "</script>&"})
+        >>> json_for_script({"piece": "</script>&"})
         '{"piece":"\\u003c/script\\u003e\\u0026"}'
     """
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for c in "<>&\u2028\u2029":
-        text = text.replace(c, f"\\u{ord(c):04x}")
-    return text.encode("utf-8", "replace").decode("utf-8")
+    json_text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        json_text = json_text.replace(character, f"\\u{ord(character):04x}")
+    return json_text.encode("utf-8", "replace").decode("utf-8")
 
 
-def show(figure: Estimate) -> str:
-    """A figure with its interval in words."""
-    if figure.value != figure.value:  # NaN
-        return f"undefined{f' ({figure.note})' if figure.note else ''}"
-    if figure.low != figure.low:
-        return f"{figure.value:+.3f} (no interval{f': {figure.note}' if figure.note else ''})"
-    return f"{figure.value:+.3f} ({figure.low:+.3f} to {figure.high:+.3f})"
+def describe_estimate(estimate: Estimate) -> str:
+    """Write an estimate with its interval, or with the reason why there is none."""
+    if math.isnan(estimate.value):
+        return f"no estimate{f' ({estimate.note})' if estimate.note else ''}"
+    if math.isnan(estimate.low):
+        return f"{estimate.value:+.3f} (no interval{f': {estimate.note}' if estimate.note else ''})"
+    return f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"

@@ -1,4 +1,4 @@
-"""Adam's geometry against steps that optimizers really take."""
+"""Adam's preconditioner, compared with steps that optimizers take."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from odp_callbacks.analysis.node_estimates import estimate
 from odp_callbacks.analysis.summaries import summarise
 from odp_callbacks.engine import BaseTeacher, Probe, ProbeConfig
-from odp_callbacks.engine.gradients.optimizer_geometry import adam_preconditioner
+from odp_callbacks.engine.gradients.adam import adam_preconditioner
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
 from odp_callbacks.engine.gradients.random_projection import projected_gram_matrices
 from odp_callbacks.engine.gradients.vjp import node_gram_matrices
@@ -27,8 +27,8 @@ from tests.helpers.worlds import make_world
 IDS = torch.tensor([1, 5, 6, 9, 7, 8, 11, 6, 5])
 
 
-def trained(student: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, seed: int = 0) -> None:
-    """Take steps along drawn gradients, whose size differs from number to number."""
+def take_random_steps(student: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5, seed: int = 0) -> None:
+    """Take steps along random gradients, whose size differs between numbers."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for p in lora_parameters(student).values():
@@ -48,12 +48,12 @@ def flat(tensors: Any) -> Tensor:
 
 
 def cosine_between(a: Tensor, b: Tensor) -> Tensor:
-    """Torch's own takes no vector to be shorter than 1e-8, and a step here is."""
+    """Cosine without torch's lower bound of 1e-8 on the norms; the steps here are shorter."""
     return a @ b / a.norm() / b.norm()
 
 
 def step_along(student: nn.Module, optimizer: torch.optim.Optimizer, direction: Tensor) -> Tensor:
-    """What the optimizer does to the parameters when their ascent direction is ``direction``, ``(P,)``."""
+    """The step of the optimizer, ``(P,)``, when the ascent direction of the parameters is ``direction``, ``(P,)``."""
     before = flat(lora_parameters(student).values())
     parts = direction.split([p.numel() for p in lora_parameters(student).values()])
     for p, part in zip(lora_parameters(student).values(), parts, strict=True):
@@ -62,7 +62,7 @@ def step_along(student: nn.Module, optimizer: torch.optim.Optimizer, direction: 
     return flat(lora_parameters(student).values()) - before
 
 
-KINDS: dict[str, dict[str, Any]] = {
+OPTIMIZER_OPTIONS: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "Adam": {"kind": torch.optim.Adam},
     "one by one": {"foreach": False},
@@ -72,54 +72,52 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
-def test_weights_are_what_the_next_step_does(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", OPTIMIZER_OPTIONS.values(), ids=OPTIMIZER_OPTIONS)
+def test_the_next_step_is_along_the_preconditioned_gradient(options: dict[str, Any]) -> None:
     student = tiny()
     optimizer = adamw(student, **options)
     assert adam_preconditioner(optimizer, student) is None, "no step was taken yet"
-    trained(student, optimizer)
-    metric = adam_preconditioner(optimizer, student)
-    assert metric is not None
-    assert metric.name == "adam"
-    # So small that it does not move the second moments.
+    take_random_steps(student, optimizer)
+    preconditioner = adam_preconditioner(optimizer, student)
+    assert preconditioner is not None
+    assert preconditioner.name == "adam"
+    # Too small to change the second moments.
     direction = 1e-6 * torch.randn(384, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = flat(metric.weights.values()) * direction
+    expected = flat(preconditioner.weights.values()) * direction
     moved = step_along(student, optimizer, direction)
-    cosine = cosine_between(moved, expected)
-    plain = cosine_between(moved, direction)
-    assert float(cosine) > 1 - 1e-7
-    assert float(plain) < 0.9
-    # Up to the factor by which all second moments shrink, the size is that of the learning rate.
+    assert float(cosine_between(moved, expected)) > 1 - 1e-7
+    assert float(cosine_between(moved, direction)) < 0.9
+    # The length is that of the learning rate, up to the common factor by which the second moments decay.
     assert float(moved.norm() / (1e-4 * expected.norm())) == pytest.approx(1, abs=0.15)
 
 
-def test_a_group_s_learning_rate_counts() -> None:
+def test_the_learning_rate_of_a_group_scales_its_weights() -> None:
     student = tiny()
-    b = [p for name, p in lora_parameters(student).items() if "lora_B" in name]
-    a = [p for name, p in lora_parameters(student).items() if "lora_A" in name]
-    groups = [{"params": a}, {"params": b, "lr": 16e-4}]
+    b_matrices = [p for name, p in lora_parameters(student).items() if "lora_B" in name]
+    a_matrices = [p for name, p in lora_parameters(student).items() if "lora_A" in name]
+    groups = [{"params": a_matrices}, {"params": b_matrices, "lr": 16e-4}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.0, 0.99), weight_decay=0.0)
-    trained(student, optimizer)
-    metric = adam_preconditioner(optimizer, student)
-    assert metric is not None
+    take_random_steps(student, optimizer)
+    preconditioner = adam_preconditioner(optimizer, student)
+    assert preconditioner is not None
     direction = 1e-6 * torch.randn(384, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     moved = step_along(student, optimizer, direction)
-    expected = flat(metric.weights.values()) * direction
+    expected = flat(preconditioner.weights.values()) * direction
     assert float(cosine_between(moved, expected)) > 1 - 1e-7
 
 
-def test_two_optimizers_together() -> None:
+def test_two_optimizers_may_share_the_parameters() -> None:
     student = tiny()
     parameters = list(lora_parameters(student).values())
     both = [torch.optim.Adam(parameters[::2], lr=1e-4), torch.optim.AdamW(parameters[1::2], lr=1e-4)]
     for optimizer in both:
-        trained(student, optimizer)
-    metric = adam_preconditioner(both, student)
-    assert metric is not None
-    assert all(bool((weight > 0).all()) for weight in metric.weights.values())
+        take_random_steps(student, optimizer)
+    preconditioner = adam_preconditioner(both, student)
+    assert preconditioner is not None
+    assert all(bool((weight > 0).all()) for weight in preconditioner.weights.values())
 
 
-def test_numbers_without_a_second_moment_do_not_count() -> None:
+def test_numbers_without_a_second_moment_have_weight_zero() -> None:
     student = tiny()
     optimizer = adamw(student)
     names = list(lora_parameters(student))
@@ -128,14 +126,16 @@ def test_numbers_without_a_second_moment_do_not_count() -> None:
             p.grad = torch.ones_like(p)
             p.grad.view(-1)[0] = 0
     optimizer.step()
-    metric = adam_preconditioner(optimizer, student)
-    assert metric is not None
-    assert not metric.weights[names[0]].any()
+    preconditioner = adam_preconditioner(optimizer, student)
+    assert preconditioner is not None
+    assert not preconditioner.weights[names[0]].any()
     for name in names[1:]:
-        assert (metric.weights[name].flatten() > 0).tolist() == [False] + [True] * (metric.weights[name].numel() - 1)
+        assert (preconditioner.weights[name].flatten() > 0).tolist() == [False] + [True] * (
+            preconditioner.weights[name].numel() - 1
+        )
 
 
-class Odd(torch.optim.Optimizer):
+class UnknownOptimizer(torch.optim.Optimizer):
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 1.0})
 
@@ -146,7 +146,7 @@ class Odd(torch.optim.Optimizer):
         (lambda p: torch.optim.SGD(p, lr=0.1), "known for Adam and AdamW, but .*lora_A.* is trained by SGD"),
         (lambda p: torch.optim.RMSprop(p, lr=0.1), "is trained by RMSprop"),
         (lambda p: torch.optim.NAdam(p, lr=0.1), "is trained by NAdam"),
-        (Odd, "is trained by Odd"),
+        (UnknownOptimizer, "is trained by UnknownOptimizer"),
         (lambda p: torch.optim.Adam(list(p)[1:], lr=0.1), "is a parameter of none of the 1 optimizers"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_parameter_that_is_stepped_on_twice_is_refused() -> None:
 def test_a_compiled_student_is_the_student() -> None:
     student = tiny()
     optimizer = adamw(student)
-    trained(student, optimizer)
+    take_random_steps(student, optimizer)
     compiled = adam_preconditioner(optimizer, torch.compile(student, backend="eager"))
     assert compiled is not None
     assert compiled.weights.keys() == lora_parameters(student).keys()
@@ -176,43 +176,45 @@ def test_a_compiled_student_is_the_student() -> None:
 @pytest.mark.parametrize("kind", ["AdamW", "AdamW8bit"])
 def test_optimizers_of_bitsandbytes(kind: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    # States of few numbers stay in 32 bits, whatever was asked for.
+    # bitsandbytes keeps the states of small parameters in 32 bits in any case.
     student = tiny(hidden_size=64, intermediate_size=96, head_dim=16, num_key_value_heads=4).float()
     optimizer = getattr(bitsandbytes.optim, kind)(
         lora_parameters(student).values(), lr=1e-4, betas=(0.0, 0.99), weight_decay=0.0, min_8bit_size=64
     )
-    trained(student, optimizer)
-    optimizer.param_groups[0]["lr"] = 100.0  # for a step that float32 resolves
-    metric = adam_preconditioner(optimizer, student)
-    assert metric is not None
+    take_random_steps(student, optimizer)
+    optimizer.param_groups[0]["lr"] = 100.0  # so that float32 resolves the step
+    preconditioner = adam_preconditioner(optimizer, student)
+    assert preconditioner is not None
     size = sum(p.numel() for p in lora_parameters(student).values())
     direction = 1e-4 * torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = flat(metric.weights.values()) * direction
+    expected = flat(preconditioner.weights.values()) * direction
     moved = step_along(student, optimizer, direction)
     assert float(cosine_between(moved, expected)) > 0.99
 
 
-def random_metric(student: nn.Module, seed: int = 0) -> Preconditioner:
+def random_preconditioner(student: nn.Module, seed: int = 0) -> Preconditioner:
     generator = torch.Generator().manual_seed(seed)
     weights = {n: torch.rand(p.shape, generator=generator).double() * 5 for n, p in lora_parameters(student).items()}
     return Preconditioner("drawn", weights)
 
 
-def test_gram_matrices_in_a_metric_are_those_of_scaled_gradients(family: str) -> None:
+def test_preconditioned_gram_matrices_are_those_of_scaled_gradients(family: str) -> None:
     student, generator = tiny(family), torch.Generator().manual_seed(0)
     directions = [torch.randn(c, 12, generator=generator, dtype=torch.float64) for c in (3, 1, 4)]
-    metric = random_metric(student)
-    roots = metric.roots(student)
-    weights = flat(metric.weights.values())
-    pulled = node_gram_matrices(student, IDS, [2, 8, 5], directions, roots=roots)
+    preconditioner = random_preconditioner(student)
+    square_roots = preconditioner.square_roots(student)
+    weights = flat(preconditioner.weights.values())
+    node_grams = node_gram_matrices(student, IDS, [2, 8, 5], directions, square_roots=square_roots)
     for n, position in enumerate([2, 8, 5]):
         rows = lora_gradients(student, IDS, torch.tensor([position]), directions[n][None])[0]
-        torch.testing.assert_close(pulled.preconditioned[n].sum(0), (rows * weights) @ rows.mT, rtol=1e-5, atol=1e-8)
-        torch.testing.assert_close(pulled.grams[n].sum(0), rows @ rows.mT, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(
+            node_grams.preconditioned[n].sum(0), (rows * weights) @ rows.mT, rtol=1e-5, atol=1e-8
+        )
+        torch.testing.assert_close(node_grams.grams[n].sum(0), rows @ rows.mT, rtol=1e-5, atol=1e-8)
     sketches = projected_gram_matrices(
-        student, IDS, [2, 8, 5], directions, 4000, torch.Generator().manual_seed(0), roots=roots
+        student, IDS, [2, 8, 5], directions, 4000, torch.Generator().manual_seed(0), square_roots=square_roots
     )
-    for sketch, exact in zip(sketches, pulled.preconditioned, strict=True):
+    for sketch, exact in zip(sketches, node_grams.preconditioned, strict=True):
         whole = exact.sum(0)
         torch.testing.assert_close(sketch[0], whole, rtol=0.1, atol=0.1 * float(whole.max()))
 
@@ -227,24 +229,24 @@ def test_gram_matrices_in_a_metric_are_those_of_scaled_gradients(family: str) ->
         (lambda w: next(iter(w.values())).fill_(torch.nan), "finite"),
     ],
 )
-def test_a_metric_that_does_not_fit_is_refused(change: Callable[..., Any], message: str) -> None:
+def test_a_preconditioner_that_does_not_fit_is_refused(change: Callable[..., Any], message: str) -> None:
     student = tiny()
-    metric = random_metric(student)
-    change(metric.weights)
+    preconditioner = random_preconditioner(student)
+    change(preconditioner.weights)
     with pytest.raises(ValueError, match=message):
-        metric.roots(student)
+        preconditioner.square_roots(student)
 
 
-def probe(world: Any, other: nn.Module, metric: Preconditioner | None, **config: Any) -> ProbeReport:
+def run_probe(world: Any, other: nn.Module, preconditioner: Preconditioner | None, **config: Any) -> ProbeReport:
     options = {"nodes": "every", "branch_mass": 1.0, "max_branches": 5, "max_new_tokens": 3, "continuations": 2}
-    tool = Probe(
+    instrument = Probe(
         world.model,
         world.tokenizer,
         world.reward,
         {"other": other, "base": BaseTeacher()},
         ProbeConfig(**{**options, **config}),
     )
-    return tool.run([world.row] * 2, seed=1, metric=metric)
+    return instrument.run([world.row] * 2, seed=1, preconditioner=preconditioner)
 
 
 @pytest.fixture(scope="module")
@@ -252,33 +254,35 @@ def other() -> nn.Module:
     return tiny_base(vocabulary=5, seed=50, eos_token_id=0, pad_token_id=None, bos_token_id=None)
 
 
-def test_predicted_gain_is_what_a_step_of_adam_brings(other: nn.Module) -> None:
-    """A step is taken, on a copy; success of the node by enumeration, what tokens lead to held constant."""
-    world = make_world("gpt2", seed=3, initializer_range=0.5)  # in float64 throughout: steps are small
+def test_predicted_gain_is_the_gain_of_a_step_of_adam(other: nn.Module) -> None:
+    """A step is taken on a copy. The node's success is enumerated, with the success of each token held constant."""
+    world = make_world(
+        "gpt2", seed=3, initializer_range=0.5
+    )  # GPT-2 is in float64 throughout, because the steps are small
     optimizer = adamw(world.model)
-    trained(world.model, optimizer)
-    metric = adam_preconditioner(optimizer, world.model)
-    assert metric is not None
-    report = probe(world, other, metric)
+    take_random_steps(world.model, optimizer)
+    preconditioner = adam_preconditioner(optimizer, world.model)
+    assert preconditioner is not None
+    report = run_probe(world, other, preconditioner)
     assert report.preconditioned is not None
     with torch.no_grad():
         nodes = world.solve()
-        weights = flat(metric.weights.values())
+        weights = flat(preconditioner.weights.values())
     words = ["</s>", *"abcdefg"]
-    seen = set()
+    compared = set()
     for record, euclidean in zip(report.preconditioned.nodes, report.nodes, strict=True):
         prefix = tuple(words.index(p) for p in report.rollouts[record.rollout].pieces[: record.depth])
-        if prefix in seen:
+        if prefix in compared:
             continue
-        seen.add(prefix)
+        compared.add(prefix)
         node = nodes[prefix]
         q = node.success[record.tokens].numpy()
         known = {"count": np.ones_like(record.count), "total": q, "total_square": q * q, "exact": q == q}
-        found, plain = (estimate(replace(r, **known)) for r in (record, euclidean))
+        with_adam, without = (estimate(replace(r, **known)) for r in (record, euclidean))
         with torch.no_grad():
-            z = other(input_ids=world.ids(prefix)[None]).logits[0, -1]
-        pull = distillation_logit_gradient(node.logits, z)
-        (d,) = world.pull(node, pull)
+            teacher_logits = other(input_ids=world.ids(prefix)[None]).logits[0, -1]
+        direction = distillation_logit_gradient(node.logits, teacher_logits)
+        (d,) = world.parameter_gradients(node, direction)
         copy = deepcopy(world)
         states = deepcopy(optimizer.state_dict())
         again = adamw(copy.model)
@@ -288,24 +292,24 @@ def test_predicted_gain_is_what_a_step_of_adam_brings(other: nn.Module) -> None:
             after = copy.model(input_ids=world.ids(prefix)[None]).logits[0, -1]
         change = (torch.softmax(after, -1) - torch.softmax(node.logits, -1)) @ node.success
         length = (moved**2 / weights).sum().sqrt()
-        assert float(change / length) == pytest.approx(found.predicted_gain[0], rel=1e-3, abs=1e-7)
-        assert found.predicted_gain[0] != pytest.approx(plain.predicted_gain[0], rel=0.05)
+        assert float(change / length) == pytest.approx(with_adam.predicted_gain[0], rel=1e-3, abs=1e-7)
+        assert with_adam.predicted_gain[0] != pytest.approx(without.predicted_gain[0], rel=0.05)
         p = torch.softmax(node.logits, -1)
-        g, d = world.pull(node, p * (node.success - p @ node.success), pull)
+        g, d = world.parameter_gradients(node, p * (node.success - p @ node.success), direction)
         cosine = (g * weights) @ d / ((g * weights) @ g).sqrt() / ((d * weights) @ d).sqrt()
-        assert found.alignment[0] == pytest.approx(float(cosine), abs=1e-5)
-    assert len(seen) > 3
+        assert with_adam.alignment[0] == pytest.approx(float(cosine), abs=1e-5)
+    assert len(compared) > 3
 
 
 @pytest.mark.parametrize("config", [{}, {"budget": 200}, {"budget": 0}, {"projections": 2, "max_branches": 4}])
-def test_both_geometries_come_of_the_same_nodes_and_continuations(
+def test_both_geometries_use_the_same_nodes_and_continuations(
     other: nn.Module, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "projections" in config:
-        monkeypatch.setattr("odp_callbacks.engine.probe.projection_is_cheaper", lambda *_: True)
+        monkeypatch.setattr("odp_callbacks.engine.measurement.projection_is_cheaper", lambda *_: True)
     world = make_world(seed=3, initializer_range=0.5)
     before = Snapshot(world.model)
-    report = probe(world, other, random_metric(world.model), **config)
+    report = run_probe(world, other, random_preconditioner(world.model), **config)
     before.check()
     twin = report.preconditioned
     assert twin is not None
@@ -314,9 +318,9 @@ def test_both_geometries_come_of_the_same_nodes_and_continuations(
         np.testing.assert_array_equal(a.total, b.total)
         assert a.gram.shape == b.gram.shape
         assert not np.allclose(a.gram, b.gram)
-    alone = probe(world, other, None, **config)
+    alone = run_probe(world, other, None, **config)
     assert alone.preconditioned is None
-    if "projections" not in config:  # the second geometry draws directions of its own
+    if "projections" not in config:  # exact gradients only
         for a, b in zip(report.nodes, alone.nodes, strict=True):
             np.testing.assert_array_equal(a.gram, b.gram)
             np.testing.assert_array_equal(a.total, b.total)
@@ -324,10 +328,12 @@ def test_both_geometries_come_of_the_same_nodes_and_continuations(
         assert not np.allclose(report.step.gram, twin.step.gram)
 
 
-def test_equal_weights_are_the_euclidean_geometry(other: nn.Module) -> None:
+def test_equal_weights_give_the_euclidean_geometry(other: nn.Module) -> None:
     world = make_world(seed=3, initializer_range=0.5)
-    metric = Preconditioner("flat", {n: torch.full(p.shape, 4.0) for n, p in lora_parameters(world.model).items()})
-    report = probe(world, other, metric)
+    preconditioner = Preconditioner(
+        "flat", {n: torch.full(p.shape, 4.0) for n, p in lora_parameters(world.model).items()}
+    )
+    report = run_probe(world, other, preconditioner)
     assert report.preconditioned is not None
     assert report.step is not None
     assert report.preconditioned.step is not None
@@ -338,19 +344,19 @@ def test_equal_weights_are_the_euclidean_geometry(other: nn.Module) -> None:
             np.testing.assert_allclose(b.figures[name].value, factor * a.figures[name].value, rtol=1e-4)
 
 
-def test_both_geometries_are_kept_and_put_together(other: nn.Module, tmp_path: Any) -> None:
+def test_both_geometries_are_saved_and_combined(other: nn.Module, tmp_path: Any) -> None:
     world = make_world(seed=3, initializer_range=0.5)
-    report = probe(world, other, random_metric(world.model))
-    found = load(save(report, tmp_path / "probe"))
-    assert found.preconditioned is not None
+    report = run_probe(world, other, random_preconditioner(world.model))
+    loaded = load(save(report, tmp_path / "probe"))
+    assert loaded.preconditioned is not None
     assert report.preconditioned is not None
-    assert found.preconditioned.settings["geometry"] == "drawn"
-    for a, b in zip(found.preconditioned.nodes, report.preconditioned.nodes, strict=True):
+    assert loaded.preconditioned.settings["geometry"] == "drawn"
+    for a, b in zip(loaded.preconditioned.nodes, report.preconditioned.nodes, strict=True):
         np.testing.assert_allclose(a.gram, b.gram, rtol=1e-5, atol=1e-5 * np.abs(b.gram).max())
-    for together, factor in ((concatenate, 1), (pool, 2)):
-        both = together([report, report]).preconditioned
+    for combine, factor in ((concatenate, 1), (pool, 2)):
+        both = combine([report, report]).preconditioned
         assert both is not None
         assert both.nodes[0].total.sum() >= factor * report.preconditioned.nodes[0].total[~report.nodes[0].exact].sum()
-    assert concatenate([report, probe(world, other, None)]).preconditioned is None
+    assert concatenate([report, run_probe(world, other, None)]).preconditioned is None
     with pytest.raises(ValueError, match="geometry"):
         concatenate([report, report.preconditioned])

@@ -1,0 +1,59 @@
+"""All figures of a report as rows of a table."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from odp_callbacks.analysis.jackknife import Estimate
+from odp_callbacks.analysis.summaries import GEOMETRY_DEPENDENT, Analysis
+from odp_callbacks.records import ProbeReport
+
+COLUMNS = (
+    "teacher", "split", "figure", "value", "low", "high", "uncorrected", "questions", "nodes", "note", "geometry",
+)  # fmt: skip
+"""Names of the columns, in their order."""
+
+
+def figure_rows(report: ProbeReport, confidence: float = 0.95) -> list[dict[str, Any]]:
+    """One row for each teacher or pair of teachers, class and figure, with the columns :data:`COLUMNS`.
+
+    Figures that depend on the geometry have a row for each geometry that was measured.
+
+    Args:
+        report: A probe's report.
+        confidence: Level of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: If ``confidence`` is not in (0, 1).
+    """
+    rows = [_row(*key, estimate, report) for key, estimate in _estimates(report, confidence)]
+    other = report.preconditioned
+    if other is not None:
+        rows += [
+            _row(teacher, split, figure, estimate, other)
+            for (teacher, split, figure), estimate in _estimates(other, confidence)
+            if figure in GEOMETRY_DEPENDENT
+        ]
+    return rows
+
+
+def _estimates(report: ProbeReport, confidence: float) -> Iterator[tuple[tuple[str, str, str], Estimate]]:
+    analysis = Analysis(report, confidence)
+    for summary in [*analysis.summaries(), *analysis.contrasts()]:
+        for figure, estimate in summary.figures.items():
+            yield (summary.teacher, summary.split, figure), estimate
+
+
+def _row(teacher: str, split: str, figure: str, estimate: Estimate, report: ProbeReport) -> dict[str, Any]:
+    return {
+        "teacher": teacher,
+        "split": split,
+        "figure": figure,
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "uncorrected": estimate.uncorrected,
+        "questions": estimate.questions,
+        "nodes": estimate.nodes,
+        "note": estimate.note,
+        "geometry": report.settings.get("geometry", "euclidean"),
+    }

@@ -1,0 +1,43 @@
+"""How a failing probe is kept from stopping the training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from odp_callbacks.callbacks.trainer_context import TrainerContext
+
+
+class FailureHandler:
+    """Turns exceptions into warnings, so that training goes on; the same warning is issued only once.
+
+    Args:
+        strict: Let exceptions pass instead.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self._warnings_issued: set[str] = set()
+
+    @contextmanager
+    def guarded(self, context: TrainerContext, consequence: str) -> Iterator[None]:
+        """Catch an exception in the body of the ``with`` statement and warn about it, unless ``strict``.
+
+        Args:
+            context: The trainer, which issues the warning.
+            consequence: What the failure means for the user; the exception's own text follows it.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.strict:
+                raise
+            self.warn_of_error(context, consequence, error)
+
+    def warn_of_error(self, context: TrainerContext, consequence: str, error: Exception) -> None:
+        """Warn once about an exception that was caught."""
+        self.warn_once(context, f"{consequence}: {type(error).__name__}: {error}")
+
+    def warn_once(self, context: TrainerContext, message: str) -> None:
+        """Issue a warning unless the same one was issued before."""
+        if message not in self._warnings_issued:
+            self._warnings_issued.add(message)
+            context.warn(f"odp-callbacks: {message}")

@@ -1,0 +1,39 @@
+"""What a monitor needs to know of a trainer, and may ask of it, at one moment of the training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from odp_callbacks.callbacks.processes import Processes
+from odp_callbacks.records import ProbeReport
+
+
+@dataclass(frozen=True)
+class TrainerContext:
+    """A trainer as the monitor sees it; each callback builds one from its own trainer.
+
+    Attributes:
+        step: Number of optimizer steps taken.
+        is_global_zero: Whether this is the process that writes files and pictures.
+        processes: The processes that train together and share the questions of each probe.
+        precision_context: Returns a context manager with the precision that the student is trained in.
+        progress: Maps the seconds that each stage took in the last probe to a context manager. Entering it gives a
+            function of a stage's name, the work done and the total work, which displays the progress.
+        log: Sends metrics, and the report of a probe if there is one to draw, to the trainer's loggers.
+        warn: Issues a warning in the first process.
+        inform: Logs a piece of information in the first process.
+        optimizers: The optimizers that train the student.
+    """
+
+    step: int
+    is_global_zero: bool
+    processes: Processes
+    precision_context: Callable[[], AbstractContextManager[Any]]
+    progress: Callable[[Mapping[str, float]], AbstractContextManager[Callable[[str, int, int], None]]]
+    log: Callable[[dict[str, float], ProbeReport | None], None]
+    warn: Callable[[str], None]
+    inform: Callable[[str], None]
+    optimizers: Sequence[Optimizer] = ()

@@ -1,0 +1,34 @@
+"""``odp-callbacks report``: build the HTML report of saved records."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from odp_callbacks.analysis.jackknife import check_confidence
+from odp_callbacks.cli.arguments import add_confidence_argument, add_json_argument, command_parser
+from odp_callbacks.cli.results import result_console, show_ranking
+from odp_callbacks.cli.saved_records import load_reports
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Parse the arguments of ``odp-callbacks report``, and run it."""
+    parser = command_parser("report", "Build the HTML report of saved records.")
+    parser.add_argument(
+        "records",
+        nargs="+",
+        type=str,
+        help="Folders of records. Several are the probes of one run, in this order; a folder that holds several folders"
+        " of records, such as that of a demo, stands for all of them.",
+    )
+    parser.add_argument("--output", type=str, default="report.html", help="The HTML file. (default: report.html)")
+    add_confidence_argument(parser)
+    add_json_argument(parser)
+    options = parser.parse_args(list(arguments))
+    check_confidence(options.confidence)
+    show_ranking(
+        load_reports(options.records),
+        Path(options.output),
+        options.confidence,
+        result_console(options.json),
+        options.json,
+    )
+    return 0

@@ -1,0 +1,39 @@
+"""What a caller asks for and what it gets: requests for continuations, and the continuations."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ContinuationRequest:
+    """Where a continuation starts, and how long it may become.
+
+    Attributes:
+        sequence: Index of the prefilled sequence that it continues.
+        prefix_length: How many of that sequence's first tokens come before ``first_token``.
+        first_token: The token after them, which the model reads first: a rollout's last prompt token, or the first
+            token of a branch. It is given, not sampled.
+        max_new_tokens: The largest number of tokens to sample after ``first_token``, at least 1.
+    """
+
+    sequence: int
+    prefix_length: int
+    first_token: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A sampled continuation.
+
+    Attributes:
+        tokens: The sampled tokens, including the end token if one was sampled.
+        truncated: Whether the length limit cut the continuation before an end token.
+    """
+
+    tokens: tuple[int, ...]
+    truncated: bool
+
+
+FinishedCallback = Callable[[dict[int, Continuation]], None]
+"""Called with the continuations that have finished since the last call, by the index of their request."""

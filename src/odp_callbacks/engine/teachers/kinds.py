@@ -1,0 +1,213 @@
+"""The kinds of teachers: the student itself, its base, another adapter, another model, and a moving average."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odp_callbacks.engine.prompts import Prompt, Row
+from odp_callbacks.engine.sampling.model_forward import vocabulary_size
+from odp_callbacks.engine.student import difference_from_base
+from odp_callbacks.engine.teachers.adapters import active_adapter
+from odp_callbacks.engine.teachers.context import Context, prompt_in_context
+from odp_callbacks.functional.gradients import evaluation_mode, lora_parameters
+
+Policy = tuple[nn.Module, dict[str, Tensor] | None]
+"""A model, and replacements for some of its parameters by name."""
+
+
+class Teacher:
+    r"""The student itself in its current state, usually with a context that it does not have when it answers.
+
+    It is the base class of the other teachers, which override :meth:`policy`. Without a context it equals the student,
+    and its alignment is undefined everywhere.
+
+    Args:
+        context: The prompt that the teacher is given in place of the row's. A string is a template over the row's
+            columns, such as ``"The answer is {answer}.\n{prompt}"``. On conversational rows it replaces the last user
+            message, and ``{prompt}`` stands for the text of that message. A function takes the row and returns a
+            prompt (string or messages). None gives the teacher the row's own prompt.
+
+    Raises:
+        TypeError: If ``context`` is of another type.
+
+    Examples:
+        >>> Teacher("The answer is {answer}. {prompt}").prompt({"prompt": "1 + 1 =", "answer": "2"})
+        'The answer is 2. 1 + 1 ='
+    """
+
+    def __init__(self, context: Context | None = None) -> None:
+        if context is not None and not isinstance(context, str) and not callable(context):
+            raise TypeError(f"`context` must be a template, a function of the row or None, but {context!r} was given.")
+        self.context = context
+
+    def prompt(self, row: Row) -> Prompt:
+        """The prompt that the teacher is given for ``row``.
+
+        Raises:
+            ValueError: If the template names a column that the row lacks, or the conversation has no user message.
+        """
+        return prompt_in_context(self.context, row)
+
+    @contextmanager
+    def policy(self, student: nn.Module) -> Iterator[Policy]:
+        """The model to run within the block; afterwards the student is as it was."""
+        yield student, None
+
+    def check(self, student: nn.Module, tokenizer: Any) -> None:
+        """Raise ``ValueError`` if this teacher cannot teach this student."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this teacher that belongs into a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
+
+    def update(self, student: nn.Module, step: int) -> None:
+        """Follow the student after an optimizer step; every trainer or callback that uses this teacher calls it.
+
+        Args:
+            student: The student after the step.
+            step: Number of optimizer steps so far. Several calls for the same step count once.
+        """
+
+
+class BaseTeacher(Teacher):
+    """The student's base model: the student with its adapters disabled.
+
+    Args:
+        context: As in :class:`Teacher`.
+    """
+
+    @contextmanager
+    def policy(self, student: nn.Module) -> Iterator[Policy]:
+        """The student without its adapters."""
+        with active_adapter(student, None):
+            yield student, None
+
+    def check(self, student: nn.Module, tokenizer: Any) -> None:
+        """Raise ``ValueError`` if the student with its adapters disabled is not the model that it was made from."""
+        if reason := difference_from_base(student):
+            raise ValueError(
+                f"`teachers` has the student's base, but with the adapters off it is not the original model: {reason}; "
+                "give the original model itself, `ModelTeacher(model)`."
+            )
+
+
+class AdapterTeacher(Teacher):
+    """Another peft adapter on the student's base.
+
+    Args:
+        adapter: The name of the adapter, as in ``student.load_adapter(path, adapter_name=...)``.
+        context: As in :class:`Teacher`.
+    """
+
+    def __init__(self, adapter: str, context: Context | None = None) -> None:
+        super().__init__(context)
+        self.adapter = adapter
+
+    @contextmanager
+    def policy(self, student: nn.Module) -> Iterator[Policy]:
+        """The student with that adapter in place of its own."""
+        with active_adapter(student, self.adapter):
+            yield student, None
+
+    def check(self, student: nn.Module, tokenizer: Any) -> None:
+        """Raise ``ValueError`` if the student does not have this adapter."""
+        adapters = sorted(getattr(student, "peft_config", {}))
+        if self.adapter not in adapters:
+            raise ValueError(
+                f"`adapter` must be one of the student's adapters {adapters}, but {self.adapter!r} was given."
+            )
+
+
+class ModelTeacher(Teacher):
+    """Any causal language model with the student's vocabulary.
+
+    Args:
+        model: The teacher. It stays on its own device.
+        context: As in :class:`Teacher`.
+        tokenizer: The teacher's tokenizer. It is needed only if the two models differ in their number of logits, to
+            check that they differ in padding rows and not in tokens.
+    """
+
+    def __init__(self, model: nn.Module, context: Context | None = None, *, tokenizer: Any = None) -> None:
+        super().__init__(context)
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @contextmanager
+    def policy(self, student: nn.Module) -> Iterator[Policy]:
+        """The given model, in evaluation mode."""
+        with evaluation_mode(self.model):
+            yield self.model, None
+
+    def check(self, student: nn.Module, tokenizer: Any) -> None:
+        """Raise ``ValueError`` unless the vocabularies agree, apart from padding rows."""
+        student_size, teacher_size = vocabulary_size(student), vocabulary_size(self.model)
+        if self.tokenizer is not None:
+            if self.tokenizer.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(
+                    "`teachers` must share the student's vocabulary, but the tokenizer of this teacher's "
+                    f"{len(self.tokenizer)} tokens differs from the student's {len(tokenizer)}."
+                )
+        elif student_size != teacher_size:
+            raise ValueError(
+                f"`teachers` must share the student's vocabulary, but the student has {student_size} logits and this "
+                f"teacher {teacher_size}; if they differ by padding rows only, show it with "
+                "`ModelTeacher(model, tokenizer=...)`."
+            )
+
+
+class EMATeacher(Teacher):
+    """An exponential moving average of the student's LoRA parameters.
+
+    Args:
+        decay: Share of the average that is kept at each optimizer step, in [0, 1).
+        context: As in :class:`Teacher`.
+
+    Raises:
+        ValueError: If ``decay`` is out of range.
+    """
+
+    def __init__(self, decay: float = 0.999, context: Context | None = None) -> None:
+        super().__init__(context)
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must lie in [0, 1), but {decay!r} was given.")
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        # A trainer and a callback may share this teacher and both call `update` for the same step.
+        self.step = -1
+
+    @contextmanager
+    def policy(self, student: nn.Module) -> Iterator[Policy]:
+        """The student with the averaged parameters in place of its own."""
+        if not self.average:
+            self.update(student, self.step)
+        yield student, {name: average.to(parameter) for name, average, parameter in self._paired(student)}
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, step: int) -> None:
+        """Move the average towards the student, once for each step; the first call copies the student."""
+        if not self.average:
+            self.average = {name: parameter.detach().clone() for name, parameter in lora_parameters(student).items()}
+        elif step > self.step:
+            for _, average, parameter in self._paired(student):
+                average.lerp_(parameter.detach().to(average), 1 - self.decay)
+        self.step = max(step, self.step)
+
+    def _paired(self, student: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The name, the average and the student's value of each parameter."""
+        for (name, average), parameter in zip(self.average.items(), lora_parameters(student).values(), strict=True):
+            yield name, average, parameter
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged parameters, and the last step that they include."""
+        return {"average": dict(self.average), "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved average."""
+        self.average, self.step = dict(state["average"]), state["step"]

@@ -1,0 +1,164 @@
+"""The measured nodes of a probe and their branches, before anything is known about their success."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.gradients.logits import response_logits
+from odp_callbacks.engine.rollouts import Rollout
+from odp_callbacks.engine.sampling.randomness import Randomness
+from odp_callbacks.engine.tree.branches import Branch, choose_branches
+from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
+from odp_callbacks.engine.tree.nodes import Node, group_by_question
+from odp_callbacks.engine.tree.rollout_rewards import taken_branches
+
+EXPLORATION_SHARE = 0.5
+"""Share of the budget that one continuation of every branch may take; if it would take more, nodes are subsampled."""
+
+
+@dataclass(frozen=True)
+class MeasuredNodes:
+    """The nodes that a probe measures.
+
+    Attributes:
+        nodes: ``N`` nodes.
+        branches: ``N`` lists of branches.
+        student_logits: ``N`` tensors ``(V,)``, the student's logits.
+        tree: The prefixes that continuations start from; None in the free mode, which samples none.
+    """
+
+    nodes: list[Node]
+    branches: list[list[Branch]]
+    student_logits: list[Tensor]
+    tree: ContinuationTree | None = None
+
+
+def free_mode_nodes(
+    student: nn.Module, rollouts: Sequence[Rollout], nodes: list[Node], config: ProbeConfig
+) -> MeasuredNodes:
+    """Give each node the two branches of the free mode, :func:`~.rollout_rewards.taken_branches`.
+
+    Args:
+        student: The student, in evaluation mode.
+        rollouts: The probe's rollouts.
+        nodes: The nodes to measure.
+        config: The probe's configuration.
+    """
+    student_logits = node_student_logits(student, rollouts, nodes)
+    branches = [
+        taken_branches(rollouts[node.rollout], node, logits, config.temperature)
+        for node, logits in zip(nodes, student_logits, strict=True)
+    ]
+    return MeasuredNodes(nodes, branches, student_logits)
+
+
+def plan_branches(
+    student: nn.Module,
+    rollouts: Sequence[Rollout],
+    nodes: list[Node],
+    config: ProbeConfig,
+    *,
+    eos_token_ids: Sequence[int],
+    token_budget: float,
+    randomness: Randomness,
+) -> MeasuredNodes:
+    """Choose the branches of every prefix, and subsample the nodes if the budget is too small for all of them.
+
+    Args:
+        student: The student, in evaluation mode.
+        rollouts: The probe's rollouts.
+        nodes: The nodes to measure.
+        config: The probe's configuration.
+        eos_token_ids: Tokens that end a response.
+        token_budget: Expected number of tokens that continuations may take; infinite where there is no budget.
+        randomness: Random draws, by the prefix's name.
+    """
+    student_logits = node_student_logits(student, rollouts, nodes)
+    tree = ContinuationTree(rollouts, nodes)
+    branches = [
+        choose_branches(
+            torch.softmax(student_logits[first_node].double() / config.temperature, dim=-1),
+            tree.taken_tokens(group_index),
+            mass=config.branch_mass,
+            max_branches=config.max_branches,
+            tail_draws=config.tail_draws,
+            generator=randomness.generator(*tree.draw_names[group_index], "branches"),
+        )
+        for group_index, first_node in enumerate(tree.first_nodes)
+    ]
+    if config.adaptive:
+        exploration_cost = sum(
+            remaining_length(rollouts, nodes[first_node].depth)
+            * sum(branch.token not in eos_token_ids for branch in group_branches)
+            for first_node, group_branches in zip(tree.first_nodes, branches, strict=True)
+        )
+        generator = np.random.default_rng(randomness.key("thin"))
+        kept_nodes = subsample_nodes(nodes, tree, exploration_cost, token_budget, generator)
+        if len(kept_nodes) < len(nodes):
+            node_indices = {(node.rollout, node.depth): node_index for node_index, node in enumerate(nodes)}
+            kept_groups = [tree.group_of_node[node_indices[node.rollout, node.depth]] for node in kept_nodes]
+            branches = [branches[group_index] for group_index in dict.fromkeys(kept_groups)]
+            # The logits are computed again, in the same batches as the teachers' will be: a teacher that equals the
+            # student must give the same bits.
+            nodes, student_logits = kept_nodes, node_student_logits(student, rollouts, kept_nodes)
+            tree = ContinuationTree(rollouts, nodes)
+    tree.set_branches(branches)
+    return MeasuredNodes(nodes, [tree.branches[group] for group in tree.group_of_node], student_logits, tree)
+
+
+def subsample_nodes(
+    nodes: Sequence[Node], tree: ContinuationTree, cost: float, budget: float, generator: np.random.Generator
+) -> list[Node]:
+    """Draw a subset of the nodes if one continuation of every branch would take too much of the budget.
+
+    Args:
+        nodes: All nodes.
+        tree: Their prefixes. Nodes with the same prefix are kept or dropped together.
+        cost: Expected number of tokens of one continuation of every branch.
+        budget: The budget in tokens.
+        generator: Random numbers of the draw.
+
+    Returns:
+        The nodes that are kept, with their inclusion probabilities reduced accordingly.
+    """
+    group_count = len(tree.first_nodes)
+    if group_count == 0:
+        return []
+    kept_count = (
+        min(group_count, max(1, int(group_count * EXPLORATION_SHARE * budget / cost))) if cost > 0 else group_count
+    )
+    if kept_count == group_count:
+        return list(nodes)
+    kept_groups = set(generator.permutation(group_count)[:kept_count].tolist())
+    return [
+        replace(node, inclusion=node.inclusion * kept_count / group_count)
+        for node, group_index in zip(nodes, tree.group_of_node, strict=True)
+        if group_index in kept_groups
+    ]
+
+
+def remaining_length(rollouts: Sequence[Rollout], depth: int) -> float:
+    """Estimate from the rollouts how many tokens a continuation from ``depth`` takes after its first, at least 1."""
+    lengths = [len(rollout.response_ids) - depth - 1 for rollout in rollouts if len(rollout.response_ids) > depth]
+    return max(1.0, float(np.mean(lengths)) if lengths else 1.0)
+
+
+def node_student_logits(student: nn.Module, rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> list[Tensor]:
+    """Compute the student's logits ``(V,)`` at each node, question by question, in the batches used for the teachers.
+
+    Args:
+        student: The student, in evaluation mode.
+        rollouts: The probe's rollouts.
+        nodes: The nodes; those of one rollout stand together.
+    """
+    node_logits: list[Tensor] = []
+    for rollout_indices, depths in group_by_question(rollouts, nodes):
+        prompts = [rollouts[index].question.prompt_ids for index in rollout_indices]
+        responses = [rollouts[index].response_ids for index in rollout_indices]
+        for logits in response_logits(student, prompts, responses, depths):
+            node_logits += list(logits)
+    return node_logits

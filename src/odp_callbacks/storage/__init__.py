@@ -1,0 +1,26 @@
+"""Records on disk: a folder of two Parquet tables that pandas, polars and DuckDB can read, without pickle.
+
+``nodes.parquet`` has one row for each node and ``rollouts.parquet`` one for each rollout. What belongs to the probe as
+a whole is JSON in the metadata of the first, under the key ``odp_callbacks``, together with the version of the format.
+The columns are the attributes of :class:`~odp_callbacks.records.NodeRecord` and
+:class:`~odp_callbacks.records.RolloutRecord`:
+
+- vectors are lists;
+- ``gram`` is the upper triangle of the Gram matrix on all LoRA parameters, row by row, and ``logit_gram`` that on the
+  logits (float64);
+- ``module_gram`` holds the upper triangles of all modules, one after another (float32, because they are the
+  bulk of the file);
+- ``teacher_probability`` is ``(K, A)``, row by row;
+- each predictor is a column ``predictor_<name>``.
+
+If the probe was measured in another geometry as well, the folder ``preconditioned`` holds the same two tables for it.
+
+Version 2 is written. Version 1 is read as well: it had no ``token_text`` at first, which is then empty, and the names
+``seconds`` and ``in_metric`` in place of ``stage_seconds`` and ``preconditioned``.
+"""
+
+from odp_callbacks.storage.merging import concatenate, merge, pool
+from odp_callbacks.storage.reading import load
+from odp_callbacks.storage.writing import save
+
+__all__ = ["concatenate", "load", "merge", "pool", "save"]

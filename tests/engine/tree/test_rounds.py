@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+
+from odp_callbacks.analysis.evidence import gather
+from odp_callbacks.analysis.node_estimates import estimate
+from odp_callbacks.engine import Probe, ProbeConfig
+from odp_callbacks.engine.sampling.backend_selection import backend_of
+from tests.helpers.models import EOS, WORDS, count_tokens, tiny, tiny_base, word_tokenizer
+from tests.helpers.probes import ROWS, measure, word_reward
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("limit", [3, 12, 40])
+@pytest.mark.parametrize("budget", [600, 3000])
+def test_the_budget_is_met_whatever_the_length(student, budget, limit, seed):
+    report = measure(student, "base", budget=budget, seed=seed, max_new_tokens=limit)
+    spent = report.generated_tokens["continuations"]
+    assert abs(spent - budget) <= 0.05 * budget
+    assert all((n.count >= 1).all() for n in report.nodes)
+    assert all((n.count[n.exact] == 1).all() for n in report.nodes)
+
+
+def test_a_budget_too_small_for_all_nodes_subsamples_them(student):
+    everything = measure(student, "base", continuations=1, max_new_tokens=40, nodes="every", seed=4)
+    # What a continuation will cost is expected from four rollouts; of another seed these may be far too short.
+    report = measure(student, "base", budget=200, max_new_tokens=40, nodes="every", seed=4)
+    assert 0 < len(report.nodes) < len(everything.nodes)
+    assert report.generated_tokens["continuations"] <= 1.3 * 200
+    node_positions = {(n.rollout, n.depth) for n in everything.nodes}
+    assert all((n.rollout, n.depth) in node_positions and n.inclusion < 1 for n in report.nodes)
+
+
+def test_the_time_budget_is_met(student):
+    report = measure(student, "base", time_budget=2.0, max_new_tokens=12)
+    assert 1.0 < report.stage_seconds["continuations"] < 4.0
+    assert measure(student, "base", time_budget=100.0, budget=300).generated_tokens["continuations"] < 400
+
+
+@pytest.mark.parametrize("target", ["predicted_gain", "gain_weighted_alignment", "alignment"])
+def test_it_stops_when_the_interval_is_narrow_enough(student, target):
+    rows = [{"prompt": p, "answer": "a"} for p in ("a", "b c", "c", "d e f", "e", "f f")]
+    wide = measure(student, "base", budget=20000, target=target, half_width=100.0, rows=rows)
+    # The interval is first checked when about half of the budget is spent.
+    assert wide.generated_tokens["continuations"] < 12000
+    narrow = measure(student, "base", budget=4000, target=target, half_width=1e-9, rows=rows)
+    assert abs(narrow.generated_tokens["continuations"] - 4000) <= 200
+
+
+def test_continuations_go_where_the_teacher_pulls(student):
+    """Noise of predicted gain for the same tokens: half of that of equal numbers, or less."""
+    teachers = {"other": tiny_base(seed=5)}
+    adaptive = measure(student, teachers, budget=4000, max_new_tokens=12)
+    equal = measure(student, teachers, continuations=24, max_new_tokens=12)
+
+    def noise(report):
+        e = gather(report.nodes)
+        spread = np.where(e.exact | ~e.real, 0, 0.25 / e.count)
+        return ((e.token_weight[:, None] * e.gain_form[:, 0]) ** 2 * spread).sum() * tokens(report)
+
+    def tokens(report):
+        return report.generated_tokens["continuations"]
+
+    assert noise(adaptive) < 0.5 * noise(equal)
+
+
+def test_prefixes_are_run_once_whatever_the_continuations(student):
+    backend_of(student)  # the trial of what this model can do has its own forwards
+    calls = []
+    for continuations in (1, 6):
+        shapes = []
+        stop = count_tokens(student, shapes)
+        report = measure(student, "base", continuations=continuations, seed=1)  # every rollout in one segment
+        stop()
+        calls.append([s for s in shapes if s[1] > 1])
+        # Single tokens are those that were sampled, and a few of rows that have ended.
+        single = sum(rows for rows, width in shapes if width == 1)
+        assert 1 <= single / sum(report.generated_tokens.values()) < 1.15
+    assert calls[0] == calls[1]
+    # Prompts twice, student, responses, teacher, gradients; the summed ideal gradients take each rollout once more.
+    assert len(calls[0]) == 1 + 3 + 1 + 1 + 3 + 6 + 6
+
+
+def test_the_report_counts_what_was_done(student):
+    progress_calls = []
+    probe = Probe(student, word_tokenizer(), word_reward, "base", ProbeConfig(max_new_tokens=5, continuations=2))
+    report = probe.run(ROWS, seed=7, ids=["x", "y", "z"], progress=lambda *step: progress_calls.append(step))
+    assert [r.question for r in report.rollouts] == [*"xxxxyyyyzzzz"]
+    assert report.teachers == ("base",)
+    assert report.modules == probe.modules
+    assert len(report.modules) == 6
+    assert report.settings["seed"] == 7
+    assert report.settings["nodes"] == "exponential"
+    # Nodes share them, and siblings and what passes by count too.
+    assert 0 < report.continuations < sum(int(n.count[~n.exact].sum()) for n in report.nodes)
+    assert report.generated_tokens["rollouts"] == sum(len(r.pieces) for r in report.rollouts)
+    assert report.truncated >= sum(r.truncated for r in report.rollouts) > 0
+    for r in report.rollouts:
+        assert r.reward == word_reward(None, [r.text])[0]
+        assert r.correct == (r.reward >= 1)
+        assert r.truncated == (r.pieces[-1] != "</s>")
+        assert r.text.split() == [p for p in r.pieces if p not in ("<pad>", "<s>", "</s>", "<unk>")]
+    for n in report.nodes:
+        rollout = report.rollouts[n.rollout]
+        assert (n.question, n.correct) == (rollout.question, rollout.correct)
+        assert WORDS[n.tokens[n.taken]] == rollout.pieces[n.depth]
+        assert n.probability[0] == n.probability.max()
+        assert n.gram.shape == (6, len(n.tokens), len(n.tokens))
+        assert (n.exact == ((n.tokens == EOS) | (n.depth == 4))).all()
+    assert set(report.stage_seconds) == {stage for stage, _, _ in progress_calls}
+    for stage in report.stage_seconds:
+        done = [(d, total) for s, d, total in progress_calls if s == stage]
+        assert all(0 <= d <= total for d, total in done)
+        assert done[-1][0] == done[-1][1]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_responses_of_one_token(student, limit):
+    report = measure(student, "base", max_new_tokens=limit, eos_token_ids=tuple(range(12)))
+    assert {n.depth for n in report.nodes} == {0}
+    assert all(n.exact.all() for n in report.nodes)
+    assert report.continuations == 0
+
+
+def test_progress_never_goes_back(student):
+    progress_calls = []
+    config = ProbeConfig(max_new_tokens=5, budget=400)
+    Probe(student, word_tokenizer(), word_reward, "base", config).run(
+        ROWS, seed=7, progress=lambda *s: progress_calls.append(s)
+    )
+    for stage in ("rollouts", "verifier", "branches", "teachers", "gradients", "continuations", "step_gradients"):
+        done = [d for name, d, _ in progress_calls if name == stage]
+        assert done == sorted(done), stage
+        assert len(set(done)) > 1, stage
+        assert all(d <= total for name, d, total in progress_calls if name == stage), stage
+
+
+def test_every_end_token_ends(student):
+    student.generation_config.eos_token_id = [EOS, WORDS.index("a")]
+    try:
+        report = measure(student, "base", eos_token_ids=(WORDS.index("b"),), max_new_tokens=20)
+    finally:
+        student.generation_config.eos_token_id = EOS
+    ends = {"</s>", "a", "b"}
+    assert all((r.pieces[-1] in ends) != r.truncated for r in report.rollouts)
+    assert not any(set(r.pieces[:-1]) & ends for r in report.rollouts)
+    assert {r.pieces[-1] for r in report.rollouts} & {"a", "b"}
+
+
+def test_a_student_in_single_precision_agrees_with_double():
+    """The same nodes and branches; alignments from the records of both, with the same successes."""
+    wide, narrow = (measure(m, {"answer": "{answer} {prompt}"}) for m in (tiny(), tiny().float()))
+    for a, b in zip(wide.nodes, narrow.nodes, strict=True):
+        assert list(a.tokens) == list(b.tokens)
+        np.testing.assert_allclose(estimate(a).alignment, estimate(b).alignment, atol=1e-4)
+        np.testing.assert_allclose(a.gram, b.gram, rtol=1e-3, atol=1e-4 * np.abs(a.gram).max())
