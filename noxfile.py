@@ -17,23 +17,8 @@ SMALL_DEMO = (
     "--budget=200",
     "--teacher_steps=1",
 )
-BENCHMARKS = (
-    "calibration",
-    "continuations",
-    "efficiency",
-    "free",
-    "gating",
-    "growth",
-    "heavy",
-    "hooks",
-    "probe",
-    "projection",
-    "pullback",
-    "ranks",
-    "run",
-    "sampling",
-    "techniques",
-    "tokens",
+BENCHMARKS = sorted(
+    path.stem for path in ROOT.glob("benchmarks/*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8")
 )
 """Scripts in ``benchmarks`` that can be run; the others there are imported by these."""
 

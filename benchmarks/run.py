@@ -27,6 +27,8 @@ import torch
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from odp_callbacks.files import write_atomically
+
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("continuations", "pullback", "probe", "growth", "projection", "sampling", "hooks")
 LONG_PROBE = {"lengths": [512], "rollouts": 1, "continuations": 4, "branches": 3, "repeats": 1, "nodes": 4}
@@ -144,7 +146,8 @@ def keep(part: str, result: Any, folder: Path) -> None:
         if torch.cuda.is_available()
         else f"{platform.processor()} CPU, {torch.get_num_threads()} threads"
     )
-    path.write_text(json.dumps({**results, part: result, "machine": f"{device}, torch {torch.__version__}"}, indent=1))
+    machine = f"{device}, torch {torch.__version__}"
+    write_atomically(path, json.dumps({**results, part: result, "machine": machine}, indent=1))
     results = json.loads(path.read_text())  # as a later run reads it: keys are text
     (folder / "speed.md").write_text(f"{results['machine']}\n\n{table(results)}\n")
     draw(results, folder / "speed.png")

@@ -16,7 +16,7 @@ from odp_callbacks.cli.tasks import make_task
 
 
 def cosine_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """``(N, V)`` twice to ``(N,)``: one less the cosine of the two distributions; autograd does the rest."""
+    """From logits ``(N, V)`` of both to losses ``(N,)``: one minus the cosine of the two distributions."""
     return 1 - cosine_similarity(student_logits.softmax(-1), teacher_logits.softmax(-1), dim=-1)
 
 
@@ -42,4 +42,6 @@ callback = GradientAlignmentCallback(
 )
 trainer = Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], logger=TensorBoardLogger("odp-demo", "loss"))
 trainer.fit(module, DataLoader(task.rows, batch_size=4, collate_fn=list))
-print({k: round(float(v), 3) for k, v in trainer.callback_metrics.items() if k.startswith("odp/predicted_gain/")})
+for name, value in trainer.callback_metrics.items():
+    if name.startswith("odp/predicted_gain/"):
+        print(name, round(float(value), 3))

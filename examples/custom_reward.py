@@ -12,17 +12,20 @@ from odp_callbacks import Teacher, diagnose
 from odp_callbacks.cli.models import load_student
 from odp_callbacks.visualization.table import summary_table
 
-ROWS = [{"prompt": f"7 - 4 = 3.\n5 + 2 = 7.\n{a} + {b} =", "answer": str(a + b)} for a, b in ((2, 3), (4, 4), (6, 1))]
+ROWS = [
+    {"prompt": f"7 - 4 = 3.\n5 + 2 = 7.\n{first} + {second} =", "answer": str(first + second)}
+    for first, second in ((2, 3), (4, 4), (6, 1))
+]
 
 
 def reward(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
-    """One for the answer, a half for a number that is one off; columns of the rows come as keyword arguments."""
-    found = []
-    for completion, right in zip(completions, answer, strict=True):
+    """Give 1 for the answer, and 0.5 for a number next to it; columns of the rows are keyword arguments."""
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
         number = re.match(r"\s*(\d+)", completion)
-        distance = abs(int(number[1]) - int(right)) if number else None
-        found.append({0: 1.0, 1: 0.5}.get(distance, 0.0))
-    return found
+        distance = abs(int(number[1]) - int(expected)) if number else None
+        rewards.append({0: 1.0, 1: 0.5}.get(distance, 0.0))
+    return rewards
 
 
 model, tokenizer = load_student(None, print)

@@ -1,4 +1,4 @@
-"""No training: which context would make the student a good teacher of itself?
+"""Without training: in which context would the student be a good teacher of itself?
 
 Run: python examples/diagnose.py
 """

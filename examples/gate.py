@@ -1,4 +1,4 @@
-"""A gate: distil incorrect rollouts only, and compare with what other rules would have done.
+"""A gate: distil incorrect rollouts only, and compare it with other rules.
 
 Run: python examples/gate.py
 """

@@ -14,8 +14,8 @@ from odp_callbacks.cli.models import load_student
 from odp_callbacks.cli.tasks import make_task
 
 
-class Mine(LightningModule):
-    """Any module that trains a peft model somehow; here plain fine-tuning on worked lines."""
+class FineTuning(LightningModule):
+    """Any module that trains a peft model; here, plain fine-tuning on worked lines."""
 
     def __init__(self, model, tokenizer):
         super().__init__()
@@ -23,11 +23,12 @@ class Mine(LightningModule):
         self.tokenizer = tokenizer
 
     def training_step(self, rows, batch_idx):
-        ids = torch.tensor([self.tokenizer(row["solution"])["input_ids"] for row in rows], device=self.device)
-        return self.policy(input_ids=ids, labels=ids).loss
+        token_ids = torch.tensor([self.tokenizer(row["solution"])["input_ids"] for row in rows], device=self.device)
+        return self.policy(input_ids=token_ids, labels=token_ids).loss
 
     def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
+        trainable_parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trainable_parameters, lr=1e-4)
 
 
 model, tokenizer = load_student(None, print)
@@ -45,5 +46,7 @@ callback = GradientAlignmentCallback(
 )
 student = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM")).train()
 trainer = Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], logger=TensorBoardLogger("odp-demo", "own"))
-trainer.fit(Mine(student, tokenizer), DataLoader(task.rows, batch_size=1, collate_fn=list))
-print({k: round(float(v), 3) for k, v in trainer.callback_metrics.items() if "predicted_gain/" in k})
+trainer.fit(FineTuning(student, tokenizer), DataLoader(task.rows, batch_size=1, collate_fn=list))
+for name, value in trainer.callback_metrics.items():
+    if name.startswith("odp/predicted_gain/"):
+        print(name, round(float(value), 3))

@@ -1,4 +1,4 @@
-"""Several teachers: each class of tokens gets the one that measurably helps it most.
+"""Several teachers: each class of tokens is distilled from the one that measurably helps it most.
 
 Run: python examples/several_teachers.py
 """
@@ -16,7 +16,7 @@ model, tokenizer = load_student(None, print)
 task = make_task("chain_sum", questions=16, lines=0, shots=2, seed=0)
 student = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM")).train()
 newline = tuple(tokenizer("\n")["input_ids"])
-# The same names in training and in the probes: by them the router knows what it learned.
+# The names must be the same in training and in the probes: the router finds what it learned by them.
 teachers = {"answer": Teacher("The answer is {answer}.\n{prompt}"), "solution": Teacher("{solution}\n{prompt}")}
 router = TeacherRouter(explore=0.1)
 

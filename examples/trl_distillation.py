@@ -1,4 +1,4 @@
-"""TRL: watch and gate its `DistillationTrainer`; the teacher is the student's base, trained on answers by `SFTTrainer`.
+"""TRL: measure and gate its `DistillationTrainer`; `SFTTrainer` trains the teacher on answers first.
 
 Run: python examples/trl_distillation.py
 """
@@ -20,9 +20,9 @@ common = {"report_to": ["tensorboard"], "logging_steps": 1, "save_strategy": "no
 
 answers = Dataset.from_list([{"prompt": r["prompt"], "completion": f" {r['answer']}\n"} for r in task.rows])
 config = SFTConfig("odp-demo/teacher", max_steps=4, per_device_train_batch_size=4, learning_rate=5e-5, **common)
-taught = SFTTrainer(deepcopy(model), config, train_dataset=answers, processing_class=tokenizer)
-taught.train()
-teacher = taught.model.eval().requires_grad_(False)
+sft_trainer = SFTTrainer(deepcopy(model), config, train_dataset=answers, processing_class=tokenizer)
+sft_trainer.train()
+teacher = sft_trainer.model.eval().requires_grad_(False)
 
 student = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM"))
 student.generation_config.eos_token_id = list(newline)
@@ -35,7 +35,7 @@ trainer = DistillationTrainer(
 gate_trainer(trainer, IncorrectRolloutGate(), task.reward)
 callback = GradientAlignmentTrainerCallback(
     trainer,
-    {"taught": ModelTeacher(teacher)},
+    {"fine-tuned": ModelTeacher(teacher)},
     task.rows,
     task.reward,
     every_n_steps=2,

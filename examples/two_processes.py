@@ -1,4 +1,4 @@
-"""Two processes: Lightning's DDP; each probe's questions are shared between them.
+"""Two processes with Lightning's DDP, which share the questions of each probe.
 
 Run: python examples/two_processes.py
 """
@@ -12,7 +12,7 @@ from odp_callbacks import GradientAlignmentCallback, OnPolicyDistillation, Teach
 from odp_callbacks.cli.models import load_student
 from odp_callbacks.cli.tasks import make_task
 
-if __name__ == "__main__":  # DDP starts this file once more
+if __name__ == "__main__":  # DDP runs this file a second time
     model, tokenizer = load_student(None, print)
     task = make_task("chain_sum", questions=16, lines=0, shots=2, seed=0)
     student = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM")).train()
@@ -42,4 +42,4 @@ if __name__ == "__main__":  # DDP starts this file once more
     )
     trainer.fit(module, DataLoader(task.rows, batch_size=2, collate_fn=list))
     questions = {rollout.question for rollout in callback.last_report.rollouts}
-    print(f"process {trainer.global_rank} knows of {len(questions)} questions: {sorted(questions)}")
+    print(f"process {trainer.global_rank} has the records of {len(questions)} questions: {sorted(questions)}")

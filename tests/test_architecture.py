@@ -14,7 +14,7 @@ DRAWING = {"matplotlib", "tensorboard", "jinja2", "rich"}
 MODELS = {"torch", "transformers", "peft"}
 
 LAYERS = [
-    {"text", "records", "functional"},
+    {"files", "text", "records", "update_records", "functional"},
     {"analysis"},
     {"engine"},
     {"storage", "gates", "metrics"},
@@ -26,8 +26,10 @@ LAYERS = [
 """From the bottom; a module imports from its own layer's packages and from those below."""
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 STRANGERS = {
+    "files": TRAINERS | DRAWING | MODELS,
     "text": TRAINERS | DRAWING | MODELS,
     "records": TRAINERS | DRAWING | MODELS,
+    "update_records": TRAINERS | DRAWING | MODELS,
     "functional": TRAINERS | DRAWING,
     "analysis": TRAINERS | DRAWING | MODELS,
     "engine": TRAINERS | DRAWING,

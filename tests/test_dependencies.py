@@ -3,7 +3,7 @@
 import ast
 import re
 import sys
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -111,6 +111,26 @@ def test_every_declared_dependency_is_used() -> None:
     }
     for extra in (BASE, "tensorboard", "report", "math", "cli", "demo"):
         assert requirements(extra) - imported - set(indirect) == set(), extra
+
+
+@pytest.mark.parametrize("extra", ["tensorboard", "report", "math", "cli", "demo"])
+def test_what_an_extra_installs_is_installed_where_the_tests_run(extra: str) -> None:
+    """A documented reward was never tried with the package that it needs, which no extra installed."""
+    assert requirements(extra) <= requirements("test")
+    for distribution in requirements(extra):
+        assert version(distribution)
+
+
+def test_an_error_names_the_extra_that_installs_what_is_missing() -> None:
+    named = {
+        (path.name, extra)
+        for path in [*(ROOT / "src").rglob("*.py"), ROOT / "README.md"]
+        for extra in re.findall(r"odp-callbacks\[(\w+)\]|\"\.\[(\w+)\]\"", path.read_text("utf-8"))
+        for extra in extra
+        if extra
+    }
+    assert {extra for _, extra in named} <= set(PROJECT["optional-dependencies"])
+    assert ("rewards.py", "math") in named
 
 
 def test_exemptions_are_still_needed() -> None:

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from odp_callbacks import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, OnPolicyDistillation, Teacher
 from odp_callbacks.distillation import TokenLosses
 from odp_callbacks.functional import distillation_loss
-from odp_callbacks.gates import IncorrectRolloutGate, Tokens
+from odp_callbacks.gates import IncorrectRolloutGate, Tokens, gate_weights
 from tests.helpers.models import tiny, word_tokenizer
+from tests.helpers.training import make_loader, make_trainer
 
 ROWS = [
     {"prompt": prompt, "answer": answer} for prompt, answer in zip(("a b", "c a f", "b", "d c"), "abcd", strict=True)
@@ -202,3 +203,19 @@ def test_rollouts_are_sampled_without_dropout_and_training_mode_is_restored() ->
     assert training_flags
     assert not any(training_flags)
     assert all(submodule.training for submodule in module.student.modules())
+
+
+def test_a_response_without_a_reward_is_trained_without_the_gate() -> None:
+    def reward(prompts: Any, completions: Any, answer: Any) -> list[float | None]:
+        return [None if one == "a" else 0.0 if one == "b" else 1.0 for one in answer]
+
+    module = make_module(reward=reward, gate=IncorrectRolloutGate())
+    rollouts = module.sample(ROWS)
+    losses = module.token_losses(rollouts)
+    weights, logs = gate_weights(module.gate, losses.mask, losses.tokens)
+    assert logs["gate/unscored_share"] == 0.25
+    assert [float(row.max()) > 0 for row in weights] == [True, True, False, False]
+    assert weights[0].sum() == losses.mask[0].sum()
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, make_loader(ROWS, batch_size=4))
+    assert trainer.callback_metrics["train/reward"] == pytest.approx(2 / 3)

@@ -72,6 +72,18 @@ def test_a_page_takes_less_than_five_minutes_to_read(page: Path) -> None:
     assert len(page.read_text().split()) <= WORDS_IN_FIVE_MINUTES
 
 
+def test_every_row_of_the_fault_table_has_a_test_that_exists() -> None:
+    rows = [line for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    for row in rows:
+        *_, cell, _ = row.split(" |")
+        if cell.strip() == "test":
+            continue
+        path, *names = re.findall(r"`([^`]+)`", cell)
+        text = (ROOT / path).read_text()
+        for name in names:
+            assert f"def {name}(" in text, row
+
+
 def test_the_readme_is_short_and_has_the_commands_on_lines_of_their_own() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) < 150

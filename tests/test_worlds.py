@@ -140,6 +140,7 @@ def test_the_evidence_of_all_nodes_reduces_the_error_without_bias():
     np.testing.assert_allclose(truth, [estimate(record).predicted_gain[0] for record in records], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_intervals_cover_in_random_worlds():
     """95 % intervals of the predicted gain of a teacher that is independent of success, in 20 enumerated worlds."""
     covered = []

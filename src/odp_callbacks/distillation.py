@@ -1,20 +1,26 @@
 """A ready-made LightningModule for on-policy distillation."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.gradients.logits import node_logits
 from odp_callbacks.engine.gradients.loss_directions import UserLoss
-from odp_callbacks.engine.prompts import Row, as_questions, rows_from_batch
-from odp_callbacks.engine.rewards import RewardFunction
+from odp_callbacks.engine.prompts import Row, as_questions, rows_from_batch, text_tokenizer
+from odp_callbacks.engine.rewards import RewardFunction, check_reward
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
 from odp_callbacks.engine.teachers import as_teachers, teacher_logits, teacher_prompt_ids
+from odp_callbacks.engine.teachers.saved_states import load_or_keep, restore_teachers
+from odp_callbacks.engine.user_defaults import UserDefaults
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.divergences import Divergence, check_divergence, distillation_loss
 from odp_callbacks.functional.gradients import evaluation_mode
@@ -68,6 +74,9 @@ class OnPolicyDistillation(LightningModule):
             The loss is the weighted mean over tokens. None: every token has the same weight.
         success_threshold: Reward from which a rollout counts as correct.
         learning_rate: Learning rate of AdamW; override ``configure_optimizers`` for another optimizer.
+        chat_template: Template in place of the tokenizer's own. A callback renders its probes' prompts likewise.
+        chat_template_kwargs: Options of the chat template, such as ``{"enable_thinking": False}``.
+        tools: Functions, or JSON schemas of functions, that the chat template shows the model.
 
     Raises:
         ValueError: If an option is out of range, there is no end-of-sequence token, there are several teachers but no
@@ -96,6 +105,9 @@ class OnPolicyDistillation(LightningModule):
         gate: Gate | None = None,
         success_threshold: float = 1.0,
         learning_rate: float = 1e-4,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> None:
         super().__init__()
         if not callable(divergence):
@@ -106,10 +118,12 @@ class OnPolicyDistillation(LightningModule):
                 f"{max_new_tokens!r}, {rollouts_per_question!r} and {temperature!r} were given."
             )
         self.student = student
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = text_tokenizer(tokenizer)
         self.teachers = as_teachers(teachers)
         for teacher in self.teachers.values():
             teacher.check(student, tokenizer)
+        if reward is not None:
+            check_reward(reward)
         if gate is not None:
             check_gate(gate, rewards=reward is not None, teachers=tuple(self.teachers))
         if len(self.teachers) > 1 and not isinstance(gate, Router):
@@ -122,7 +136,9 @@ class OnPolicyDistillation(LightningModule):
         self.eos_token_ids = end_tokens(student, tokenizer, eos_token_ids)
         self.reward, self.gate, self.success_threshold = reward, gate, success_threshold
         self.learning_rate = learning_rate
-        # The callback's free mode reads them.
+        self.chat_template, self.chat_template_kwargs, self.tools = chat_template, chat_template_kwargs, tools
+        self._user_defaults: UserDefaults | None = None
+        # The callback measures the update on them.
         self.last_rollouts: list[tuple[Row, tuple[int, ...]]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -138,7 +154,8 @@ class OnPolicyDistillation(LightningModule):
         if self.gate is not None:
             self.log_dict({f"train/{name}": value for name, value in gated.logs.items()}, batch_size=count)
         if self.reward is not None:
-            mean_reward = sum(rollout.reward for rollout in rollouts) / count
+            rewards = [rollout.reward for rollout in rollouts if not math.isnan(rollout.reward)]
+            mean_reward = sum(rewards) / len(rewards) if rewards else math.nan
             self.log("train/reward", mean_reward, batch_size=count, prog_bar=True)
         return gated.loss
 
@@ -148,7 +165,7 @@ class OnPolicyDistillation(LightningModule):
             rollouts = sample_rollouts(
                 self.student,
                 self.tokenizer,
-                as_questions(rows_from_batch(batch), self.tokenizer),
+                as_questions(rows_from_batch(batch), self.tokenizer, template=self._template),
                 per_question=self.rollouts_per_question,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
@@ -156,7 +173,15 @@ class OnPolicyDistillation(LightningModule):
                 randomness=None,
                 batch_size=SAMPLING_BATCH_SIZE,
             )
-        return rollouts if self.reward is None else score_rollouts(Verifier(self.reward), rollouts)
+        if self.reward is None:
+            return rollouts
+        with (self._user_defaults or UserDefaults()).applied():
+            return score_rollouts(Verifier(self.reward), rollouts)
+
+    @property
+    def _template(self) -> ChatTemplate:
+        """How messages are rendered."""
+        return ChatTemplate(self.chat_template, dict(self.chat_template_kwargs or {}), list(self.tools or ()))
 
     def token_losses(self, rollouts: Sequence[Rollout]) -> TokenLosses:
         """Compute the distillation loss of every response token, each with its own teacher."""
@@ -241,6 +266,10 @@ class OnPolicyDistillation(LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=self.learning_rate)
 
+    def on_fit_start(self) -> None:
+        """Remember torch's defaults for the reward function: Lightning sets others in a training step."""
+        self._user_defaults = UserDefaults()
+
     def on_train_start(self) -> None:
         """Update the teachers with the student at the start of the training."""
         self._update_teachers()
@@ -251,18 +280,31 @@ class OnPolicyDistillation(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the states of the teachers and of the gate."""
-        checkpoint["odp_teachers"] = {name: teacher.state_dict() for name, teacher in self.teachers.items()}
+        checkpoint["odp_teachers"] = {}
+        for name, teacher in self.teachers.items():
+            with _saving_without(f"the teacher {name!r}"):
+                checkpoint["odp_teachers"][name] = teacher.state_dict()
         gate: object = self.gate
         if isinstance(gate, Stateful):
-            checkpoint["odp_gate"] = gate.state_dict()
+            with _saving_without("`gate`"):
+                checkpoint["odp_gate"] = gate.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the states of the teachers and of the gate."""
-        for name, state in checkpoint["odp_teachers"].items():
-            self.teachers[name].load_state_dict(state)
+        saved_teachers = checkpoint.get("odp_teachers", {})
+        for sentence in restore_teachers(self.teachers, saved_teachers):
+            rank_zero_warn(f"odp-callbacks: {sentence}")
         gate: object = self.gate
-        if isinstance(gate, Stateful):
-            gate.load_state_dict(checkpoint["odp_gate"])
+        if not isinstance(gate, Stateful):
+            return
+        if "odp_gate" not in checkpoint:
+            problem = "there is none"
+        elif list(saved_teachers) != list(self.teachers):
+            problem = f"it was learned from the teachers {list(saved_teachers)}"
+        else:
+            problem = load_or_keep(gate, checkpoint["odp_gate"])
+        if problem:
+            rank_zero_warn(f"odp-callbacks: `gate` starts anew: the checkpoint's state does not fit ({problem}).")
 
     def _update_teachers(self) -> None:
         for teacher in self.teachers.values():
@@ -283,6 +325,17 @@ class OnPolicyDistillation(LightningModule):
             tokens=token_ids if self.divergence == "sampled_token" else None,
             top_k=self.top_k,
             temperature=self.temperature,
+        )
+
+
+@contextmanager
+def _saving_without(owner: str) -> Iterator[None]:
+    """Turn the failure of something that has a state into a warning: a checkpoint without it is better than none."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(
+            f"odp-callbacks: a checkpoint is saved without the state of {owner}: {type(error).__name__}: {error}"
         )
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from odp_callbacks.update_records import UpdateRecord
+
 if TYPE_CHECKING:  # what the methods of ProbeReport return; they import it when they are called
     from pandas import DataFrame
 
@@ -143,10 +145,9 @@ class ProbeReport:
         stage_seconds: Seconds that each stage took.
         settings: The configuration of the probe, as names and JSON values; its geometry is under ``"geometry"``.
         step: Sums of gradients for the step alignment; None if they were not measured.
-        free: Whether the probe ran in the free mode, without continuations. The success at a node is then the reward of
-            its rollout compared with the other rollouts of the question, so only predicted gain exists, and not by
-            correctness.
+        updates: Measurements of the update, one for each process that measured a part; empty if there is none.
         token_text: Text of each token that is a branch somewhere, by token id.
+        left_out: Number of ``questions`` that could not be used, and of ``responses`` that got no reward.
         preconditioned: The same nodes and continuations with gradients in another geometry, see
             :class:`~odp_callbacks.engine.gradients.preconditioner.Preconditioner`; None if none was asked for.
 
@@ -166,8 +167,9 @@ class ProbeReport:
     stage_seconds: Mapping[str, float]
     settings: Mapping[str, Any] = field(default_factory=dict)
     step: StepSums | None = None
-    free: bool = False
+    updates: tuple[UpdateRecord, ...] = ()
     token_text: Mapping[int, str] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
     preconditioned: "ProbeReport | None" = None
 
     def summary(self, confidence: float = 0.95, by: str = "correctness") -> "list[ClassSummary]":
@@ -245,7 +247,7 @@ class ProbeReport:
 
         Raises:
             ModuleNotFoundError: If the extra ``report`` is not installed.
-            ValueError: If the report has no nodes.
+            ValueError: If the report has neither an update nor nodes.
         """
         try:
             from odp_callbacks.visualization.html_report import write_report
@@ -278,11 +280,38 @@ class ProbeReport:
         """
         from odp_callbacks.analysis.figure_table import COLUMNS, figure_rows
 
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`to_pandas` needs pandas; install it with: pip install pandas", name="pandas"
-            ) from error
+        return _pandas("to_pandas").DataFrame(figure_rows(self, confidence), columns=list(COLUMNS))
 
-        return pandas.DataFrame(figure_rows(self, confidence), columns=list(COLUMNS))
+    def tokens(self, confidence: float = 0.95) -> "DataFrame":
+        """Every response token as a row of a pandas table, with its influence on the success of other questions.
+
+        Args:
+            confidence: Level of the intervals, in (0, 1).
+
+        Returns:
+            A table with the columns ``question``, ``rollout``, ``depth``, ``text`` and ``reward``, followed for each
+            teacher by ``influence_<teacher>`` and the ends of its interval, ``influence_<teacher>_low`` and
+            ``influence_<teacher>_high``. The influences of a teacher add up to its update's contribution.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+            ValueError: If ``confidence`` is not in (0, 1).
+
+        Examples:
+            >>> ProbeReport(("base",), (), (), (), {}, 0, 0, {}).tokens().columns[-1]
+            'influence_base_high'
+        """
+        from odp_callbacks.analysis.token_table import token_columns, token_rows
+
+        return _pandas("tokens").DataFrame(token_rows(self, confidence), columns=token_columns(self))
+
+
+def _pandas(method: str) -> Any:
+    """Import pandas, which only the tables of a report need."""
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"`{method}` needs pandas; install it with: pip install pandas", name="pandas"
+        ) from error
+    return pandas

@@ -45,6 +45,8 @@ def test_scalars_of_the_probe_as_a_whole():
         "undetermined_share": 1 / 12,
         "truncated_share": 4 / 20,
         "nodes": 12,
+        "unused_questions": 0,
+        "unscored_responses": 0,
         "generated_tokens": 100,
         "seconds": 3.0,
         "seconds_rollouts": 1.0,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
@@ -45,6 +46,7 @@ def logged_scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_thirty_steps_end_in_the_same_bits_with_and_without_the_callback(optimizer: str) -> None:
     class WithOptimizer(OnPolicyDistillation):
@@ -70,7 +72,7 @@ def test_thirty_steps_end_in_the_same_bits_with_and_without_the_callback(optimiz
         at_start=True,
         teachers={**TEACHERS, "ema": EMATeacher(0.5)},
         budget=300,
-        free_every_n_steps=1,
+        update_every_n_steps=1,
     )
     with_callback, without = train(callback), train(None)
     assert callback.monitor.probe_count == 5
@@ -179,7 +181,7 @@ def test_a_resumed_run_continues_where_it_stopped(tmp_path: Path) -> None:
     resumed = make_callback(every_n_steps=3, teachers={"ema": EMATeacher(0.5)})
     fit(resumed, 9, tmp_path / "half.ckpt")
     assert resumed.monitor.probe_count == uninterrupted.monitor.probe_count == 3
-    assert resumed.monitor.questions.remaining == uninterrupted.monitor.questions.remaining
+    assert resumed.monitor.questions.state_dict() == uninterrupted.monitor.questions.state_dict()
     assert torch.equal(resumed.monitor.random_stream.get_state(), uninterrupted.monitor.random_stream.get_state())
     assert resumed.teachers["ema"].average.keys() == uninterrupted.teachers["ema"].average.keys()
     assert resumed.teachers["ema"].step == 9
@@ -297,21 +299,21 @@ def test_a_constant_reward_causes_one_warning_and_gives_nan(tmp_path: Path) -> N
         assert all(np.isnan(value) for _, value in logged[f"odp/{figure}/answer/all"])
 
 
-def test_the_free_mode_measures_the_training_s_own_rollouts_at_every_step(tmp_path: Path) -> None:
-    callback = make_callback(every_n_steps=100, free_every_n_steps=1)
+def test_the_update_of_the_training_s_own_rollouts_is_measured_at_every_step(tmp_path: Path) -> None:
+    callback = make_callback(every_n_steps=100, update_every_n_steps=1)
     logger = CSVLogger(tmp_path)
     module = make_module(rollouts_per_question=2)
     make_trainer(callback, logger=logger).fit(module, make_loader())
     logger.save()
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     names, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
-    column = names.index("odp/free/predicted_gain/answer")
+    column = names.index("odp/training/update_gain/answer/all")
     assert sum(row[column] != "" for row in rows) == 4
     assert len(module.last_rollouts) == 4
     assert not any(name.startswith("odp/alignment") for name in names)
 
 
-def test_the_free_mode_needs_the_rollouts() -> None:
+def test_the_training_s_update_needs_the_rollouts() -> None:
     class WithoutRollouts(LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -322,8 +324,10 @@ def test_the_free_mode_needs_the_rollouts() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    with pytest.raises(ValueError, match="`free_every_n_steps` was given, but WithoutRollouts has no `last_rollouts`"):
-        make_trainer(make_callback(free_every_n_steps=1)).fit(WithoutRollouts(), make_loader())
+    with pytest.raises(
+        ValueError, match="`update_every_n_steps` was given, but WithoutRollouts has no `last_rollouts`"
+    ):
+        make_trainer(make_callback(update_every_n_steps=1)).fit(WithoutRollouts(), make_loader())
 
 
 def test_the_records_of_every_probe_are_saved(tmp_path: Path) -> None:
@@ -335,12 +339,18 @@ def test_the_records_of_every_probe_are_saved(tmp_path: Path) -> None:
     assert report.rollouts == callback.last_report.rollouts
 
 
-def test_a_folder_that_cannot_be_written_causes_a_warning_and_training_continues(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    trainer = make_trainer(make_callback(records=tmp_path / "file" / "below", strict=False))
-    with pytest.warns(UserWarning, match="failed to save the records of a probe"):
+def test_a_disk_that_is_full_causes_a_warning_and_training_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_disk(table: Any, file: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", fill_disk)
+    trainer = make_trainer(make_callback(records=tmp_path / "records", strict=False))
+    with pytest.warns(UserWarning, match="failed to save the records of a probe: OSError.*No space left on device"):
         trainer.fit(make_module(), make_loader())
     assert trainer.global_step == 4
+    assert not list((tmp_path / "records").iterdir())
 
 
 def live_tensor_shapes() -> list[tuple[int, ...]]:
@@ -352,7 +362,7 @@ def live_tensor_shapes() -> list[tuple[int, ...]]:
 def test_no_tensor_of_a_probe_stays_in_memory() -> None:
     """Counted before and after a probe in the middle of a training run; the records hold arrays only."""
     counts: list[tuple[int, int]] = []
-    callback = make_callback(every_n_steps=100, budget=60, free_every_n_steps=1)
+    callback = make_callback(every_n_steps=100, budget=60, update_every_n_steps=1)
     run_probe = callback.monitor.run_probe
 
     class CountingTensors(Callback):

@@ -68,3 +68,33 @@ def test_an_unusable_batch_is_refused_before_the_first_step() -> None:
         fit(LossWeightCallback(IncorrectRolloutGate(), rewards="scores"))
     with pytest.raises(ValueError, match="`gate` must be a function"):
         LossWeightCallback(3)  # type: ignore[arg-type]
+
+
+class BreakingGate:
+    """A gate that fails from the second batch on."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def __call__(self, tokens: Any) -> Tensor:
+        self.batches += 1
+        if self.batches > 1:
+            raise RuntimeError("no gate today")
+        return torch.ones(len(tokens))
+
+
+def test_a_gate_that_fails_later_costs_the_gating_and_not_the_training() -> None:
+    with pytest.warns(UserWarning, match="a batch was not gated: RuntimeError: no gate today") as caught:
+        module, trainer = fit(LossWeightCallback(BreakingGate()), ROWS * 3)
+    assert trainer.global_step == 3
+    assert sum("no gate today" in str(warning.message) for warning in caught) == 1
+    assert torch.equal(module.weights[1], torch.stack([row["completion_mask"] for row in ROWS]).float())
+    with pytest.raises(RuntimeError, match="no gate today"):
+        fit(LossWeightCallback(BreakingGate(), strict=True), ROWS * 3)
+
+
+def test_a_gate_that_fails_at_once_is_refused() -> None:
+    gate = BreakingGate()
+    gate.batches = 1
+    with pytest.raises(RuntimeError, match="no gate today"):
+        fit(LossWeightCallback(gate))

@@ -85,6 +85,7 @@ def _probe(rank: int, folder: Path, options: dict[str, Any]) -> None:
     torch.save(outcome, folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 1])
 def test_figures_are_those_of_one_process_on_the_same_questions(count: int, tmp_path: Path) -> None:
     """Compared at the start, where the student is the same; two processes share ``count`` questions."""
@@ -110,7 +111,8 @@ def test_figures_are_those_of_one_process_on_the_same_questions(count: int, tmp_
     for name, value in scalars(first_report).items():
         if not name.startswith("odp/probe/seconds"):
             np.testing.assert_allclose(value, expected_scalars[name], rtol=2e-3, atol=1e-4, err_msg=name)
-            np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-5)
+            if name in metrics:
+                np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-5)
     assert str(first_gate) == str(second_gate), "the gates of all processes learn the same"
     assert len(load(tmp_path / "records" / "step-00000000").nodes) == len(expected.nodes)
 
@@ -131,6 +133,7 @@ def _fail(rank: int, folder: Path, strict: bool) -> None:
     torch.save((callback.last_report, trainer.global_step, message), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_failure_in_one_process_does_not_stop_the_others(strict: bool, tmp_path: Path) -> None:
     for report, step, message in run_in_two_processes(_fail, tmp_path, strict):
@@ -151,6 +154,7 @@ def _undefined(rank: int, folder: Path) -> None:
     torch.save((callback.last_report, scalars(callback.last_report)), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_a_process_without_a_defined_node_is_merged_like_the_others(tmp_path: Path) -> None:
     (report, first_scalars), (_, second_scalars) = run_in_two_processes(_undefined, tmp_path)
     for name, value in first_scalars.items():
@@ -181,7 +185,7 @@ def _train(rank: int, folder: Path, options: dict[str, Any], accumulate: int) ->
     states = [
         (
             watching.monitor.probe_count,
-            watching.monitor.questions.remaining,
+            watching.monitor.questions.state_dict(),
             watching.monitor.random_stream.get_state().tolist(),
         )
         for watching in (callback, resumed)
@@ -189,6 +193,7 @@ def _train(rank: int, folder: Path, options: dict[str, Any], accumulate: int) ->
     torch.save((states_equal(*end_states), states), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "accumulate"), [("32-true", 1), ("32-true", 2), ("bf16-mixed", 2), ("bf16-true", 1)]
 )

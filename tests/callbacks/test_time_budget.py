@@ -39,7 +39,7 @@ def test_a_probe_that_fits_is_never_skipped():
     time_budget.record_probe("probe", 1.0)
     time_budget.run_seconds = 30.0
     assert time_budget.decide("probe", False) == (True, None)
-    assert time_budget.decide("free probe", False) == (True, None), "another kind has its own cost"
+    assert time_budget.decide("update probe", False) == (True, None), "another kind has its own cost"
     time_budget.probe_seconds = 2.5
     assert time_budget.decide("probe", False) == (False, None)
     assert time_budget.skipped_probes == 1

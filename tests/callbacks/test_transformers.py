@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from odp_callbacks import GradientAlignmentTrainerCallback
 from odp_callbacks.engine import EMATeacher
-from tests.helpers.models import tiny_base, word_tokenizer
+from odp_callbacks.functional import lora_parameters
+from odp_callbacks.storage import load
+from tests.helpers.models import tiny, tiny_base, word_tokenizer
 from tests.helpers.trainers import (
     COMMON,
     add_callback,
@@ -70,6 +72,7 @@ def test_training_is_the_same_with_and_without_the_callback(
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_log_history_and_tensorboard_get_the_figures(make_trainer: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, report_to=["tensorboard"])
     add_callback(trainer)
@@ -119,7 +122,7 @@ def test_a_resumed_run_continues_where_it_stopped(make_trainer: Any, tmp_path: P
     resumed_trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert gate.count == 2
     assert resumed.monitor.probe_count == uninterrupted.monitor.probe_count == 2
-    assert resumed.monitor.questions.remaining == uninterrupted.monitor.questions.remaining
+    assert resumed.monitor.questions.state_dict() == uninterrupted.monitor.questions.state_dict()
     assert torch.equal(resumed.monitor.random_stream.get_state(), uninterrupted.monitor.random_stream.get_state())
     assert uninterrupted.last_report is not None
     assert resumed.last_report is not None
@@ -172,7 +175,7 @@ def test_probes_after_an_evaluation(tmp_path: Path) -> None:
     ("change", "kind", "message"),
     [
         ({"trainer": None}, TypeError, "`trainer` must be a transformers.Trainer"),
-        ({"free_every_n_steps": 2}, ValueError, "`free_every_n_steps` needs the training's own rollouts"),
+        ({"update_every_n_steps": 2}, ValueError, "`update_every_n_steps` needs the training's own rollouts"),
         ({"every_n_steps": 0}, ValueError, "`every_n_steps`"),
         ({"teachers": {"other": 3}}, (TypeError, ValueError), "teacher"),
         ({"distilled_teachers": ("other",)}, ValueError, "same names in training and in the callback"),
@@ -197,3 +200,84 @@ def test_a_student_without_lora_and_a_trainer_without_tokenizer_are_refused(tmp_
         add_callback(Trainer(model=tiny_base(), args=args, processing_class=word_tokenizer()))
     with pytest.raises(ValueError, match="no `processing_class`"):
         add_callback(Trainer(model=trainer_student(), args=args))
+
+
+def test_every_evaluation_outside_a_training_is_probed(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path)
+    callback = add_callback(trainer, on_validation=True, max_overhead=0.1, every_n_steps=1)
+    reports = []
+    for count in (1, 2):
+        trainer.evaluate()
+        assert callback.monitor.probe_count == count
+        reports.append(callback.last_report)
+    assert reports[0] is not reports[1]
+    assert callback.monitor.time_budget.probe_seconds == 0
+    trainer.train()
+    assert callback.monitor.probe_count >= 3, "the first probe of a training always runs"
+    assert 0 < callback.monitor.time_budget.time_share <= 1
+    count = callback.monitor.probe_count
+    trainer.evaluate()
+    trainer.evaluate()
+    assert callback.monitor.probe_count == count + 2
+
+
+def test_another_student_in_a_second_training_has_an_average_of_its_own(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path)
+    callback = add_callback(trainer, teachers={"ema": EMATeacher(decay=0.5)}, every_n_steps=1)
+    trainer.train()
+    trainer.model = trainer.model_wrapped = tiny("llama", seed=3).float().train()
+    trainer.optimizer = trainer.lr_scheduler = None
+    before = {name: parameter.detach().clone() for name, parameter in lora_parameters(trainer.model).items()}
+    trainer.args.max_steps = 1
+    trainer.train()
+    assert callback.monitor.probe is not None
+    assert callback.monitor.probe.student is trainer.model
+    for name, parameter in lora_parameters(trainer.model).items():
+        average = callback.teachers["ema"].average[name]
+        torch.testing.assert_close(average, (before[name] + parameter.detach()) / 2)
+
+
+def test_the_average_of_a_second_training_moves_again(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path)
+    callback = add_callback(trainer, teachers={"ema": EMATeacher(decay=0.5)}, every_n_steps=1)
+    for _ in range(2):
+        trainer.train()
+        assert callback.teachers["ema"].step == 4
+    average, student = callback.teachers["ema"].average, lora_parameters(trainer.model)
+    distance = max(float((average[name] - parameter.detach()).abs().max()) for name, parameter in student.items())
+    assert 0 < distance < 0.1
+
+
+class UnsavableGate(LearningGate):
+    """Has a state that no file can hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "function": lambda: None}
+
+
+def test_a_gate_whose_state_cannot_be_saved_costs_neither_the_training_nor_the_other_states(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    callback = add_callback(trainer, gate=UnsavableGate(), strict=False)
+    with pytest.warns(UserWarning, match="without the state of `gate`"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    resumed_trainer = plain_trainer(tmp_path, max_steps=4)
+    resumed = add_callback(resumed_trainer, gate=LearningGate())
+    resumed_trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.monitor.probe_count == callback.monitor.probe_count == 2
+
+
+def test_layers_that_are_frozen_during_the_training_are_measured_no_more(tmp_path: Path) -> None:
+    class Freezing(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            for name, parameter in model.named_parameters():
+                if state.global_step == 2 and "lora_" in name and "layers.1" in name:
+                    parameter.requires_grad_(False)
+
+    trainer = plain_trainer(tmp_path)
+    callback = add_callback(trainer, teachers={"ema": EMATeacher(decay=0.5)}, every_n_steps=1, records=tmp_path / "r")
+    trainer.add_callback(Freezing())
+    trainer.train()
+    module_counts = [len(load(folder).modules) for folder in sorted((tmp_path / "r").iterdir())]
+    assert module_counts == [6, 6, 3, 3]
+    assert callback.monitor.probe_count == 4

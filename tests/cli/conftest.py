@@ -1,6 +1,7 @@
 """A tiny student in a folder, questions in a file, and a reward that can interrupt a diagnosis."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class OddLengthReward:
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float]:
         self.calls.append(len(completions))
-        if self.interrupt_after is not None and len(self.calls) > self.interrupt_after:
+        in_main_thread = threading.current_thread() is threading.main_thread()  # only there Ctrl-C arrives
+        if self.interrupt_after is not None and len(self.calls) > self.interrupt_after and in_main_thread:
             raise KeyboardInterrupt
         return [float(len(completion.split()) % 2) for completion in completions]
 

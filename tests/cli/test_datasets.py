@@ -47,3 +47,11 @@ def test_the_solutions_of_a_task_satisfy_its_verifier() -> None:
     assert task.reward(prompts=[""] * 6, completions=right, entry=entries) == [1.0] * 6
     wrong = ["Answer: 77", "", r"Answer:", right[0] + "1", "no", "7"]
     assert task.reward(prompts=[""] * 6, completions=wrong, entry=entries) == [0.0] * 6
+
+
+def test_a_dataset_of_conversations_is_told_how_to_make_prompts(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    with pytest.raises(
+        ValueError, match=r"a prompt is the part before the answer, such as {'prompt': row\['messages'\]"
+    ):
+        load_questions(str(tmp_path / "chat.jsonl"), count=3)

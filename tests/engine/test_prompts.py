@@ -1,3 +1,5 @@
+import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -112,3 +114,69 @@ def test_length_is_checked_against_the_context(family):
     ):
         check_length(torch.zeros(61), 4, model, "question 3")
     assert context_limit(torch.nn.Linear(1, 1)) is None
+
+
+@pytest.mark.parametrize("prompt", ["a \ud83d b", [message("user", "a \ud83d b")]], ids=["text", "messages"])
+def test_half_of_a_surrogate_pair_is_refused_by_its_row(tokenizer, prompt):
+    rows = [{"prompt": "a"}, {"prompt": prompt}]
+    with pytest.raises(ValueError, match=r"question 1 cannot be used: .*lone surrogate '\\ud83d' at character 2"):
+        as_questions(rows, tokenizer)
+    with pytest.raises(ValueError, match=r"question x cannot be used: .*lone surrogate"):
+        as_questions(rows[1:], tokenizer, ["x"])
+
+
+def test_what_a_template_or_tokenizer_raises_names_the_row(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="question 1 cannot be used: TemplateError: roles must alternate"):
+        as_questions([{"prompt": "a"}, {"prompt": [message("user", "a")]}], tokenizer)
+
+
+@pytest.mark.parametrize("prompt", [None, [], 3, float("nan"), {"role": "user"}, ["a"]])
+def test_rows_whose_prompt_is_none_are_refused_by_their_place(tokenizer, prompt):
+    with pytest.raises(ValueError, match="question 1 cannot be used: `prompt` must be a string or a non-empty list"):
+        as_questions([{"prompt": "a"}, {"prompt": prompt}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"messages": [message("user", "a")]}, r"such as {'prompt': row\['messages'\]\[:-1\]}"),
+        ({"conversations": []}, r"row\['conversations'\]\[:-1\]"),
+        (message("user", "a"), r"give the whole conversation as a row, {'prompt': \[messages\]}"),
+    ],
+)
+def test_what_would_make_a_prompt_is_said(tokenizer, row, remedy):
+    with pytest.raises(ValueError, match=f"needs a column 'prompt'.*{remedy}"):
+        as_questions([row], tokenizer)
+
+
+def test_arrays_of_numpy_are_texts_and_messages(tokenizer):
+    chat = np.array([message("user", np.str_("a"))], dtype=object)
+    questions = as_questions([{"prompt": np.str_("a")}, {"prompt": chat}], tokenizer)
+    assert [question.prompt_ids.tolist() for question in questions] == [[BOS, A], [BOS, USER, A, EOS, ASSISTANT]]
+    assert questions[1].row["prompt"] == [message("user", "a")]
+
+
+def test_rows_without_an_id_have_their_place(tokenizer):
+    assert [question.id for question in as_questions([{"prompt": "a", "id": None}, {"prompt": "b"}], tokenizer)] == [
+        "0",
+        "1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pandas.DataFrame({"prompt": ["a", "b"], "answer": ["1", "2"]}),
+        [pandas.Series({"prompt": "a", "answer": "1"}), pandas.Series({"prompt": "b", "answer": "2"})],
+    ],
+    ids=["table", "series"],
+)
+def test_rows_of_batches_of_pandas(batch):
+    assert rows_from_batch(batch) == [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+
+
+def test_rows_of_a_batch_that_is_one_row_or_a_list_of_prompts():
+    row = {"prompt": "ab", "answer": "cd"}
+    assert rows_from_batch(row) == [row]
+    assert rows_from_batch(["a", "b"]) == [{"prompt": "a"}, {"prompt": "b"}]

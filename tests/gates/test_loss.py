@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from odp_callbacks.gates import IncorrectRolloutGate, check_gate, gate_loss, tokens_of
+from odp_callbacks.gates import IncorrectRolloutGate, check_gate, gate_loss, gate_weights, tokens_of
 from odp_callbacks.gates.rules import everything
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
@@ -112,3 +112,29 @@ def test_a_router_that_chooses_no_existing_teacher_is_refused() -> None:
 
     with pytest.raises(ValueError, match="to one of 1 teachers"):
         check_gate(InvalidRouter(), rewards=True)
+
+
+def test_a_rollout_without_a_reward_is_not_gated_and_the_others_are_as_if_it_were_not_there() -> None:
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    rewards = [1.0, float("nan"), 0.0, 0.5]
+    weights, logs = gate_weights(IncorrectRolloutGate(), mask, tokens_of(mask, rewards, ["a", "a", "b", "b"]))
+    scored = torch.tensor([True, False, True, True])
+    others = tokens_of(mask[scored], [1.0, 0.0, 0.5], ["a", "b", "b"])
+    expected, expected_logs = gate_weights(IncorrectRolloutGate(), mask[scored], others)
+    assert torch.equal(weights[scored], expected)
+    assert weights[1].tolist() == [1, 1, 0]
+    assert logs == {**expected_logs, "gate/unscored_share": 0.25}
+    assert weights.sum() == mask.sum(), "the loss keeps its scale"
+
+
+def test_rollouts_without_a_reward_do_not_count_in_pass_rates() -> None:
+    mask = torch.ones(3, 1)
+    tokens = tokens_of(mask, [1.0, float("nan"), 0.0], ["a", "a", "b"])
+    assert tokens.need("pass_rate").tolist() == [1.0, 1.0, 0.0]
+
+
+def test_a_batch_without_any_reward_is_not_gated() -> None:
+    mask = torch.ones(2, 2)
+    weights, logs = gate_weights(IncorrectRolloutGate(), mask, tokens_of(mask, [float("nan")] * 2))
+    assert weights.tolist() == [[1, 1], [1, 1]]
+    assert logs["gate/unscored_share"] == 1

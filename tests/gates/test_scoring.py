@@ -128,11 +128,10 @@ def test_a_rule_whose_weights_are_all_0_has_no_gain_per_weight(make_report: Make
     assert score.harm_removed.value == 1
 
 
-def test_the_free_mode_cannot_score(make_report: MakeReport) -> None:
-    report = make_report(gains)
-    free = ProbeReport(**{**report.__dict__, "free": True})
-    with pytest.raises(ValueError, match="`report` must have continuations"):
-        score_rules(free)
+def test_a_report_without_nodes_cannot_score(make_report: MakeReport) -> None:
+    report = ProbeReport(**{**make_report(gains).__dict__, "nodes": ()})
+    with pytest.raises(ValueError, match="`report` must have nodes"):
+        score_rules(report)
 
 
 def test_rules_are_given_tokens_of_each_teacher(make_report: MakeReport) -> None:

@@ -240,3 +240,80 @@ def test_what_cannot_be_gated_is_refused(tmp_path: Path) -> None:
     gate_trainer(trainer, everything)
     with pytest.raises(ValueError, match="already has a gate"):
         gate_trainer(trainer, everything)
+
+
+def reward_with_gaps(prompts: list[Any], completions: list[str], **columns: Any) -> list[float | None]:
+    """Has nothing to say about completions that begin with one of the first words."""
+    rewards = pure_reward(prompts, completions)
+    return [None if text[:1] in "abc" else value for text, value in zip(completions, rewards, strict=True)]
+
+
+def test_a_rollout_whose_reward_is_none_does_not_cost_the_batch_its_gate(make_trainer: Any, tmp_path: Path) -> None:
+    """Warnings are errors here, so that none is issued, either."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=4)
+    seen_tokens: list[Tokens] = []
+
+    class RecordingGate(IncorrectRolloutGate):
+        def __call__(self, tokens: Tokens) -> Tensor:
+            seen_tokens.append(tokens)
+            return super().__call__(tokens)
+
+    gate_trainer(trainer, RecordingGate(), reward_with_gaps)
+    _, logs = train(trainer)
+    assert any(0 < entry["gate/unscored_share"] < 1 for entry in logs[:-1])
+    assert not any(bool(tokens.need("reward").isnan().any()) for tokens in seen_tokens[1:])
+
+
+def test_what_trl_passes_to_rewards_is_passed(tmp_path: Path) -> None:
+    states: list[int] = []
+
+    async def reward(completions: list[str], answer: list[str], trainer_state: Any, log_metric: Any) -> list[float]:
+        states.append(trainer_state.global_step)
+        log_metric("completions/words", sum(len(completion.split()) for completion in completions))
+        return pure_reward([], completions)
+
+    trainer = distillation_trainer(tmp_path)
+    gate_trainer(trainer, IncorrectRolloutGate(), reward)
+    _, logs = train(trainer)
+    assert states == [0, 1, 2, 3]
+    assert all("completions/words" in entry for entry in logs[:-1])
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            lambda prompts, completions, solution: [],
+            r"needs the argument 'solution', but .* \['answer'\]; .* `def reward",
+        ),
+        (lambda texts, /: [], "by position only"),
+        (torch.nn.Linear(1, 1), "the model Linear"),
+        (int, "the class int was given"),
+    ],
+    ids=["column", "position", "module", "class"],
+)
+def test_rewards_that_cannot_be_called_are_refused_before_training(reward: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=message):
+        gate_trainer(distillation_trainer(tmp_path), IncorrectRolloutGate(), reward)
+
+
+def test_columns_that_gkd_does_not_keep_are_refused_before_training(tmp_path: Path) -> None:
+    def reward(completions: list[str], answer: list[str]) -> list[float]:
+        return pure_reward([], completions)
+
+    with pytest.raises(TypeError, match=r"needs the argument 'answer', but .* \['reference'\]"):
+        gate_trainer(gkd_trainer(tmp_path), IncorrectRolloutGate(), reward)
+
+
+def test_questions_that_cannot_be_decoded_cost_the_gating_and_not_the_training(tmp_path: Path) -> None:
+    trainer = gkd_trainer(tmp_path)
+    gate_trainer(trainer, IncorrectRolloutGate(), lambda prompts, completions, **columns: [0.0] * len(completions))
+
+    def failing_decode(sequences: Any, **options: Any) -> list[str]:
+        raise OverflowError("no text")
+
+    trainer.processing_class.batch_decode = failing_decode
+    with pytest.warns(UserWarning, match="OverflowError: no text") as caught:
+        trainer.train()
+    assert "the questions of a batch could not be read" in str(caught[0].message)
+    assert trainer.state.global_step == 4

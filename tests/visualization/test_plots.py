@@ -9,6 +9,7 @@ import pytest
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.visualization import plots
 from tests.helpers.records import MakeReport, split
+from tests.helpers.updates import update_only, with_update
 
 
 def error_bar_lengths(plot: Any) -> list[float]:
@@ -70,3 +71,37 @@ def test_the_plot_against_divergence_names_its_confidence_level(make_report: Mak
         widths[confidence] = [float(high) - float(low) for low, high in ends]
     assert len(widths[0.8]) == len(report.teachers)
     assert all(short < long for short, long in zip(widths[0.8], widths[0.95], strict=True))
+
+
+def test_gains_are_those_of_the_update_where_it_was_measured(make_report: MakeReport) -> None:
+    report = with_update(make_report(split), lambda correct: (0.6, -0.4 if correct else 0.1))
+    summaries = Analysis(report).summaries()
+    for figure, plot in (
+        ("update_gain", plots.plot_gains(summaries, report.teachers)),
+        ("predicted_gain", plots.plot_gains(summaries, report.teachers, "predicted_gain")),
+    ):
+        estimates = {(summary.split, summary.teacher): summary.figures[figure] for summary in summaries}
+        expected = [
+            estimates[split_name, teacher].value
+            for split_name in ("all", "correct", "incorrect", "incorrect-correct")
+            for teacher in report.teachers
+        ]
+        drawn = [float(container[0].get_xdata()[0]) for container in plot.axes[0].containers]
+        assert drawn == pytest.approx(expected)
+        assert figure.replace("_", " ") in plot.axes[0].get_xlabel()
+
+
+def test_the_update_gain_is_drawn_over_probes(make_report: MakeReport) -> None:
+    without = make_report(split)
+    reports = [("0", without), *((str(k), update_only(without, lambda correct: (0.3, -0.2), seed=k)) for k in (1, 2))]
+    plot = plots.plot_over_probes(reports, 0.95)
+    expected = [
+        summary.figures["update_gain"].value
+        for teacher in without.teachers
+        for _, report in reports[1:]
+        for summary in Analysis(report).summaries()
+        if (summary.teacher, summary.split) == (teacher, "all")
+    ]
+    drawn = [float(container[0].get_ydata()[0]) for container in plot.axes[0].containers]
+    assert drawn == pytest.approx(expected), "a probe that did not measure it has no marker"
+    assert plot.axes[0].get_ylabel() == "update gain"

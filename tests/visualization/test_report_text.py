@@ -7,6 +7,7 @@ import pytest
 from odp_callbacks.analysis.summaries import Analysis, summarise
 from odp_callbacks.visualization.report_text import as_code, changes_text, table_text
 from tests.helpers.records import HOSTILE, MakeReport, split
+from tests.helpers.updates import update_only, with_update
 
 INTERVAL = re.compile(r"([+-]?\d+\.\d+) to ([+-]?\d+\.\d+)")
 
@@ -53,6 +54,17 @@ def test_an_80_percent_interval_is_narrower_in_the_table(make_report: MakeReport
     assert len(pairs) >= 8
     assert all(short <= long for short, long in pairs)
     assert sum(short for short, _ in pairs) < 0.8 * sum(long for _, long in pairs)
+
+
+def test_the_change_is_in_update_gain_if_both_probes_measured_it(make_report: MakeReport) -> None:
+    of_nodes = make_report(split)
+    low, high = (summarise(with_update(of_nodes, lambda correct, gain=gain: (gain, 0.0))) for gain in (0.1, 0.9))
+    text = changes_text(low, high)
+    assert text.startswith("Change in update gain")
+    assert outcomes(text)["near, all rollouts"].endswith("rose")
+    assert changes_text(summarise(of_nodes), high).startswith("Change in predicted gain")
+    alone = summarise(update_only(of_nodes, lambda correct: (0.1, 0.0)))
+    assert "no change to tell" in changes_text(summarise(of_nodes), alone)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

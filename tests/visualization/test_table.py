@@ -9,11 +9,13 @@ import pytest
 from rich.console import Console
 
 from odp_callbacks import Teacher, diagnose
+from odp_callbacks.analysis.summaries import summarise
 from odp_callbacks.gates import score_rules
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.visualization.table import rules_table, summary_table
 from tests.helpers.models import tiny, word_tokenizer
 from tests.helpers.records import MakeReport, split
+from tests.helpers.updates import update_only, with_update
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +83,45 @@ def test_the_summary_table_has_the_confidence_level_that_was_asked_for(make_repo
     assert "95% intervals" in printed(summary_table(report))
     with pytest.raises(ValueError, match="`confidence` must"):
         summary_table(report, 80)
+
+
+def headings(text: str) -> list[str]:
+    """The columns' headings of a printed table, their two lines joined."""
+    first, second = (line.split() for line in text.split("\n")[1:3])
+    return [f"{upper} {lower}" for upper, lower in zip(first, second, strict=True)]
+
+
+def test_the_update_gain_is_the_first_column(make_report: MakeReport) -> None:
+    for report, expected in (
+        (
+            update_only(make_report(split), lambda correct: (0.6, -0.4 if correct else 0.1)),
+            ["update gain", "contri- bution", "update alignment", "tokens quest."],
+        ),
+        (
+            with_update(make_report(split), lambda correct: (0.6, -0.4 if correct else 0.1)),
+            ["update gain", "predicted gain", "gain-weighted alignment", "tokens quest.", "undef. undet."],
+        ),
+        (
+            make_report(split),
+            ["predicted gain", "gain-weighted alignment", "alignment (token mean)", "tokens quest.", "undef. undet."],
+        ),
+    ):
+        output = StringIO()
+        Console(file=output, width=120).print(summary_table(report))
+        text = output.getvalue().replace("(token mean)", "(token_mean)")
+        assert [heading.replace("_", " ") for heading in headings(text)[1:]] == expected
+        assert "…" not in printed(summary_table(replace(report, teachers=("near", "far"))))
+
+
+def test_a_report_without_nodes_counts_the_tokens_of_the_update(make_report: MakeReport) -> None:
+    report = update_only(make_report(split), lambda correct: (0.6, -0.4 if correct else 0.1))
+    text = printed(summary_table(report))
+    row = text[text.index("near") :].split("\n")[:2]
+    estimate = summarise(report)[0].figures["update_gain"]
+    assert row[0].split()[1] == f"{estimate.value:+.3f}"
+    assert row[0].split()[-1] == str(12 * 8)
+    assert f"{estimate.low:.2f} to {estimate.high:.2f}" in row[1]
+    assert row[1].split()[-1] == "6"
+    assert "Difference between teachers on the same rollouts" in text
+    assert "first helps more" in text
+    assert "Predicted gain" not in text

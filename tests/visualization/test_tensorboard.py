@@ -1,5 +1,6 @@
 """What TensorBoard receives: read back from the event files, and seen in a browser."""
 
+import math
 import pickle
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from odp_callbacks.records import ProbeReport
 from odp_callbacks.visualization import tensorboard as module
 from odp_callbacks.visualization.tensorboard import TensorBoardReports
 from tests.helpers.records import MakeReport, hostile, in_modules, many_teachers, split
+from tests.helpers.updates import update_only, with_update
 
 
 def read_events(folder: Path) -> EventAccumulator:
@@ -72,6 +74,78 @@ def test_the_dashboard_names_scalars_that_were_logged(teachers: int, make_report
     lines = [tag.strip("^$") for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
     assert set(lines) - {"odp/probe/time_share"} <= logged, "the monitor logs the share of time"
     assert {category.title for category in layout.category} >= {"Predicted gain, all teachers", "Success and cost"}
+
+
+def layout_of(events: EventAccumulator) -> Any:
+    (event,) = events.Tensors("custom_scalars__config__")
+    return layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+
+
+def gains_by_class(correct: bool) -> tuple[float, ...]:
+    return (0.6, -0.4 if correct else 0.1)
+
+
+@pytest.mark.parametrize("nodes", [True, False])
+def test_the_dashboard_begins_with_the_update_gain(nodes: bool, make_report: MakeReport, tmp_path: Path) -> None:
+    report = (with_update if nodes else update_only)(make_report(split), gains_by_class)
+    events = write_events(tmp_path, report)
+    layout, logged = layout_of(events), set(events.Tags()["scalars"])
+    titles = [category.title for category in layout.category]
+    assert titles[0] == "Update gain, all teachers"
+    assert ("Predicted gain, all teachers" in titles) == nodes
+    first_shown = layout.category[0].chart[-1]  # TensorBoard shows the charts of a page in reverse order
+    assert first_shown.title == "All rollouts"
+    assert [series.value for series in first_shown.margin.series] == [
+        f"odp/update_gain/{teacher}/all" for teacher in report.teachers
+    ]
+    for category in layout.category:
+        for chart in category.chart:
+            for band in chart.margin.series:
+                assert {band.value, band.lower, band.upper} <= logged
+                assert nodes or "predicted_gain" not in band.value
+
+
+def test_no_chart_without_a_number_comes_first(make_report: MakeReport, tmp_path: Path) -> None:
+    """Of one question there is no update gain: its empty charts used to be what TensorBoard opened with."""
+    layout = layout_of(write_events(tmp_path / "one", update_only(make_report(split, questions=1), gains_by_class)))
+    assert layout.category[0].title == "Success and cost"
+    assert layout.category[0].chart[-1].title == "Student's success rate"
+    report = make_report(split)
+    correct_only = replace(report, rollouts=tuple(replace(rollout, correct=True) for rollout in report.rollouts))
+    layout = layout_of(write_events(tmp_path / "correct", update_only(correct_only, gains_by_class)))
+    shown = [chart.title for chart in layout.category[0].chart][::-1]
+    assert shown == [
+        "All rollouts", "Correct rollouts", "Incorrect rollouts", "Incorrect minus correct rollouts",
+    ]  # fmt: skip
+    teacher = [chart.title for chart in layout.category[1].chart][::-1]
+    assert teacher[0] == "Update gain, correct rollouts"
+    incorrect_only = replace(report, rollouts=tuple(replace(rollout, correct=False) for rollout in report.rollouts))
+    layout = layout_of(write_events(tmp_path / "incorrect", update_only(incorrect_only, gains_by_class)))
+    shown = [chart.title for chart in layout.category[0].chart][::-1]
+    assert shown[:2] == ["All rollouts", "Incorrect rollouts"], "those without a correct rollout come last"
+    assert [chart.title for chart in layout.category[1].chart][-1] == "Update gain, incorrect rollouts"
+
+
+def test_the_first_card_of_an_update_alone_has_a_number(make_report: MakeReport, tmp_path: Path) -> None:
+    """Correlations with the alignment of no token used to be the first cards, all of them NaN."""
+    events = write_events(tmp_path, update_only(make_report(split), gains_by_class))
+    (first,) = events.Scalars(sorted(events.Tags()["scalars"])[0])
+    assert math.isfinite(first.value)
+
+
+def test_what_tensorboard_shows_of_an_update_alone(make_report: MakeReport, tmp_path: Path) -> None:
+    reports = [update_only(make_report(split), gains_by_class, seed=seed) for seed in range(2)]
+    events = write_events(tmp_path, *reports)
+    images = ["odp/gain/all_teachers", "odp/gain/by_class_and_depth", "odp/rollout/correct", "odp/rollout/incorrect"]
+    assert sorted(events.Tags()["images"]) == images, "TensorBoard sorts pictures by name"
+    table = text_of(events, "odp/table/text_summary")
+    assert table.index("update") < table.index("contri-")
+    assert "predicted" not in table
+    assert "Change in update gain since the previous probe" in text_of(events, "odp/changed/text_summary")
+    assert "odp/influence_histogram/near/correct" in events.Tags()["histograms"]
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    names = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert names == {f"odp/update_gain/{teacher}/all" for teacher in reports[0].teachers}
 
 
 def test_pictures_text_and_hyperparameters(make_report: MakeReport, tmp_path: Path) -> None:
@@ -172,9 +246,11 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Serve TensorBoard over a run of three probes; its address, and the number of teachers."""
     folder, count = tmp_path_factory.mktemp("run"), int(request.param)
     settings = {"continuations": 4, "divergence": "reverse_kl"}
-    write_events(
-        folder, *(replace(in_modules(many_teachers(count, seed=seed)), settings=settings) for seed in range(3))
-    )
+    reports = [
+        with_update(in_modules(many_teachers(count, seed=seed)), lambda correct: (0.1,) * count, seed=seed)
+        for seed in range(3)
+    ]
+    write_events(folder, *(replace(report, settings=settings) for report in reports))
     with socket.socket() as free_socket:
         free_socket.bind(("127.0.0.1", 0))
         port = free_socket.getsockname()[1]
@@ -211,7 +287,11 @@ def test_tensorboard_in_a_browser(browser: Any, page: tuple[str, int], scheme: s
         " " in path.get_attribute("d") or "," in path.get_attribute("d") for path in all_elements(browser, "path.area")
     )
     assert len(all_elements(browser, "path.line")) >= 4 * teachers
-    for title in ("Predicted gain, all teachers", *(f"Teacher: teacher {k}" for k in range(teachers))):
+    for title in (
+        "Update gain, all teachers",
+        "Predicted gain, all teachers",
+        *(f"Teacher: teacher {k}" for k in range(teachers)),
+    ):
         assert has_text(browser, title), title
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(48, 48, 48)") == (scheme == "dark")
@@ -220,7 +300,7 @@ def test_tensorboard_in_a_browser(browser: Any, page: tuple[str, int], scheme: s
     wait.until(
         lambda b: len([image for image in all_elements(b, "img") if image.get_property("naturalWidth") > 400]) >= 8
     )
-    wait.until(lambda b: has_text(b, "odp/rollout/incorrect") and has_text(b, "odp/summary/alignment_by_module"))
+    wait.until(lambda b: has_text(b, "odp/gain/all_teachers") and has_text(b, "odp/summary/alignment_by_module"))
     open_tab("text")
     wait.until(lambda b: has_text(b, "Does the teacher push towards success?", whole=True))
     open_tab("hparams")

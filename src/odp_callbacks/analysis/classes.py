@@ -1,6 +1,7 @@
 """Classes of nodes that are summarised together: by correctness, depth, question or rollout."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,8 @@ def node_classes(report: ProbeReport, evidence: Evidence, by: str) -> Iterator[t
     if by == "correctness":
         yield from _by_correctness(report, evidence)
     elif by == "depth":
-        window_exponents = np.frexp(evidence.depth.astype(float))[1]  # of [0, 1), [1, 2), [2, 4), [4, 8), ...
-        for exponent in np.unique(window_exponents):
-            first_depth, last_depth = int(2.0 ** (exponent - 1)), int(2.0**exponent) - 1
-            yield (
-                (f"depth {first_depth}" if first_depth == last_depth else f"depth {first_depth}-{last_depth}"),
-                window_exponents == exponent,
-            )
+        for window, chosen in depth_windows(evidence.depth):
+            yield f"depth {window}", chosen
     elif by in ("question", "rollout"):
         labels = np.array([str(getattr(node, by)) for node in report.nodes])
         for label in dict.fromkeys(labels.tolist()):
@@ -40,10 +36,24 @@ def node_classes(report: ProbeReport, evidence: Evidence, by: str) -> Iterator[t
         )
 
 
+def depth_windows(depth: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Yield the name of each window of depth that has tokens, 0, 1, 2-3, 4-7 and so on, and the mask of its tokens.
+
+    Args:
+        depth: ``(N,)``, depth of each token.
+
+    Examples:
+        >>> [window for window, _ in depth_windows(np.array([0, 1, 2, 9]))]
+        ['0', '1', '2-3', '8-15']
+    """
+    window_exponents = np.frexp(depth.astype(float))[1]  # of [0, 1), [1, 2), [2, 4), [4, 8), ...
+    for exponent in np.unique(window_exponents):
+        first_depth, last_depth = int(2.0 ** (exponent - 1)), int(2.0**exponent) - 1
+        window = f"{first_depth}" if first_depth == last_depth else f"{first_depth}-{last_depth}"
+        yield window, window_exponents == exponent
+
+
 def _by_correctness(report: ProbeReport, evidence: Evidence) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     yield "all", np.ones(len(evidence.correct), bool)
-    # In the free mode a rollout's own reward is the only evidence. It also decided whether the rollout is correct, so
-    # the figures of a class would follow from the split alone; both classes stay empty.
-    usable = np.full(len(evidence.correct), not report.free)
-    yield "correct", evidence.correct & usable
-    yield "incorrect", ~evidence.correct & usable
+    yield "correct", evidence.correct
+    yield "incorrect", ~evidence.correct

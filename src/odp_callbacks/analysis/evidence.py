@@ -201,8 +201,7 @@ def pool_neighbours(evidence: Evidence, nodes: Sequence[NodeRecord]) -> Evidence
     count, total, total_square = evidence.count.copy(), evidence.total.copy(), evidence.total_square.copy()
     for node_index, node in enumerate(nodes):
         next_index = index_of.get((node.rollout, node.depth + 1))
-        in_free_mode = node.weight[0] == 0
-        if next_index is None or evidence.exact[node_index, node.taken] or in_free_mode:
+        if next_index is None or evidence.exact[node_index, node.taken]:
             continue
         weight = nodes[next_index].weight
         next_count, next_total = evidence.count[next_index, : len(weight)], evidence.total[next_index, : len(weight)]

@@ -1,10 +1,10 @@
-"""Ranking of the teachers by predicted gain, over all rollouts, by class and by question."""
+"""Ranking of the teachers by update gain or predicted gain, over all rollouts, by class and by question."""
 
 import math
 from dataclasses import dataclass, replace
 
 from odp_callbacks.analysis.jackknife import Estimate
-from odp_callbacks.analysis.summaries import SPLITS, Analysis
+from odp_callbacks.analysis.summaries import SPLITS, Analysis, ClassSummary
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import displayable
 
@@ -15,7 +15,7 @@ class RankedTeacher:
 
     Attributes:
         teacher: Name of the teacher.
-        gain: Predicted gain, by which teachers are ranked.
+        gain: Update gain where an update was measured, otherwise predicted gain.
         verdict: ``"helps"`` or ``"harms"`` where the interval of the gain excludes 0, otherwise ``"undecided"``.
         behind: Gain of the best teacher of the class minus this one's, on the same nodes; None for the best.
         worse: Whether the interval of that difference lies above 0.
@@ -42,7 +42,7 @@ class Ranking:
 
 
 def rank(report: ProbeReport, confidence: float = 0.95) -> Ranking:
-    """Rank the teachers of a probe by predicted gain.
+    """Rank the teachers of a probe by update gain, or by predicted gain where no update was measured.
 
     Args:
         report: A probe's report.
@@ -56,12 +56,15 @@ def rank_analysis(analysis: Analysis) -> Ranking:
     gains: dict[str, dict[str, Estimate]] = {}
     for summary in [*analysis.summaries(), *analysis.summaries("question")]:
         if summary.split in SPLITS or summary.split.startswith("question "):
-            gains.setdefault(summary.split, {})[summary.teacher] = summary.figures["predicted_gain"]
-    differences = {
-        (contrast.split, contrast.teacher): contrast.figures["predicted_gain"] for contrast in analysis.contrasts()
-    }
+            gains.setdefault(summary.split, {})[summary.teacher] = _gain(summary)
+    differences = {(contrast.split, contrast.teacher): _gain(contrast) for contrast in analysis.contrasts()}
     classes = {split: _rank_class(split, class_gains, differences) for split, class_gains in gains.items()}
     return Ranking(classes, _answer_without_differences(analysis.report) or _answer(classes["all"]))
+
+
+def _gain(summary: ClassSummary) -> Estimate:
+    """The figure that teachers are ranked by: update gain where it was measured, otherwise predicted gain."""
+    return summary.figures["update_gain" if "update_gain" in summary.figures else "predicted_gain"]
 
 
 def verdict(gain: Estimate) -> str:
@@ -99,6 +102,8 @@ def _answer_without_differences(report: ProbeReport) -> str:
     """The answer for a probe in which success never differs, so that there is nothing to rank by; otherwise empty."""
     rewards = {rollout.reward for rollout in report.rollouts}
     rewards |= {float(mean) for node in report.nodes for mean in node.total / node.count.clip(1)}
+    if not rewards:
+        return "Nothing was measured: there is no rollout."
     if len(rewards) > 1:
         return ""
     return (

@@ -8,9 +8,9 @@ from odp_callbacks.analysis.summaries import (
     INCORRECT_MINUS_CORRECT,
     NOISE_CORRECTED,
     PREDICTORS,
+    UPDATE_FIGURES,
     Analysis,
     ClassSummary,
-    summarise,
 )
 from odp_callbacks.records import ProbeReport
 
@@ -39,8 +39,9 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
             logged |= _class_scalars(summary)
     for contrast in analysis.contrasts():
         logged |= _difference_scalars(contrast)
-    for (teacher, predictor), estimate in correlations(report, confidence).items():
-        logged |= _with_interval(f"odp/correlation_{predictor}", f"/{teacher}", estimate)
+    if report.nodes or not report.updates:  # of an update alone, these would be empty cards before all others
+        for (teacher, predictor), estimate in correlations(report, confidence).items():
+            logged |= _with_interval(f"odp/correlation_{predictor}", f"/{teacher}", estimate)
     logged |= _probe_scalars(report, summaries, success_rate(report, confidence))
     if report.preconditioned is not None:
         geometry = report.preconditioned.settings["geometry"]
@@ -50,25 +51,25 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
     return logged
 
 
-def free_scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
-    """Scalars of the free mode.
+def update_scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
+    """Scalars of an update that was measured on the training's own rollouts.
 
-    ``odp/free/predicted_gain/<teacher>`` and ``odp/free/success_rate`` with the ends of their intervals, and the
-    numbers of questions and nodes behind them.
+    ``odp/training/<figure>/<teacher>/<split>`` for each figure of the update, and ``odp/training/success_rate``, with
+    the ends of their intervals; and the number of questions behind them.
 
     Args:
-        report: Report of a probe in the free mode.
+        report: Report without nodes.
         confidence: Level of the intervals, in (0, 1).
     """
     logged = {
-        **_with_interval("odp/free/success_rate", "", success_rate(report, confidence)),
-        "odp/free/questions": float(len({rollout.question for rollout in report.rollouts})),
-        "odp/free/nodes": float(len(report.nodes)),
+        **_with_interval("odp/training/success_rate", "", success_rate(report, confidence)),
+        "odp/training/questions": float(len({rollout.question for rollout in report.rollouts})),
     }
-    for summary in summarise(report, confidence):
-        if summary.split == "all":
-            predicted_gain = summary.figures["predicted_gain"]
-            logged |= _with_interval("odp/free/predicted_gain", f"/{summary.teacher}", predicted_gain)
+    analysis = Analysis(report, confidence)
+    for summary in [*analysis.summaries(), *analysis.contrasts()]:
+        for figure in UPDATE_FIGURES:
+            suffix = f"/{summary.teacher}/{summary.split}"
+            logged |= _with_interval(f"odp/training/{figure}", suffix, summary.figures[figure])
     return logged
 
 
@@ -80,6 +81,8 @@ def _class_scalars(summary: ClassSummary) -> dict[str, float]:
         logged |= _with_interval(f"odp/{figure}", suffix, estimate)
         if figure in NOISE_CORRECTED:
             logged[f"odp/{figure}_uncorrected{suffix}"] = estimate.uncorrected
+    if "predicted_gain" not in summary.figures:
+        return logged
     logged[f"odp/questions{suffix}"] = float(summary.figures["predicted_gain"].questions)
     logged[f"odp/nodes{suffix}"] = float(summary.nodes)
     logged[f"odp/undefined_share{suffix}"] = _share(summary.undefined, summary.nodes)
@@ -110,6 +113,8 @@ def _probe_scalars(report: ProbeReport, summaries: list[ClassSummary], rate: Est
         ),
         "odp/probe/truncated_share": _share(report.truncated, responses),
         "odp/probe/nodes": float(len(report.nodes)),
+        "odp/probe/unused_questions": float(report.left_out.get("questions", 0)),
+        "odp/probe/unscored_responses": float(report.left_out.get("responses", 0)),
         "odp/probe/generated_tokens": float(sum(report.generated_tokens.values())),
         "odp/probe/seconds": sum(report.stage_seconds.values()),
         **{f"odp/probe/seconds_{stage}": seconds for stage, seconds in report.stage_seconds.items()},

@@ -1,6 +1,6 @@
 """All figures of a report, by teacher and class of nodes, each with its interval."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from odp_callbacks.analysis.classes import node_classes
+from odp_callbacks.analysis.contributions import ReportInfluence, report_influence
 from odp_callbacks.analysis.estimators import gradient_figures, token_mean
 from odp_callbacks.analysis.evidence import gather
 from odp_callbacks.analysis.jackknife import Estimate, Estimator, check_confidence, jackknife
@@ -16,6 +17,7 @@ from odp_callbacks.analysis.noise_correction import correct_for_noise
 from odp_callbacks.analysis.step_alignment import step_alignment
 from odp_callbacks.analysis.success_model import fit_success_model
 from odp_callbacks.analysis.token_intervals import alignment_intervals
+from odp_callbacks.analysis.update_gain import update_alignment, update_contribution, update_gain
 from odp_callbacks.records import Floats, ProbeReport
 
 SPLITS = ("all", "correct", "incorrect")
@@ -24,12 +26,19 @@ INCORRECT_MINUS_CORRECT = "incorrect-correct"
 """Split of the summary that holds the differences between the classes ``incorrect`` and ``correct``."""
 PREDICTORS = ("forward_kl", "reverse_kl", "js", "cosine", "teacher_entropy", "student_entropy")
 """Figures of the two distributions at a node, which need no continuations and may predict the alignment."""
-GEOMETRY_DEPENDENT = ("predicted_gain", "gain_weighted_alignment", "alignment", "step_alignment")
+GEOMETRY_DEPENDENT = (
+    "update_gain", "update_contribution", "update_alignment", "predicted_gain", "gain_weighted_alignment",
+    "alignment", "step_alignment",
+)  # fmt: skip
 """Figures that depend on the geometry of the parameters, Euclidean or preconditioned."""
 NOISE_CORRECTED = ("alignment", "gain_weighted_alignment", "logit_alignment")
 """Figures that are corrected for noise and logged without the correction as well."""
+UPDATE_FIGURES = ("update_gain", "update_contribution", "update_alignment")
+"""Figures of the whole update, measured from rollouts alone; they come first where an update was measured."""
+UPDATE_CLASSES = {"all": (1.0, 1.0), "correct": (1.0, 0.0), "incorrect": (0.0, 1.0)}
+"""Weights of the directions of correct and of incorrect rollouts in the update of each split."""
 FIGURES = (
-    "predicted_gain", "gain_weighted_alignment", "alignment", "step_alignment", "logit_alignment",
+    *UPDATE_FIGURES, "predicted_gain", "gain_weighted_alignment", "alignment", "step_alignment", "logit_alignment",
     "teacher_advantage", *PREDICTORS,
 )  # fmt: skip
 """Names of all figures, in the order in which summaries hold them."""
@@ -43,7 +52,7 @@ class ClassSummary:
         teacher: Name of the teacher; ``"a - b"`` for the difference between two.
         split: Name of the class, such as ``"correct"`` or ``"depth 4-7"``; ``"incorrect-correct"`` for the difference
             between those two classes.
-        figures: By name, see :data:`FIGURES`.
+        figures: By name, those of :data:`FIGURES` that were measured.
         nodes: Number of nodes.
         undefined: Number of nodes whose alignment is undefined, because a gradient is zero for certain.
         undetermined: Number of nodes whose continuations cannot tell the alignment.
@@ -112,16 +121,20 @@ class Analysis:
     def token_intervals(self) -> tuple[Floats, Floats]:
         """Lower and upper ends of the interval of each token's alignment with each teacher, ``(N, K)`` each.
 
-        NaN where the alignment does not exist, and everywhere in the free mode, where the only evidence is the reward
-        of a whole rollout.
+        NaN where the alignment does not exist.
         """
         return self._token_interval_ends
 
     @cached_property
     def _token_interval_ends(self) -> tuple[Floats, Floats]:
         lower_ends, upper_ends = alignment_intervals(self.evidence, self.confidence)
-        missing = (self.status != DEFINED) | self.report.free
+        missing = self.status != DEFINED
         return np.where(missing, np.nan, lower_ends), np.where(missing, np.nan, upper_ends)
+
+    @cached_property
+    def influence(self) -> ReportInfluence | None:
+        """Influence of every response token with its interval; None if none was measured."""
+        return report_influence(self.report, self.confidence)
 
     def token_alignment(self) -> Floats:
         """Alignment of each token with each teacher as pictures show it, ``(N, K)``: clipped to the token's interval.
@@ -191,14 +204,30 @@ class Analysis:
         self, teacher: str, split: str, first: dict[str, Estimator], second: dict[str, Estimator]
     ) -> ClassSummary:
         figures = {figure: jackknife(first[figure] - second[figure], self.confidence) for figure in first}
-        return ClassSummary(teacher, split, figures, figures["predicted_gain"].nodes, 0, 0)
+        nodes = figures["predicted_gain"].nodes if "predicted_gain" in figures else 0
+        return ClassSummary(teacher, split, figures, nodes, 0, 0)
 
     def _estimators(self, teacher_index: int, split: str, chosen: NDArray[np.bool_]) -> dict[str, Estimator]:
         """Every figure of a teacher on the nodes of a class, kept for the differences."""
         key = teacher_index, split
         if key not in self._class_estimators:
-            self._class_estimators[key] = self._build_estimators(teacher_index, chosen)
+            updates = self._update_estimators(teacher_index, split)
+            # Without any node there is nothing to say about single tokens, except where nothing else was measured.
+            of_nodes = {} if updates and not self.report.nodes else self._build_estimators(teacher_index, chosen)
+            self._class_estimators[key] = updates | of_nodes
         return self._class_estimators[key]
+
+    def _update_estimators(self, teacher_index: int, split: str) -> dict[str, Estimator]:
+        """Figures of the update; empty if none was measured, or for a class that is none of an update's."""
+        if not self.report.updates or split not in UPDATE_CLASSES:
+            return {}
+        grams = [update.gram for update in self.report.updates]
+        classes = UPDATE_CLASSES[split]
+        return {
+            "update_gain": update_gain(grams, teacher_index, classes),
+            "update_contribution": update_contribution(grams, teacher_index, classes),
+            "update_alignment": update_alignment(grams, teacher_index, classes),
+        }
 
     def _build_estimators(self, teacher_index: int, chosen: NDArray[np.bool_]) -> dict[str, Estimator]:
         estimators = gradient_figures(
@@ -213,15 +242,10 @@ class Analysis:
         estimators["teacher_advantage"] = token_mean(
             self.evidence, self._advantage[:, teacher_index], chosen, estimators["predicted_gain"].withheld
         )
-        if self.report.free:
-            # Here a rollout's reward stands for the success at its nodes, which is right only for the mean of a figure
-            # that is linear in the success: predicted gain.
-            for figure in (*NOISE_CORRECTED, "teacher_advantage"):
-                estimators[figure] = replace(estimators[figure], withheld="free mode")
         for predictor in PREDICTORS:
             values = np.array([record.predictors[predictor][teacher_index] for record in self.report.nodes])
             estimators[predictor] = token_mean(self.evidence, values, chosen)
-        return {figure: estimators[figure] for figure in FIGURES}
+        return {figure: estimators[figure] for figure in FIGURES if figure in estimators}
 
 
 def summarise(report: ProbeReport, confidence: float = 0.95, by: str = "correctness") -> list[ClassSummary]:

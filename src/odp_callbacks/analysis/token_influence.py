@@ -10,37 +10,13 @@ tokens, relative to the squared size of their directions on the logits, share a 
 (Smyth, "Linear models and empirical Bayes methods", 2004), and each token's variance is shrunk towards it.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from odp_callbacks.records import Floats
-
-Floats32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class TokenInfluence:
-    """Influence of ``N`` response tokens for ``K`` teachers, along the success gradients of ``S`` folds of questions.
-
-    Attributes:
-        rollout: ``(N,)``, index of the rollout.
-        depth: ``(N,)``, position in the response.
-        by_fold: ``(S, N, K)``, inner product of the token's distillation gradient with the mean success gradient of
-            each fold; NaN for the fold that holds the token's own question.
-        fold_questions: ``(S,)``, questions of each fold.
-        direction_norm: ``(K,)``, norm of each teacher's summed direction.
-        logit_norm: ``(N, K)``, norm of the token's distillation direction on the logits.
-    """
-
-    rollout: NDArray[np.int64]
-    depth: NDArray[np.int64]
-    by_fold: Floats32
-    fold_questions: Floats
-    direction_norm: Floats
-    logit_norm: Floats32
+from odp_callbacks.update_records import TokenInfluence
 
 
 class InfluenceIntervals(NamedTuple):

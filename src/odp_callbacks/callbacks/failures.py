@@ -1,5 +1,6 @@
 """How a failing probe is kept from stopping the training."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,11 +19,11 @@ class FailureHandler:
         self._warnings_issued: set[str] = set()
 
     @contextmanager
-    def guarded(self, context: TrainerContext, consequence: str) -> Iterator[None]:
+    def guarded(self, context: TrainerContext | None, consequence: str) -> Iterator[None]:
         """Catch an exception in the body of the ``with`` statement and warn about it, unless ``strict``.
 
         Args:
-            context: The trainer, which issues the warning.
+            context: The trainer, which issues the warning; None where it is not known.
             consequence: What the failure means for the user; the exception's own text follows it.
         """
         try:
@@ -32,12 +33,17 @@ class FailureHandler:
                 raise
             self.warn_of_error(context, consequence, error)
 
-    def warn_of_error(self, context: TrainerContext, consequence: str, error: Exception) -> None:
+    def warn_of_error(self, context: TrainerContext | None, consequence: str, error: Exception) -> None:
         """Warn once about an exception that was caught."""
         self.warn_once(context, f"{consequence}: {type(error).__name__}: {error}")
 
-    def warn_once(self, context: TrainerContext, message: str) -> None:
+    def forget_warnings(self) -> None:
+        """Issue each warning once more: another run has started."""
+        self._warnings_issued.clear()
+
+    def warn_once(self, context: TrainerContext | None, message: str) -> None:
         """Issue a warning unless the same one was issued before."""
         if message not in self._warnings_issued:
             self._warnings_issued.add(message)
-            context.warn(f"odp-callbacks: {message}")
+            warn = warnings.warn if context is None else context.warn
+            warn(f"odp-callbacks: {message}")

@@ -1,8 +1,12 @@
 """How a gate learns from the probes of a training run."""
 
 from collections.abc import Iterable
+from io import BytesIO
 from typing import Any
 
+import torch
+
+from odp_callbacks.engine.teachers.saved_states import load_or_keep
 from odp_callbacks.gates.protocols import Learner, Loggable, Stateful
 from odp_callbacks.records import ProbeReport
 
@@ -19,6 +23,7 @@ class GateLearning:
         self.gate = gate
         self._gate_was_given = gate is not None
         self._pending_state: dict[str, Any] | None = None
+        self._dropped_states: list[str] = []
 
     def use_gate_of_training(
         self, training_gate: object | None, distilled_teachers: Iterable[str], measured_teachers: Iterable[str]
@@ -54,8 +59,15 @@ class GateLearning:
         return dict(gate.scalars()) if isinstance(gate, Loggable) else {}
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return the gate's state; None if it has none."""
-        return self.gate.state_dict() if isinstance(self.gate, Stateful) else None
+        """Return the gate's state; None if it has none.
+
+        What no checkpoint could hold raises an exception here, where it costs the gate's state alone.
+        """
+        if not isinstance(self.gate, Stateful):
+            return None
+        state = self.gate.state_dict()
+        torch.save(state, BytesIO())
+        return state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Restore the gate's state, now or as soon as the gate is found."""
@@ -64,5 +76,14 @@ class GateLearning:
 
     def _restore_state(self) -> None:
         if self._pending_state is not None and isinstance(self.gate, Stateful):
-            self.gate.load_state_dict(self._pending_state)
+            if problem := load_or_keep(self.gate, self._pending_state):
+                self._dropped_states.append(f"the checkpoint's state of `gate` does not fit ({problem}); dropped it.")
             self._pending_state = None
+
+    def dropped_states(self) -> list[str]:
+        """Return a sentence about each state that fits no gate, once; asked when the training starts."""
+        if self._pending_state is not None:
+            self._pending_state = None
+            self._dropped_states.append("the checkpoint has the state of a gate, but there is none now; dropped it.")
+        sentences, self._dropped_states = self._dropped_states, []
+        return sentences

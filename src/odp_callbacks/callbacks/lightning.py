@@ -3,17 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import Unpack, override
 
+from odp_callbacks.callbacks.headlines import Headlines, monitored_figures
 from odp_callbacks.callbacks.monitor import Monitor
+from odp_callbacks.callbacks.names import named_metrics, refuse_equal_names, root_of
 from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import ProbeProgress, display_beside
 from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
 from odp_callbacks.callbacks.student_location import StudentLocator, locate_students
 from odp_callbacks.callbacks.trainer_context import TrainerContext
+from odp_callbacks.callbacks.training_prompts import training_template
 from odp_callbacks.distillation import OnPolicyDistillation
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
@@ -23,6 +25,7 @@ from odp_callbacks.visualization.loggers import ReportLogger
 
 SHARDED_STRATEGIES = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy"}
 """Strategies that spread parameters over processes, or whose processes torch.distributed does not know."""
+
 HOOK_MODULES = {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}
 """Modules that define the hooks which a LightningModule inherits; ``is_overridden`` knows only one of the packages."""
 
@@ -59,14 +62,17 @@ class GradientAlignmentCallback(Callback):
         config: How a probe measures.
         **options: Fields of :class:`~odp_callbacks.callbacks.schedule.ProbeSchedule`, listed here, and fields of
             :class:`~odp_callbacks.ProbeConfig`, which replace those of ``config``.
+        name: Tells this callback from the others in the same trainer, which need names of their own: its figures are
+            logged as ``odp-<name>/…``, and its records are in ``<records>/<name>``. None (the default): ``odp/…`` and
+            ``<records>``.
         every_n_steps: Number of optimizer steps between probes (100).
         questions_per_probe: Number of questions in a probe, taken from a shuffled order (8).
         max_overhead: The largest share of the training's wall-clock time that probes may take, in (0, 1) (0.1). A probe
             that would exceed it gets fewer continuations if the probe has a ``budget`` or a ``time_budget``, and is
             skipped otherwise. The first probe always runs, because its cost is not known before. None: every probe
             runs in full.
-        free_every_n_steps: Number of optimizer steps between measurements on the training's own rollouts (the free
-            mode: predicted gain at the cost of the gradients, without continuations). The rollouts are taken from the
+        update_every_n_steps: Number of optimizer steps between measurements on the training's own rollouts:
+            update gain at the cost of the gradients, without continuations. The rollouts are taken from the
             LightningModule's ``last_rollouts``, a list of ``(row, response token ids)`` that it sets in each training
             step, as :class:`~odp_callbacks.OnPolicyDistillation` does. None (the default): no such measurements.
         records: Folder in which each probe's records are saved as ``step-<step>``; see :mod:`odp_callbacks.storage`.
@@ -115,7 +121,10 @@ class GradientAlignmentCallback(Callback):
         arguments = ("teachers", "prompts", "reward", "student", "tokenizer", "gate", "config")
         schedule, config = resolve_options(config, options, other_arguments=arguments)
         self.monitor = Monitor(teachers, prompts, reward, schedule=schedule, config=config, gate=gate)
-        self.report_logger = ReportLogger(schedule.confidence)
+        self.report_logger = ReportLogger(schedule.confidence, root_of(schedule.name))
+        self._is_set_up = False
+        self._stage = "fit"
+        self.headlines = Headlines(self.teachers, root_of(schedule.name))
         self.student = student
         self.tokenizer = tokenizer
 
@@ -149,19 +158,38 @@ class GradientAlignmentCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        schedule = self.monitor.schedule
-        return self._generate_state_key(teachers=tuple(self.teachers), every=schedule.every_n_steps, seed=schedule.seed)
+        if self._is_set_up:
+            return self._generate_state_key(name=self.monitor.schedule.name)
+        # A new Trainer refuses equal keys without saying what to do. `setup` does it better, before any key is used.
+        return self._generate_state_key(name=self.monitor.schedule.name, callback=id(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out that a trainer has set the callback up: a copy belongs to none."""
+        return {**self.__dict__, "_is_set_up": False}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
+        if not self._has_probes(stage):
+            self._is_set_up = True
+            return
         if sharded := {kind.__name__ for kind in type(trainer.strategy).__mro__} & SHARDED_STRATEGIES:
             raise ValueError(
                 f"`strategy` is {sharded.pop()}, under which no process has the whole student to measure; use DDP, or "
                 "one device."
             )
-        # A student that `configure_model` builds does not exist yet; `on_fit_start` runs after it.
-        has_own_configure_model = type(pl_module).configure_model.__module__ not in HOOK_MODULES
-        if locate_students(pl_module, self.student) or not has_own_configure_model:
+        refuse_equal_names(
+            self.monitor.schedule.name,
+            [
+                other.monitor.schedule.name
+                for other in trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(other, GradientAlignmentCallback) and other is not self
+            ],
+        )
+        self._is_set_up = True
+        # A module may build its student, tokenizer and gate in a `setup` or `configure_model` of its own. These run
+        # after this, and before `on_fit_start`.
+        if all(getattr(pl_module, hook).__module__ in HOOK_MODULES for hook in ("setup", "configure_model")):
             self._prepare(pl_module)
 
     @override
@@ -170,11 +198,14 @@ class GradientAlignmentCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor.probe is None:
+        if not _is_training(trainer) and self._has_probes("validate"):
             self._prepare(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor.is_new_run(trainer.global_step):
+            self.headlines.clear()
+        self._show_headlines(trainer)
         self.monitor.on_train_start(self.trainer_context(trainer))
 
     @override
@@ -191,15 +222,23 @@ class GradientAlignmentCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.monitor.on_train_end()
+        self.monitor.on_train_end(self.trainer_context(trainer))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.monitor.on_exception()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.monitor.state_dict()
+        return {**self.monitor.state_dict(), "headlines": dict(self.headlines.values)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.monitor.load_state_dict(state_dict)
+        continues_run = self._stage == "fit"
+        if continues_run:
+            self.headlines.restore(state_dict.get("headlines") if isinstance(state_dict, dict) else None)
+        if self._has_probes(self._stage):
+            self.monitor.load_state_dict(state_dict, continues_run=continues_run)
 
     def trainer_context(self, trainer: Trainer) -> TrainerContext:
         """Return the trainer as the monitor sees it."""
@@ -217,7 +256,13 @@ class GradientAlignmentCallback(Callback):
             warn=rank_zero_warn,
             inform=rank_zero_info,
             optimizers=trainer.optimizers,
+            is_training=_is_training(trainer),
+            prepare=lambda: self._prepare(trainer.lightning_module),
         )
+
+    def _has_probes(self, stage: str) -> bool:
+        """Whether anything is probed in a stage of the trainer; where nothing is, nothing is checked."""
+        return stage == "fit" or (stage == "validate" and self.monitor.schedule.on_validation)
 
     def _prepare(self, pl_module: LightningModule) -> None:
         """Find the student and its tokenizer, and check everything that can be checked before training."""
@@ -236,19 +281,22 @@ class GradientAlignmentCallback(Callback):
                 f"`tokenizer` was not given, and {module_name} has neither `tokenizer` nor `processing_class`; give "
                 "the student's tokenizer."
             )
-        if self.monitor.schedule.free_every_n_steps is not None and not hasattr(pl_module, "last_rollouts"):
+        if self.monitor.schedule.update_every_n_steps is not None and not hasattr(pl_module, "last_rollouts"):
             raise ValueError(
-                f"`free_every_n_steps` was given, but {module_name} has no `last_rollouts`; set it in each training "
+                f"`update_every_n_steps` was given, but {module_name} has no `last_rollouts`; set it in each training "
                 "step to a list of (row, response token ids), or give None."
             )
         distilled_teachers = tuple(pl_module.teachers) if isinstance(pl_module, OnPolicyDistillation) else ()
-        self.monitor.prepare(students[0], tokenizer, getattr(pl_module, "gate", None), distilled_teachers)
+        gate, template = getattr(pl_module, "gate", None), training_template(pl_module)
+        self.monitor.prepare(students[0], tokenizer, gate, distilled_teachers, template)
 
     def _log(self, trainer: Trainer, metrics: dict[str, float], report: ProbeReport | None) -> None:
         """Log to every logger at the optimizer's step, and to the metrics that other callbacks read."""
         step = trainer.global_step
         context = self.trainer_context(trainer)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        metrics = named_metrics(metrics, self.monitor.schedule.name)
+        with self.monitor.failures.guarded(context, "failed to show the headlines of a probe to other callbacks"):
+            self._update_headlines(trainer, metrics, report)
         for logger in trainer.loggers:
             with self.monitor.failures.guarded(context, f"{type(logger).__name__} refused the metrics of a probe"):
                 logger.log_metrics(metrics, step=step)
@@ -257,3 +305,24 @@ class GradientAlignmentCallback(Callback):
                     self.report_logger.log(logger, report, step)
                 except Exception as error:  # even if `strict`: the figures themselves were logged
                     self.monitor.failures.warn_of_error(context, "failed to log the pictures of a probe", error)
+
+    def _update_headlines(self, trainer: Trainer, metrics: dict[str, float], report: ProbeReport | None) -> None:
+        """Take the headlines of a probe, which belong to the training only if there is one."""
+        headlines, root = self.headlines, root_of(self.monitor.schedule.name)
+        if not _is_training(trainer):
+            headlines = Headlines(self.teachers, root)
+        worst_values = monitored_figures(trainer, root)
+        headlines.update(metrics, worst_values)
+        trainer.callback_metrics.update(headlines.shown(worst_values if _is_training(trainer) else {}))
+        if report is not None and (complaint := headlines.unknown(worst_values, metrics)):
+            self.monitor.failures.warn_once(self.trainer_context(trainer), complaint)
+
+    def _show_headlines(self, trainer: Trainer) -> None:
+        """Show the headlines before the first probe."""
+        worst_values = monitored_figures(trainer, root_of(self.monitor.schedule.name))
+        trainer.callback_metrics.update(self.headlines.shown(worst_values))
+
+
+def _is_training(trainer: Trainer) -> bool:
+    """Whether a trainer fits a module, rather than validating, testing or predicting."""
+    return trainer.state.fn == "fit"

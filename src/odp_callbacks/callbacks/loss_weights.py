@@ -3,7 +3,10 @@
 from collections.abc import MutableMapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from odp_callbacks.gates.loss import gate_weights
@@ -32,6 +35,8 @@ class LossWeightCallback(Callback):
         questions: Key of ``B`` labels that are equal for rollouts of the same question, for pass rates.
         success_threshold: Reward from which a rollout counts as correct.
         teacher: Name of the teacher, as the probes have it.
+        strict: Raise the exception of a gate that fails after it has worked. Otherwise it is warned about once, and the
+            batch is trained with weights of 1.
 
     Raises:
         ValueError: At the first batch, if it is not a mapping, has no mask, or lacks what the gate needs.
@@ -52,11 +57,14 @@ class LossWeightCallback(Callback):
         questions: str | None = None,
         success_threshold: float = 1.0,
         teacher: str = "teacher",
+        strict: bool = False,
     ) -> None:
         if not callable(gate):
             raise ValueError(f"`gate` must be a function from tokens to weights, but {gate!r} was given.")
         self.gate, self.key, self.mask, self.rewards, self.questions = gate, key, mask, rewards, questions
-        self.success_threshold, self.teacher = success_threshold, teacher
+        self.success_threshold, self.teacher, self.strict = success_threshold, teacher, strict
+        self._has_worked = False
+        self._warnings_issued: set[str] = set()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -67,6 +75,19 @@ class LossWeightCallback(Callback):
                 f"`mask` is {self.mask!r}, but the batch has no such entry; it has {sorted(map(str, batch))}."
             )
         mask = batch[self.mask]
+        try:
+            batch[self.key], logs = self._weights(batch, mask)
+        except Exception as error:
+            if self.strict or not self._has_worked:
+                raise
+            self._warn_once(f"`gate` failed, and a batch was not gated: {type(error).__name__}: {error}")
+            batch[self.key] = mask.to(torch.promote_types(mask.dtype, torch.float32))
+            return
+        self._has_worked = True
+        pl_module.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(mask))
+
+    def _weights(self, batch: MutableMapping[Any, Any], mask: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The weights of a batch's tokens, and what to log."""
         labels: Any = None if self.questions is None else batch[self.questions]
         tokens = tokens_of(
             mask,
@@ -75,5 +96,9 @@ class LossWeightCallback(Callback):
             success_threshold=self.success_threshold,
             teachers=(self.teacher,),
         )
-        batch[self.key], logs = gate_weights(self.gate, mask, tokens)
-        pl_module.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(mask))
+        return gate_weights(self.gate, mask, tokens)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warnings_issued:
+            self._warnings_issued.add(message)
+            rank_zero_warn(f"odp-callbacks: {message}")

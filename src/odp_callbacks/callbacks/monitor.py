@@ -3,34 +3,40 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from odp_callbacks.analysis.scalars import free_scalars, scalars
+from odp_callbacks.analysis.scalars import scalars, update_scalars
 from odp_callbacks.analysis.summaries import SPLITS
 from odp_callbacks.callbacks.constant_reward import warn_of_constant_reward
 from odp_callbacks.callbacks.failures import FailureHandler
 from odp_callbacks.callbacks.gate_learning import GateLearning
 from odp_callbacks.callbacks.question_order import QuestionOrder
 from odp_callbacks.callbacks.report_merging import merge_processes
+from odp_callbacks.callbacks.run_records import RunRecords
+from odp_callbacks.callbacks.saved_state import monitor_state, restore_monitor, restore_teachers_alone
 from odp_callbacks.callbacks.schedule import ProbeSchedule
+from odp_callbacks.callbacks.teacher_updates import update_teachers
 from odp_callbacks.callbacks.time_budget import TimeBudget
 from odp_callbacks.callbacks.trainer_context import TrainerContext
 from odp_callbacks.callbacks.training_rollouts import TrainingRollouts, measure_training_rollouts
+from odp_callbacks.callbacks.unprobed_run import RunWatch
+from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.gradients.adam import adam_preconditioner
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
 from odp_callbacks.engine.probe import Probe
-from odp_callbacks.engine.prompts import Row
-from odp_callbacks.engine.rewards import RewardFunction
+from odp_callbacks.engine.prompts import DEFAULT_TEMPLATE, Row
+from odp_callbacks.engine.rewards import RewardFunction, RewardHost, check_reward
+from odp_callbacks.engine.rows import as_rows
+from odp_callbacks.engine.student import uncompiled
 from odp_callbacks.engine.teachers import as_teachers
+from odp_callbacks.engine.user_defaults import remembering_user_defaults
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.storage import save
 
-FULL_PROBE, FREE_PROBE = "probe", "free probe"
+FULL_PROBE, UPDATE_PROBE = "probe", "update probe"
 """The kinds of probes, whose costs the time budget knows separately."""
 ROWS_CHECKED = 1000
 """About how many rows of a large dataset are checked before training."""
@@ -68,10 +74,8 @@ class Monitor:
         config: ProbeConfig,
         gate: object | None = None,
     ) -> None:
-        if not callable(reward):
-            raise TypeError(f"`reward` must be a function of prompts, completions and columns, but got {reward!r}.")
-        if prompts is not None and not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
-            raise TypeError(f"`prompts` must be rows with `len` and indexing, or None, but got {prompts!r}.")
+        check_reward(reward)
+        prompts = None if prompts is None else as_rows(prompts)
         self.teachers = as_teachers(teachers)
         self.prompts = prompts
         self.reward = reward
@@ -79,9 +83,9 @@ class Monitor:
         self.config = config
         self.last_report: ProbeReport | None = None
         self.probe: Probe | None = None
-        self.free_probe: Probe | None = None
+        self.update_probe: Probe | None = None
         self.random_stream = torch.Generator().manual_seed(schedule.seed)
-        self.questions = QuestionOrder(prompts, schedule.questions_per_probe, self.random_stream)
+        self.questions = QuestionOrder(prompts, schedule.questions_per_probe, schedule.seed)
         self.probe_count = 0
         # With -1, a validation at step 0 is not mistaken for one whose step was probed already.
         self.last_step = -1
@@ -89,6 +93,14 @@ class Monitor:
         self.gate_learning = GateLearning(gate)
         self.time_budget = TimeBudget(schedule.max_overhead)
         self.failures = FailureHandler(schedule.strict)
+        self.run_records = RunRecords(schedule.records_folder)
+        self._dropped_states: list[str] = []
+        self._run_watch = RunWatch()
+        self._student_is_new = self._was_restored = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the probes, which hold functions that cannot be pickled; :meth:`prepare` makes them again."""
+        return {**self.__dict__, "probe": None, "update_probe": None}
 
     def prepare(
         self,
@@ -96,6 +108,7 @@ class Monitor:
         tokenizer: Any,
         training_gate: object | None = None,
         distilled_teachers: Sequence[str] = (),
+        template: ChatTemplate = DEFAULT_TEMPLATE,
     ) -> None:
         """Check everything that can be checked before training.
 
@@ -104,36 +117,58 @@ class Monitor:
             tokenizer: The student's tokenizer.
             training_gate: The gate that acts on the loss, if there is one.
             distilled_teachers: Names of the teachers that the training distils from, where they are known.
+            template: How the training renders messages.
 
         Raises:
             ValueError: If something that was given cannot work.
         """
         self.gate_learning.use_gate_of_training(training_gate, distilled_teachers, self.teachers)
-        if self.probe is not None and self.probe.student is student:
+        if self.probe is not None and self.probe.student is uncompiled(student):
             return
-        self.probe = Probe(student, tokenizer, self.reward, self.teachers, self.config)
-        if self.schedule.free_every_n_steps is not None:
-            free_config = replace(self.config, budget=0, time_budget=None, half_width=None, step_alignment=False)
-            self.free_probe = Probe(student, tokenizer, self.reward, self.teachers, free_config)
+        self.forget_student()
+        self._student_is_new = True
+        self.probe = Probe(student, tokenizer, self.reward, self.teachers, self.config, training_template=template)
+        if self.schedule.update_every_n_steps is not None:
+            update_config = replace(self.config, budget=0, time_budget=None, half_width=None, step_alignment=False)
+            self.update_probe = Probe(
+                student, tokenizer, self.reward, self.teachers, update_config, training_template=template
+            )
         if self.prompts is not None:
             # The checked rows are spread evenly over the dataset; a probe checks its own rows again.
             stride = max(1, len(self.prompts) // ROWS_CHECKED)
             self.probe.validate([self.prompts[index] for index in range(0, len(self.prompts), stride)])
 
+    def forget_student(self) -> None:
+        """Drop what belongs to the student that was measured so far: it is there no more."""
+        self.probe = self.update_probe = self.last_report = None
+
+    def is_new_run(self, step: int) -> bool:
+        """Whether a training that starts at this step is another one than that seen last, and was not resumed."""
+        if self.last_step < 0 or step < self.last_step:
+            return True
+        return not self._was_restored and (step == 0 or self._student_is_new)
+
     def on_train_start(self, context: TrainerContext) -> None:
         """Start the clock, and probe if that is due at the start.
 
         Raises:
-            ValueError: If ``optimizer_geometry`` is on and the geometry of an optimizer is not known.
+            ValueError: If ``optimizer_geometry`` is on and the geometry of an optimizer is not known, or if nothing can
+                be saved in ``records``.
         """
+        is_new_run = self.is_new_run(context.step)
+        self.run_records.start(context, self.failures, is_new_run=is_new_run and self.last_step >= 0)
+        if is_new_run:
+            self.last_step, self.last_probe_step = context.step, -1
+            self.time_budget = TimeBudget(self.schedule.max_overhead)
+            self.failures.forget_warnings()
+        self._student_is_new = self._was_restored = False
+        self._run_watch = RunWatch(context.step)
+        self._warn_of_dropped_states(context)
         self._preconditioner(context)
         self.time_budget.start()
-        self._update_teachers(context.step)
-        # A step before the last one seen means that this monitor now watches another run.
-        if self.last_step < 0 or context.step < self.last_step:
-            self.last_step = context.step
-            if self.schedule.at_start and self.prompts is not None:
-                self.run_probe(context)
+        self._follow_student(context)
+        if is_new_run and self.schedule.at_start and self.prompts is not None:
+            self.run_probe(context)
 
     def on_batch_end(
         self,
@@ -147,23 +182,31 @@ class Monitor:
         Args:
             context: The trainer.
             batch: The batch, whose rows are the questions where there are no ``prompts``.
-            training_rollouts: Returns the training's own rollouts, for the free mode.
+            training_rollouts: Returns the training's own rollouts, whose update is measured.
             probe_is_due: A function of the step and the last step seen, used in place of the schedule's.
         """
+        self._run_watch.batches += 1
         if context.step == self.last_step:  # gradients are still being accumulated
             return
-        self._update_teachers(context.step)
-        run_full_probe = (probe_is_due or self.schedule.probe_is_due)(context.step, self.last_step)
-        run_free_probe = self.schedule.free_probe_is_due(context.step, self.last_step)
+        self._follow_student(context)
+        run_full_probe: bool | None = None
+        with self.failures.guarded(context, "`should_probe` failed; the step is not probed"):
+            run_full_probe = bool((probe_is_due or self.schedule.probe_is_due)(context.step, self.last_step))
+        self._run_watch.probed |= run_full_probe is None  # there was a warning already
+        run_update_probe = self.schedule.update_is_due(context.step, self.last_step)
         self.last_step = context.step
         if run_full_probe:
             self.run_probe(context, batch)
-        if run_free_probe and training_rollouts is not None:
-            self.run_free_probe(context, training_rollouts)
+        if run_update_probe and training_rollouts is not None:
+            self.run_update_probe(context, training_rollouts)
 
     def on_validation_end(self, context: TrainerContext) -> None:
-        """Probe at the end of a validation, unless this step was probed already."""
-        if not self.schedule.on_validation or self.last_probe_step == context.step:
+        """Probe at the end of a validation, unless this step of the training was probed already.
+
+        A validation outside a training may be that of another model or checkpoint; it is always probed.
+        """
+        was_probed = context.is_training and self.last_probe_step == context.step
+        if not self.schedule.on_validation or was_probed:
             return
         if self.prompts is None:
             self.failures.warn_once(
@@ -172,35 +215,38 @@ class Monitor:
             return
         self.run_probe(context)
 
-    def on_train_end(self) -> None:
-        """Stop the clock."""
+    def on_train_end(self, context: TrainerContext) -> None:
+        """Stop the clock, and warn about a run without a probe."""
+        self.time_budget.stop()
+        if complaint := self._run_watch.complaint(context.step, self.schedule.every_n_steps):
+            self.failures.warn_once(context, complaint)
+
+    def on_exception(self) -> None:
+        """Stop the clock of a run that failed."""
         self.time_budget.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue where this one stopped."""
-        state = {
-            "probe_count": self.probe_count,
-            "last_step": self.last_step,
-            "last_probe_step": self.last_probe_step,
-            "remaining_questions": list(self.questions.remaining),
-            "random_stream": self.random_stream.get_state(),
-            "time_budget": self.time_budget.state_dict(),
-            "teachers": {teacher_name: teacher.state_dict() for teacher_name, teacher in self.teachers.items()},
-        }
-        gate_state = self.gate_learning.state_dict()
-        return state if gate_state is None else {**state, "gate": gate_state}
+        return monitor_state(self)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of the run that saved it."""
-        self.probe_count = state_dict["probe_count"]
-        self.last_step = state_dict["last_step"]
-        self.last_probe_step = state_dict["last_probe_step"]
-        self.questions.remaining = list(state_dict["remaining_questions"])
-        self.random_stream.set_state(state_dict["random_stream"])
-        self.time_budget.load_state_dict(state_dict["time_budget"])
-        for teacher_name, teacher_state in state_dict["teachers"].items():
-            self.teachers[teacher_name].load_state_dict(teacher_state)
-        self.gate_learning.load_state_dict(state_dict.get("gate"))
+    def load_state_dict(self, state_dict: Any, *, continues_run: bool = True) -> None:
+        """Restore the state of the run that saved it; the next event warns about what does not fit and was dropped.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned; a file may hold something else.
+            continues_run: Whether that run is continued. Where its checkpoint is only validated, the teachers alone
+                are restored.
+        """
+        self._was_restored |= continues_run
+        restore = restore_monitor if continues_run else restore_teachers_alone
+        self._dropped_states += restore(self, state_dict)
+
+    def _warn_of_dropped_states(self, context: TrainerContext) -> None:
+        """Warn about the parts of a checkpoint that did not fit."""
+        sentences = [*self._dropped_states, *self.gate_learning.dropped_states()]
+        self._dropped_states = []
+        for sentence in sentences:
+            self.failures.warn_once(context, sentence)
 
     def run_probe(self, context: TrainerContext, batch: Any = None) -> None:
         """Run one probe: measure, let the gate learn, log and save.
@@ -211,12 +257,15 @@ class Monitor:
             context: The trainer.
             batch: The batch, whose rows are the questions where there are no ``prompts``.
         """
+        self._run_watch.probed = True
+        self._warn_of_dropped_states(context)
         has_time, time_limit = self._decide(context, FULL_PROBE)
         if not has_time:
             return
         start_time = time.perf_counter()
         self.probe_count += 1
-        self.last_probe_step = context.step
+        if context.is_training:
+            self.last_probe_step = context.step
         report: ProbeReport | None = None
         metrics = {
             f"odp/alignment/{teacher_name}/{split}": float("nan") for teacher_name in self.teachers for split in SPLITS
@@ -228,46 +277,61 @@ class Monitor:
         if report is not None:
             with self.failures.guarded(context, "`gate` failed to learn from a probe"):
                 metrics |= self.gate_learning.observe(report)
-        self.time_budget.update_run_time()
-        self.time_budget.record_probe(
-            FULL_PROBE,
-            time.perf_counter() - start_time,
-            0.0 if report is None else report.stage_seconds.get("continuations", 0.0),
-            shortened=time_limit is not None,
-        )
+        if context.is_training:
+            self.time_budget.update_run_time()
+            self.time_budget.record_probe(
+                FULL_PROBE,
+                time.perf_counter() - start_time,
+                0.0 if report is None else report.stage_seconds.get("continuations", 0.0),
+                shortened=time_limit is not None,
+            )
         metrics["odp/probe/time_share"] = self.time_budget.time_share
         metrics["odp/probe/left_out"] = float(self.time_budget.skipped_probes)
         self._publish(context, metrics, report)
         if report is not None:
             self.last_report = report
 
-    def run_free_probe(self, context: TrainerContext, training_rollouts: TrainingRollouts) -> None:
-        """Measure the training's own rollouts in the free mode, and log the result.
+    def run_update_probe(self, context: TrainerContext, training_rollouts: TrainingRollouts) -> None:
+        """Measure the update gain of the training's own rollouts, and log the result.
 
         Args:
             context: The trainer.
             training_rollouts: Returns the training's own rollouts.
         """
-        has_time, _ = self._decide(context, FREE_PROBE)
+        self._run_watch.probed = True
+        has_time, _ = self._decide(context, UPDATE_PROBE)
         if not has_time:
             return
         start_time = time.perf_counter()
-        metrics = {f"odp/free/predicted_gain/{teacher_name}": float("nan") for teacher_name in self.teachers}
-        with self.failures.guarded(context, "a probe in the free mode failed; training continues without it"):
-            assert self.free_probe is not None
-            measure = partial(measure_training_rollouts, self.free_probe, training_rollouts, context, self._next_seed())
-            report = merge_processes(context, self.failures, measure)
+        metrics = {f"odp/training/update_gain/{teacher_name}/all": float("nan") for teacher_name in self.teachers}
+        with self.failures.guarded(
+            context, "the update gain of the training's rollouts was not measured; training continues without it"
+        ):
+            seed = self._next_seed()
+
+            def measure_own_share() -> ProbeReport | None:
+                context.prepare()
+                assert self.update_probe is not None
+                self.update_probe.reward_host = RewardHost(context.trainer_state, context.step)
+                return measure_training_rollouts(self.update_probe, training_rollouts, context, seed)
+
+            report = merge_processes(context, self.failures, measure_own_share)
             if report is None:
                 return
-            metrics = free_scalars(report, self.schedule.confidence)
+            metrics = update_scalars(report, self.schedule.confidence)
         self.time_budget.update_run_time()
-        metrics["odp/free/seconds"] = time.perf_counter() - start_time
-        self.time_budget.record_probe(FREE_PROBE, metrics["odp/free/seconds"])
+        metrics["odp/training/seconds"] = time.perf_counter() - start_time
+        self.time_budget.record_probe(UPDATE_PROBE, metrics["odp/training/seconds"])
         with self.failures.guarded(context, "failed to log the metrics of a probe"):
             context.log(metrics, None)
 
     def _decide(self, context: TrainerContext, kind: str) -> tuple[bool, float | None]:
-        """Whether ``max_overhead`` leaves time for a probe; all processes follow the decision of the first one."""
+        """Whether ``max_overhead`` leaves time for a probe; all processes follow the decision of the first one.
+
+        It limits the share of a training; a probe outside a training always runs.
+        """
+        if not context.is_training:
+            return True, None
         self.time_budget.update_run_time()
         skipped_before = self.time_budget.skipped_probes
         decision = self.time_budget.decide(kind, can_be_shortened=self.config.adaptive and kind == FULL_PROBE)
@@ -284,17 +348,18 @@ class Monitor:
 
     def _measure(self, context: TrainerContext, batch: Any, time_limit: float | None) -> ProbeReport:
         """Measure the next questions, in all processes together."""
-        assert self.probe is not None
-        probe = self.probe
         seed = self._next_seed()
 
         def measure_own_share() -> ProbeReport | None:
-            question_ids, rows = self.questions.next_questions(context.processes, batch, self.last_probe_step)
+            question_ids, rows = self.questions.next_questions(context.processes, batch, context.step)
             if not rows:
                 return None
+            context.prepare()
+            assert self.probe is not None
+            self.probe.reward_host = RewardHost(context.trainer_state, context.step)
             last_seconds = {} if self.last_report is None else self.last_report.stage_seconds
-            with context.precision_context(), context.progress(last_seconds) as progress:
-                return probe.run(
+            with remembering_user_defaults(), context.precision_context(), context.progress(last_seconds) as progress:
+                return self.probe.run(
                     rows,
                     seed=seed,
                     ids=question_ids,
@@ -313,23 +378,29 @@ class Monitor:
         start_time = time.perf_counter()
         with self.failures.guarded(context, "failed to log the metrics of a probe"):
             context.log(metrics, report)
-        folder = self.schedule.records_folder
-        if report is not None and folder is not None and context.is_global_zero:
+        if report is not None and context.is_global_zero:
             with self.failures.guarded(context, "failed to save the records of a probe"):
-                save(report, folder / f"step-{context.step:08d}", overwrite=True)
-        self.time_budget.extend_last_probe(FULL_PROBE, time.perf_counter() - start_time)
+                self.run_records.save(report, context.step, overwrite=context.is_training)
+        if context.is_training:
+            self.time_budget.extend_last_probe(FULL_PROBE, time.perf_counter() - start_time)
 
     def _preconditioner(self, context: TrainerContext) -> Preconditioner | None:
         """The geometry of the optimizer's next step, if it is asked for and the optimizer has taken a step."""
-        assert self.probe is not None
         if not self.schedule.optimizer_geometry:
             return None
+        assert self.probe is not None
         return adam_preconditioner(context.optimizers, self.probe.student)
 
     def _next_seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.random_stream))
 
-    def _update_teachers(self, step: int) -> None:
-        assert self.probe is not None
-        for teacher in self.teachers.values():
-            teacher.update(self.probe.student, step)
+    def _follow_student(self, context: TrainerContext) -> None:
+        """Find the student as it is now, and let the teachers follow it; a probe warns if there is none any more."""
+        try:
+            context.prepare()
+        except Exception:
+            self.forget_student()
+            if self.schedule.strict:
+                raise
+        if self.probe is not None:
+            update_teachers(self.teachers, self.probe.student, context, self.failures)

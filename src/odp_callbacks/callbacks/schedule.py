@@ -9,16 +9,19 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from odp_callbacks.analysis.jackknife import check_confidence
+from odp_callbacks.callbacks.names import check_name
 from odp_callbacks.engine.config import ProbeConfig, ProbeOptions, resolve_config
+from odp_callbacks.files import local_path
 
 
 class ScheduleOptions(TypedDict, total=False):
     """The fields of :class:`ProbeSchedule`, as keyword arguments."""
 
+    name: str | None
     every_n_steps: int
     questions_per_probe: int
     max_overhead: float | None
-    free_every_n_steps: int | None
+    update_every_n_steps: int | None
     records: str | PathLike[str] | None
     at_start: bool
     on_validation: bool
@@ -39,6 +42,8 @@ class ProbeSchedule:
     :class:`ScheduleOptions` has the same fields, for functions that take them as keyword arguments.
 
     Attributes:
+        name: Tells this callback from the others in the same trainer: its figures are logged as ``odp-<name>/…``, and
+            its records are in the folder ``<records>/<name>``. None: ``odp/…`` and ``<records>``.
         every_n_steps: Number of optimizer steps between probes.
         questions_per_probe: Number of questions in a probe. They are taken from a shuffled order, in which every
             question comes once before any comes twice.
@@ -46,8 +51,8 @@ class ProbeSchedule:
             would exceed it gets fewer continuations if the probe has a ``budget`` or a ``time_budget``, and is skipped
             otherwise. The first probe always runs, because its cost is not known before. None: every probe runs in
             full.
-        free_every_n_steps: Number of optimizer steps between measurements on the training's own rollouts (the free
-            mode: predicted gain at the cost of the gradients, without continuations). None: no such measurements.
+        update_every_n_steps: Number of optimizer steps between measurements on the training's own rollouts:
+            update gain at the cost of the gradients, without continuations. None: no such measurements.
         records: Folder in which each probe's records are saved as ``step-<step>``; see
             :mod:`odp_callbacks.storage`. None: records are not saved.
         at_start: Also probe before the first step.
@@ -61,17 +66,18 @@ class ProbeSchedule:
             optimizer step on.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If a value is out of range, or ``records`` is a URL.
 
     Examples:
         >>> ProbeSchedule(every_n_steps=50).probe_is_due(step=100, last_step=99)
         True
     """
 
+    name: str | None = None
     every_n_steps: int = 100
     questions_per_probe: int = 8
     max_overhead: float | None = 0.1
-    free_every_n_steps: int | None = None
+    update_every_n_steps: int | None = None
     records: str | PathLike[str] | None = None
     at_start: bool = False
     on_validation: bool = False
@@ -82,28 +88,31 @@ class ProbeSchedule:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_name(self.name)
         counts = {"every_n_steps": self.every_n_steps, "questions_per_probe": self.questions_per_probe}
-        if self.free_every_n_steps is not None:
-            counts["free_every_n_steps"] = self.free_every_n_steps
+        if self.update_every_n_steps is not None:
+            counts["update_every_n_steps"] = self.update_every_n_steps
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but {count!r} was given.")
         if self.max_overhead is not None and not 0 < self.max_overhead < 1:
             raise ValueError(f"`max_overhead` must lie in (0, 1) or be None, but {self.max_overhead!r} was given.")
         check_confidence(self.confidence)
+        if self.records is not None:
+            local_path("records", self.records)
 
     @property
     def records_folder(self) -> Path | None:
         """The folder for records."""
-        return None if self.records is None else Path(self.records)
+        return None if self.records is None else local_path("records", self.records) / (self.name or "")
 
     def probe_is_due(self, step: int, last_step: int) -> bool:
         """Whether a multiple of ``every_n_steps`` lies after ``last_step`` and not after ``step``."""
         return _passes_multiple(self.every_n_steps, step, last_step)
 
-    def free_probe_is_due(self, step: int, last_step: int) -> bool:
-        """Whether a multiple of ``free_every_n_steps`` lies after ``last_step`` and not after ``step``."""
-        return self.free_every_n_steps is not None and _passes_multiple(self.free_every_n_steps, step, last_step)
+    def update_is_due(self, step: int, last_step: int) -> bool:
+        """Whether a multiple of ``update_every_n_steps`` lies after ``last_step`` and not after ``step``."""
+        return self.update_every_n_steps is not None and _passes_multiple(self.update_every_n_steps, step, last_step)
 
 
 def _passes_multiple(interval: int, step: int, last_step: int) -> bool:

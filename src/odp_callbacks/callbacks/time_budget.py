@@ -137,6 +137,7 @@ class TimeBudget:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what a checkpoint kept."""
-        self.run_seconds, self.probe_seconds = state["run_seconds"], state["probe_seconds"]
-        self.costs = {kind: ProbeCost(*cost) for kind, cost in state["costs"].items()}
-        self.skipped_probes = state["skipped_probes"]
+        run_seconds, probe_seconds = float(state["run_seconds"]), float(state["probe_seconds"])
+        costs = {str(kind): ProbeCost(*map(float, cost)) for kind, cost in state["costs"].items()}
+        self.skipped_probes = int(state["skipped_probes"])
+        self.run_seconds, self.probe_seconds, self.costs = run_seconds, probe_seconds, costs

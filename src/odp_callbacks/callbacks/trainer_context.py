@@ -26,6 +26,9 @@ class TrainerContext:
         warn: Issues a warning in the first process.
         inform: Logs a piece of information in the first process.
         optimizers: The optimizers that train the student.
+        is_training: Whether a training is under way; False in a validation on its own.
+        trainer_state: The state that TRL passes to reward functions; None for a trainer that has none.
+        prepare: Finds the student as it is now, and prepares the monitor for it (:meth:`Monitor.prepare`).
     """
 
     step: int
@@ -37,3 +40,6 @@ class TrainerContext:
     warn: Callable[[str], None]
     inform: Callable[[str], None]
     optimizers: Sequence[Optimizer] = ()
+    is_training: bool = True
+    trainer_state: Any = None
+    prepare: Callable[[], None] = lambda: None

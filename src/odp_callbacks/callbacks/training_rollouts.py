@@ -1,4 +1,4 @@
-"""Measures the rollouts that the training itself has sampled, in the free mode."""
+"""Measures the rollouts that the training itself has sampled, by update gain."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
@@ -6,6 +6,7 @@ from typing import TypeAlias
 from odp_callbacks.callbacks.trainer_context import TrainerContext
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Row
+from odp_callbacks.engine.user_defaults import remembering_user_defaults
 from odp_callbacks.records import ProbeReport
 
 TrainingRollouts: TypeAlias = Callable[[], Iterable[tuple[Row, Sequence[int]]]]
@@ -13,12 +14,12 @@ TrainingRollouts: TypeAlias = Callable[[], Iterable[tuple[Row, Sequence[int]]]]
 
 
 def measure_training_rollouts(
-    free_probe: Probe, training_rollouts: TrainingRollouts, context: TrainerContext, seed: int
+    update_probe: Probe, training_rollouts: TrainingRollouts, context: TrainerContext, seed: int
 ) -> ProbeReport | None:
     """Measure the training's rollouts in this process.
 
     Args:
-        free_probe: A probe in the free mode.
+        update_probe: A probe that measures no nodes.
         training_rollouts: Returns the rollouts.
         context: The trainer.
         seed: Seed of the probe.
@@ -35,5 +36,5 @@ def measure_training_rollouts(
     if not rows:
         return None
     question_ids = [f"{context.processes.rank}.{position}" for position in range(len(rows))]
-    with context.precision_context():
-        return free_probe.run(list(rows.values()), seed=seed, ids=question_ids, responses=list(responses.values()))
+    with remembering_user_defaults(), context.precision_context():
+        return update_probe.run(list(rows.values()), seed=seed, ids=question_ids, responses=list(responses.values()))

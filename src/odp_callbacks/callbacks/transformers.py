@@ -22,11 +22,13 @@ from transformers.integrations import TensorBoardCallback
 from typing_extensions import Unpack
 
 from odp_callbacks.callbacks.monitor import Monitor
+from odp_callbacks.callbacks.names import named_metrics, refuse_equal_names, root_of
 from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import Bar, ProbeProgress
 from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
 from odp_callbacks.callbacks.student_location import StudentLocator, locate_students
 from odp_callbacks.callbacks.trainer_context import TrainerContext
+from odp_callbacks.callbacks.training_prompts import rows_of_dataset, training_template
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
@@ -34,11 +36,11 @@ from odp_callbacks.records import ProbeReport
 from odp_callbacks.visualization.tensorboard import TensorBoardReports
 
 STATE_KEY = "odp_callbacks"
-"""Where the monitor's state is kept in a checkpoint's ``trainer_state.json``."""
+"""Where a callback without a name keeps its state in a checkpoint's ``trainer_state.json``."""
 
 PRINTING_CALLBACKS = (ProgressCallback, PrinterCallback)
 """Callbacks that print everything that is logged; a probe has about two hundred metrics."""
-HEADLINES = ("odp/predicted_gain/", "odp/free/predicted_gain/")
+HEADLINES = ("odp/predicted_gain/", "odp/training/update_gain/")
 """How the names of the metrics begin that are printed."""
 
 console_log = logging.getLogger(__name__)
@@ -68,13 +70,16 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         config: How a probe measures.
         **options: Fields of :class:`~odp_callbacks.callbacks.schedule.ProbeSchedule`, listed here, and fields of
             :class:`~odp_callbacks.ProbeConfig`, which replace those of ``config``.
+        name: Tells this callback from the others in the same trainer, which need names of their own: its figures are
+            logged as ``odp-<name>/…``, and its records are in ``<records>/<name>``. None (the default): ``odp/…`` and
+            ``<records>``.
         every_n_steps: Number of optimizer steps between probes (100).
         questions_per_probe: Number of questions in a probe, taken from a shuffled order (8).
         max_overhead: The largest share of the training's wall-clock time that probes may take, in (0, 1) (0.1). A probe
             that would exceed it gets fewer continuations if the probe has a ``budget`` or a ``time_budget``, and is
             skipped otherwise. The first probe always runs, because its cost is not known before. None: every probe
             runs in full.
-        free_every_n_steps: Must be None: a ``Trainer`` does not show the training's own rollouts.
+        update_every_n_steps: Must be None: a ``Trainer`` does not show the training's own rollouts.
         records: Folder in which each probe's records are saved as ``step-<step>``; see :mod:`odp_callbacks.storage`.
             None (the default): records are not saved.
         at_start: Also probe before the first step (False).
@@ -116,18 +121,19 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             raise TypeError(f"`trainer` must be a transformers.Trainer, or one of TRL's, but got {trainer!r}.")
         arguments = ("trainer", "teachers", "prompts", "reward", "student", "tokenizer", "gate", "config")
         schedule, config = resolve_options(config, options, other_arguments=arguments)
-        if schedule.free_every_n_steps is not None:
+        if schedule.update_every_n_steps is not None:
             raise ValueError(
-                "`free_every_n_steps` needs the training's own rollouts, which a `Trainer` does not show; leave it out."
+                "`update_every_n_steps` needs the training's own rollouts, which a `Trainer` does not show; leave it "
+                "out."
             )
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
                 "`trainer` shards the student over processes (FSDP or DeepSpeed), so that no process has the whole "
                 "student to measure; train with DDP or on one device."
             )
-        prompts = dataset_rows(trainer) if prompts is None else prompts
+        prompts = rows_of_dataset(trainer.train_dataset) if prompts is None else prompts
         self.monitor = Monitor(teachers, prompts, reward, schedule=schedule, config=config, gate=gate)
-        self.tensorboard = TensorBoardReports(schedule.confidence, prefix="train/")
+        self.tensorboard = TensorBoardReports(schedule.confidence, prefix="train/", root=root_of(schedule.name))
         self.trainer = trainer
         self.student = student
         self.tokenizer = getattr(trainer, "processing_class", None) if tokenizer is None else tokenizer
@@ -150,13 +156,19 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """The report of the last probe that succeeded; None before any. A failed probe does not replace it."""
         return self.monitor.last_report
 
+    @property
+    def state_key(self) -> str:
+        """Where the state is kept in a checkpoint's ``trainer_state.json``."""
+        name = self.monitor.schedule.name
+        return STATE_KEY if name is None else f"{STATE_KEY}-{name}"
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Restore a checkpoint's state, and probe if that is due at the start."""
         self._prepare()  # a gate may have been added to the trainer in the meantime
-        if saved_state := (state.stateful_callbacks or {}).get(STATE_KEY):
-            self.monitor.load_state_dict(state_from_text(saved_state["attributes"]["state"]))
+        if saved_state := (state.stateful_callbacks or {}).get(self.state_key):
+            self.monitor.load_state_dict(read_state(saved_state))
         self.monitor.on_train_start(self.trainer_context())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -179,7 +191,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop the clock."""
-        self.monitor.on_train_end()
+        self.monitor.on_train_end(self.trainer_context())
 
     def trainer_context(self) -> TrainerContext:
         """Return the trainer as the monitor sees it."""
@@ -200,20 +212,41 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             warn=lambda message: warnings.warn(message, stacklevel=2) if is_global_zero else None,
             inform=lambda message: console_log.info(message) if is_global_zero else None,
             optimizers=[] if optimizer is None else [getattr(optimizer, "optimizer", optimizer)],
+            is_training=trainer.is_in_train,
+            trainer_state=trainer.state,
+            prepare=self._prepare,
         )
 
     def _prepare(self) -> None:
         """Find the student, and check everything that can be checked before training."""
+        refuse_equal_names(
+            self.monitor.schedule.name,
+            [
+                other.monitor.schedule.name
+                for other in self.trainer.callback_handler.callbacks
+                if isinstance(other, GradientAlignmentTrainerCallback) and other is not self
+            ],
+        )
         model: nn.Module = self.trainer.model
         student = model if self.student is None else locate_students(model, self.student)[0]
         gate = getattr(self.trainer, "gate", None)
-        self.monitor.prepare(student, self.tokenizer, gate, getattr(self.trainer, "gate_teachers", ()))
+        gate_teachers = getattr(self.trainer, "gate_teachers", ())
+        self.monitor.prepare(student, self.tokenizer, gate, gate_teachers, training_template(self.trainer))
 
     def _store_state(self, state: TrainerState, control: TrainerControl) -> None:
         """Put the monitor's state where a checkpoint that is about to be written finds it."""
-        if control.should_save:
-            saved_state = {"args": {}, "attributes": {"state": state_to_text(self.monitor.state_dict())}}
-            state.stateful_callbacks = {**(state.stateful_callbacks or {}), STATE_KEY: saved_state}
+        if not control.should_save:
+            return
+        saved_states = dict(state.stateful_callbacks or {})
+        saved_states.pop(self.state_key, None)  # that of an earlier step
+        with self.monitor.failures.guarded(self.trainer_context(), "a checkpoint is saved without the probes' state"):
+            monitor_state = self.monitor.state_dict()
+            with self.monitor.failures.guarded(self.trainer_context(), "the state of `gate` cannot be saved"):
+                gate_state = monitor_state.pop("gate", None)
+                state_from_text(state_to_text({"gate": gate_state}))  # what cannot be read would cost the whole state
+                monitor_state |= {} if gate_state is None else {"gate": gate_state}
+            saved_states[self.state_key] = {"args": {}, "attributes": {"state": state_to_text(monitor_state)}}
+        state.stateful_callbacks = saved_states
 
     def _log(self, metrics: dict[str, float], report: ProbeReport | None) -> None:
         """Log to the trainer's trackers without changing what the trainer itself will log.
@@ -224,12 +257,13 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         should_log, callbacks = trainer.control.should_log, trainer.callback_handler.callbacks
         printing = [callback for callback in callbacks if isinstance(callback, PRINTING_CALLBACKS)]
-        headlines = {name: value for name, value in metrics.items() if name.startswith(HEADLINES)}
+        name = self.monitor.schedule.name
+        headlines = {metric: value for metric, value in metrics.items() if metric.startswith(HEADLINES)}
         try:
             trainer.callback_handler.callbacks = [callback for callback in callbacks if callback not in printing]
-            Trainer.log(trainer, dict(metrics))
+            Trainer.log(trainer, named_metrics(metrics, name))
             for callback in printing:
-                callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(headlines))
+                callback.on_log(trainer.args, trainer.state, trainer.control, logs=named_metrics(headlines, name))
         finally:
             trainer.callback_handler.callbacks = callbacks
             trainer.control.should_log = should_log
@@ -245,22 +279,6 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
                     self.monitor.failures.warn_of_error(context, "failed to log the pictures of a probe", error)
 
 
-def dataset_rows(trainer: Trainer) -> Sequence[Row]:
-    """Return the rows of a trainer's dataset, which are the questions where no ``prompts`` are given.
-
-    Raises:
-        ValueError: If the dataset has no column ``prompt``, or no length.
-    """
-    dataset: Any = trainer.train_dataset
-    if "prompt" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            "`prompts` was not given, and the trainer's `train_dataset` has no column 'prompt' to take in its "
-            "place; give rows such as [{'prompt': ..., 'answer': ...}, ...]."
-        )
-    rows: Sequence[Row] = dataset
-    return rows
-
-
 def state_to_text(state: dict[str, Any]) -> str:
     """Return a state with tensors as text, which JSON can hold.
 
@@ -271,6 +289,14 @@ def state_to_text(state: dict[str, Any]) -> str:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_state(saved_state: Any) -> dict[str, Any] | None:
+    """Return the monitor's state from an entry of ``trainer_state.json``; None if it cannot be read."""
+    try:
+        return state_from_text(saved_state["attributes"]["state"])
+    except Exception:  # anything can stand in a file
+        return None
 
 
 def state_from_text(text: str) -> dict[str, Any]:

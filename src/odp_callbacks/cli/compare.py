@@ -1,4 +1,4 @@
-"""``odp-callbacks compare``: the predicted gains of two runs or two checkpoints, and their differences."""
+"""``odp-callbacks compare``: the gains of teachers in two runs or two checkpoints, and their differences."""
 
 import math
 from collections.abc import Sequence
@@ -14,17 +14,19 @@ from odp_callbacks.cli.arguments import add_confidence_argument, add_json_argume
 from odp_callbacks.cli.results import print_json, terminal_text
 from odp_callbacks.cli.saved_records import load_reports
 from odp_callbacks.records import ProbeReport
+from odp_callbacks.visualization.wording import figure_title, shared_gain_figure
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The predicted gains of one teacher in two reports.
+    """The gains of one teacher in two reports.
 
     Attributes:
         teacher: The teacher's name.
         rollouts: The class of rollouts: all, correct or incorrect ones.
-        first: Predicted gain in the first report.
-        second: Predicted gain in the second report.
+        figure: Which gain: the update gain if both reports have it, otherwise the predicted gain.
+        first: Gain in the first report.
+        second: Gain in the second report.
         difference: The second less the first.
         low: Lower end of the difference's interval.
         high: Upper end of the difference's interval.
@@ -33,6 +35,7 @@ class Difference:
 
     teacher: str
     rollouts: str
+    figure: str
     first: float
     second: float
     difference: float
@@ -50,7 +53,7 @@ def run_command(arguments: Sequence[str]) -> int:
     add_json_argument(parser)
     options = parser.parse_args(list(arguments))
     check_confidence(options.confidence)
-    first, second = (load_reports([folder])[-1][1] for folder in (options.first, options.second))
+    first, second = (_last_report(name, getattr(options, name)) for name in ("first", "second"))
     differences = compare_reports(first, second, options.confidence)
     if options.json:
         print_json([asdict(difference) for difference in differences])
@@ -59,8 +62,23 @@ def run_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _last_report(argument: str, folder: str) -> ProbeReport:
+    """The last probe in a folder.
+
+    Raises:
+        ValueError: If it has measured nothing.
+    """
+    report = load_reports([folder])[-1][1]
+    if not report.nodes and not report.updates:
+        raise ValueError(
+            f"`{argument}` is {folder!r}, a probe that measured neither an update nor nodes, so there is nothing to "
+            "compare."
+        )
+    return report
+
+
 def compare_reports(first: ProbeReport, second: ProbeReport, confidence: float = 0.95) -> list[Difference]:
-    """Compare the predicted gains of the teachers that two reports share, as if the two were independent.
+    """Compare the gains of the teachers that two reports share, as if the two were independent.
 
     Args:
         first: A report.
@@ -68,11 +86,18 @@ def compare_reports(first: ProbeReport, second: ProbeReport, confidence: float =
         confidence: Level of the intervals.
 
     Raises:
-        ValueError: If no teacher has the same name in both.
+        ValueError: If no teacher has the same name in both, or no gain was measured in both.
     """
+    first_summaries, second_summaries = summarise(first, confidence), summarise(second, confidence)
+    figure = shared_gain_figure(first_summaries, second_summaries)
+    if not figure:
+        raise ValueError(
+            "`first` and `second` have no gain in common: one measured only the update, the other only nodes. Measure "
+            "one of them again."
+        )
     first_gains, second_gains = (
-        {(summary.teacher, summary.split): summary.figures["predicted_gain"] for summary in summarise(one, confidence)}
-        for one in (first, second)
+        {(summary.teacher, summary.split): summary.figures[figure] for summary in summaries}
+        for summaries in (first_summaries, second_summaries)
     )
     differences = []
     for (teacher, split), before in first_gains.items():
@@ -84,7 +109,15 @@ def compare_reports(first: ProbeReport, second: ProbeReport, confidence: float =
         verdict = "second higher" if value > half_width else "first higher" if -value > half_width else "cannot tell"
         differences.append(
             Difference(
-                teacher, split, before.value, after.value, value, value - half_width, value + half_width, verdict
+                teacher,
+                split,
+                figure,
+                before.value,
+                after.value,
+                value,
+                value - half_width,
+                value + half_width,
+                verdict,
             )
         )
     if not differences:
@@ -94,7 +127,8 @@ def compare_reports(first: ProbeReport, second: ProbeReport, confidence: float =
 
 def differences_table(differences: Sequence[Difference]) -> Table:
     """The differences as a table for a terminal."""
-    table = Table(box=SIMPLE_HEAVY, title="Predicted gain, second less first", show_edge=False)
+    name = figure_title(differences[0].figure)
+    table = Table(box=SIMPLE_HEAVY, title=f"{name[0].upper()}{name[1:]}, second less first", show_edge=False)
     for heading in ("teacher", "rollouts", "first", "second", "difference", ""):
         table.add_column(heading, justify="left" if heading in ("teacher", "rollouts", "") else "right")
     for row in differences:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from odp_callbacks.engine.prompts import Row
+from odp_callbacks.engine.prompts import Row, prompt_remedy
 from odp_callbacks.engine.rewards import RewardFunction
 
 TASK_PREFIX = "reasoning-gym:"
@@ -39,7 +39,10 @@ def load_questions(
         return _task_questions(dataset.removeprefix(TASK_PREFIX), count, shots, seed, settings or None)
     table = _read_file(dataset) if Path(dataset).suffix in FILE_FORMATS else _download(dataset, split)
     if "prompt" not in table.column_names:
-        raise ValueError(f"`dataset` must have a column 'prompt', but {dataset!r} has {sorted(table.column_names)}.")
+        columns = sorted(table.column_names)
+        raise ValueError(
+            f"`dataset` must have a column 'prompt', but {dataset!r} has {columns}{prompt_remedy(columns)}."
+        )
     if not len(table):
         raise ValueError(f"`dataset` is {dataset!r}, which has no rows.")
     rows: list[Row] = [dict(table[row_index]) for row_index in range(min(count, len(table)))]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from odp_callbacks.cli.rewards import load_reward
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.teachers import ModelTeacher, as_teachers
+from odp_callbacks.files import check_can_be_written, local_path
 from odp_callbacks.records import ProbeReport
 
 MODEL_PREFIX = "model:"
@@ -72,6 +72,7 @@ class DiagnoseOptions:
         if self.questions < 1:
             raise ValueError(f"`questions` must be a positive integer, but {self.questions} was given.")
         check_confidence(self.confidence)
+        check_can_be_written("output", local_path("output", self.output))
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes this diagnosis from another one, besides questions, seed and ``measure``."""
@@ -92,7 +93,9 @@ def run_command(arguments: Sequence[str]) -> int:
     options = DiagnoseOptions(**{**given, "measure": ProbeConfig(**given["measure"])})
     console = result_console(as_json)
     report = diagnose(options, console)
-    show_ranking([("", report)], Path(options.output) / "report.html", options.confidence, console, as_json)
+    show_ranking(
+        [("", report)], local_path("output", options.output) / "report.html", options.confidence, console, as_json
+    )
     return 0
 
 
@@ -134,11 +137,12 @@ def diagnose(options: DiagnoseOptions, console: Console) -> ProbeReport:
             rows,
             reward,
             teachers,
-            Path(options.output),
+            local_path("output", options.output),
             config=config,
             seed=options.seed,
             identity=options.identity(),
-            on_question=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_question=lambda done, total: progress.update(bar, description="questions", completed=done, total=total),
+            on_stage=lambda stage, done, total: progress.update(bar, description=stage, completed=done, total=total),
         )
 
 

@@ -1,12 +1,12 @@
 """``odp-callbacks report``: build the HTML report of saved records."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from odp_callbacks.analysis.jackknife import check_confidence
 from odp_callbacks.cli.arguments import add_confidence_argument, add_json_argument, command_parser
 from odp_callbacks.cli.results import result_console, show_ranking
 from odp_callbacks.cli.saved_records import load_reports
+from odp_callbacks.files import check_can_be_written, local_path
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -24,9 +24,11 @@ def run_command(arguments: Sequence[str]) -> int:
     add_json_argument(parser)
     options = parser.parse_args(list(arguments))
     check_confidence(options.confidence)
+    page = local_path("output", options.output)
+    check_can_be_written("output", page.parent)
     show_ranking(
         load_reports(options.records),
-        Path(options.output),
+        page,
         options.confidence,
         result_console(options.json),
         options.json,

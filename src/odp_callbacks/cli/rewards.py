@@ -1,14 +1,21 @@
 """Reward functions that a command line can name."""
 
-from collections.abc import Callable, Sequence
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from odp_callbacks.engine.prompts import Row
+from odp_callbacks.engine.reward_arguments import SIGNATURE, check_reward, missing_arguments
 from odp_callbacks.engine.rewards import RewardFunction
+from odp_callbacks.engine.rows import is_missing
 
 TASK_REWARD = "task"
 """Names the reward function that came with the questions."""
+SHORTEST_ALARM = 0.001
+"""Seconds; an alarm of 0 would be none."""
 
 
 def load_reward(name: str, task_reward: RewardFunction | None, rows: Sequence[Row] = ()) -> RewardFunction:
@@ -43,7 +50,14 @@ def load_reward(name: str, task_reward: RewardFunction | None, rows: Sequence[Ro
         if name == "math-verify":
             _require_math_verify()
         return REWARDS[name]
-    return _import_reward(name)
+    reward = _import_reward(name)
+    for row_index, row in enumerate(rows):
+        if missing := missing_arguments(reward, row):
+            raise ValueError(
+                f"`reward` is {name!r}, which needs the argument {missing[0]!r}, but row {row_index} of `dataset` has "
+                f"only {sorted(row)}; add the column, or define it as `{SIGNATURE}`."
+            )
+    return reward
 
 
 def _import_reward(path: str) -> RewardFunction:
@@ -54,41 +68,68 @@ def _import_reward(path: str) -> RewardFunction:
         raise ValueError(
             f"`reward` is {path!r}, which is none of {sorted([TASK_REWARD, *REWARDS])} and cannot be imported: {error}"
         ) from error
-    if not callable(function):
-        raise ValueError(f"`reward` is {path!r}, which is not a function.")
+    try:
+        check_reward(function)
+    except TypeError as error:
+        raise ValueError(f"`reward` is {path!r}, which is not a function that can be used: {error}") from error
     reward: RewardFunction = function
     return reward
 
 
-def exact(prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any) -> list[float]:
-    """Give 1 where the completion equals the column ``answer``, apart from white space around both, else 0."""
+def exact(prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
+    """Give 1 where the completion equals the column ``answer``, apart from white space, else 0; None without answer."""
     return [
-        float(_completion_text(completion).strip() == str(expected).strip())
+        None if is_missing(expected) else float(_completion_text(completion).strip() == str(expected).strip())
         for completion, expected in zip(completions, answer, strict=True)
     ]
 
 
-def math_verify(prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any) -> list[float]:
-    """Give 1 where Math-Verify finds the completion's result equal to the column ``answer``, else 0."""
+def math_verify(prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
+    """Give 1 where Math-Verify finds the result equal to the column ``answer``, else 0; None without answer."""
     from math_verify import parse, verify
 
-    return [
-        float(verify(parse(str(expected)), parse(_completion_text(completion))))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
+    with _alarm_kept():
+        return [
+            None if is_missing(expected) else float(verify(parse(str(expected)), parse(_completion_text(completion))))
+            for completion, expected in zip(completions, answer, strict=True)
+        ]
 
 
-REWARDS: dict[str, Callable[..., list[float]]] = {"exact": exact, "math-verify": math_verify}
+# Math-Verify limits the time of each comparison by a signal. Elsewhere it fails, and takes all answers for wrong.
+math_verify.main_thread_only = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _alarm_kept() -> Iterator[None]:
+    """Let an alarm that is set run on: Math-Verify uses the same one, and switches it off."""
+    seconds_left = signal.getitimer(signal.ITIMER_REAL)[0] if hasattr(signal, "setitimer") else 0.0
+    start_time = time.monotonic()
+    try:
+        yield
+    finally:
+        if seconds_left:
+            elapsed = time.monotonic() - start_time
+            signal.setitimer(signal.ITIMER_REAL, max(seconds_left - elapsed, SHORTEST_ALARM))
+
+
+REWARDS: dict[str, Callable[..., list[float | None]]] = {"exact": exact, "math-verify": math_verify}
 NEEDS_ANSWER = frozenset(REWARDS)
 
 
 def _require_math_verify() -> None:
-    try:
-        import_module("math_verify")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"`reward` is 'math-verify', which needs the package {error.name}: pip install 'odp-callbacks[math]'."
-        ) from error
+    """Import what Math-Verify reads LaTeX with, too, which its own extra installs.
+
+    Raises:
+        ValueError: If a package is missing.
+    """
+    for module in ("math_verify", "antlr4"):
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ValueError(
+                f"`reward` is 'math-verify', which needs the package {error.name or module}: "
+                "pip install 'odp-callbacks[math]'."
+            ) from error
 
 
 def _completion_text(completion: Any) -> str:

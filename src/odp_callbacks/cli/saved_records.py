@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from odp_callbacks.files import local_path
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.storage import load
-
-NODES_FILE = "nodes.parquet"
+from odp_callbacks.storage import RUN_SETTING, load, record_folders
 
 
 def load_reports(folders: Sequence[str]) -> list[tuple[str, ProbeReport]]:
@@ -17,21 +16,31 @@ def load_reports(folders: Sequence[str]) -> list[tuple[str, ProbeReport]]:
             of records, such as that of a demo, for all of them in the order of their names.
 
     Raises:
-        ValueError: If a folder holds no records.
+        ValueError: If a folder holds no records, or the probes of several runs.
     """
-    record_folders = [record_folder for folder in folders for record_folder in _record_folders(Path(folder))]
-    names = short_names(record_folders)
-    return [(name, load(record_folder)) for name, record_folder in zip(names, record_folders, strict=True)]
+    loaded: list[tuple[Path, ProbeReport]] = []
+    for folder in folders:
+        found = record_folders(local_path("records", folder))
+        if not found:
+            raise ValueError(f"`records` names {folder!r}, where there are no records of odp-callbacks.")
+        probes = [(record_folder, load(record_folder)) for record_folder in found]
+        _check_one_run(folder, probes)
+        loaded += probes
+    names = short_names([record_folder for record_folder, _ in loaded])
+    return [(name, report) for name, (_, report) in zip(names, loaded, strict=True)]
 
 
-def _record_folders(folder: Path) -> list[Path]:
-    for candidate in (folder, folder / "records"):
-        if (candidate / NODES_FILE).exists():
-            return [candidate]
-    for pattern in (f"*/{NODES_FILE}", f"records/*/{NODES_FILE}"):
-        if record_folders := sorted(path.parent for path in folder.glob(pattern)):
-            return record_folders
-    raise ValueError(f"`records` names {str(folder)!r}, where there are no records of odp-callbacks.")
+def _check_one_run(folder: str, probes: Sequence[tuple[Path, ProbeReport]]) -> None:
+    """Check that all probes that were found in a folder are of one training run."""
+    runs: dict[object, list[Path]] = {}
+    for record_folder, report in probes:
+        runs.setdefault(report.settings.get(RUN_SETTING), []).append(record_folder)
+    if len(runs) > 1:
+        names = "; ".join(", ".join(path.name for path in paths) for paths in runs.values())
+        raise ValueError(
+            f"`records` names {folder!r}, which holds the probes of {len(runs)} runs ({names}). "
+            "Name the folders of one of them."
+        )
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -3,7 +3,6 @@
 import time
 import warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from odp_callbacks.distillation import OnPolicyDistillation
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import encode_prompt
 from odp_callbacks.engine.teachers import AdapterTeacher, ModelTeacher, Teacher
+from odp_callbacks.files import check_can_be_written, local_path
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.storage import load
+from odp_callbacks.storage import RUN_SETTING, load, record_folders
 from odp_callbacks.visualization.html_report import write_report
 from odp_callbacks.visualization.table import summary_table
 
@@ -66,6 +66,7 @@ class DemoConfig:
         for name in ("steps", "probes", "questions", "teacher_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but {getattr(self, name)!r} was given.")
+        check_can_be_written("output", local_path("output", self.output))
         if self.probes > self.steps:
             raise ValueError(f"`probes` must be at most `steps` = {self.steps}, but {self.probes} was given.")
 
@@ -115,7 +116,7 @@ def run_demo(config: DemoConfig, console: Console) -> ProbeReport:
         at_start=True,
         seed=config.seed,
         strict=True,
-        records=f"{config.output}/records",
+        records=local_path("output", config.output) / "records",
         config=probe,
     )
     console.print(f"watch it live:  [bold]tensorboard --logdir {config.output}[/bold]")
@@ -153,7 +154,7 @@ def _train(
             max_epochs=config.steps,
             accelerator="auto",
             devices=1,
-            logger=TensorBoardLogger(config.output, name=config.task),
+            logger=TensorBoardLogger(local_path("output", config.output), name=config.task),
             callbacks=[callback],
             log_every_n_steps=1,
             enable_checkpointing=False,
@@ -170,8 +171,11 @@ def _show_results(
     report = callback.last_report
     assert report is not None
     console.print(summary_table(report))
-    probe_folders = sorted(Path(config.output, "records").glob("step-*"))
-    page = write_report([(folder.name, load(folder)) for folder in probe_folders], Path(config.output, "report.html"))
+    output = local_path("output", config.output)
+    saved_probes = [(folder.name, load(folder)) for folder in record_folders(output / "records")]
+    run = callback.monitor.run_records.run  # an earlier demo may have left probes in the folder
+    probes = [(name, probe) for name, probe in saved_probes if probe.settings.get(RUN_SETTING) == run]
+    page = write_report(probes, output / "report.html")
     console.print(
         f"{seconds:.0f} s in all; probes took {time_share:.0%} of the training's time.\n"
         f"See it:  [bold]{page}[/bold] in a browser, and [bold]tensorboard --logdir {config.output}[/bold]"

@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from odp_callbacks.engine.chat_template import are_tools
 from odp_callbacks.engine.gradients.loss_directions import UserLoss
 from odp_callbacks.engine.tree.allocation import TARGETS
 from odp_callbacks.engine.tree.nodes import NODE_SELECTORS, NodeSelector
@@ -34,6 +35,8 @@ class ProbeOptions(TypedDict, total=False):
     target: str
     half_width: float | None
     step_alignment: bool
+    update: bool
+    influence: bool
     nodes: NodeSelector | str
     branch_mass: float
     max_branches: int
@@ -43,6 +46,9 @@ class ProbeOptions(TypedDict, total=False):
     beta: float | None
     top_k: int | None
     eos_token_ids: tuple[int, ...]
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
+    tools: list[Any] | None
     success_threshold: float
     batch_size: int
     max_memory_bytes: float | None
@@ -64,7 +70,7 @@ class ProbeConfig:
         budget: Number of tokens to spend on continuations, met to within 5 %. Every branch first gets one
             continuation; the others go to the branches where they narrow the interval of ``target`` most. If one
             continuation per branch costs too much of the budget, a random subset of the nodes is measured. With 0, no
-            continuations are sampled (the *free mode*): predicted gain is estimated from the rollouts' own rewards.
+            node is measured and no continuation sampled: update gain and token influence need rollouts only.
         time_budget: Number of seconds to spend on continuations, distributed like ``budget``. If both are given,
             sampling stops at whichever is reached first.
         target: The figure whose interval a budget narrows: ``"predicted_gain"``, ``"gain_weighted_alignment"`` or
@@ -73,6 +79,9 @@ class ProbeConfig:
             this half-width for every teacher.
         step_alignment: Whether to also measure the cosine of the summed gradients. It costs one more forward and
             backward pass for each rollout.
+        update: Whether to measure the update gain of each teacher: what one step along the distillation gradient of
+            the probe's rollouts adds to the success of other questions. It needs no continuations.
+        influence: Whether to also measure the influence of every response token on that gain.
         nodes: Which response positions are measured: ``"exponential"`` windows, ``"every"``, ``"uniform"``,
             ``"entropy"``, or a :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function.
         branch_mass: Total probability that the most likely branches of a node must reach, in (0, 1].
@@ -86,6 +95,11 @@ class ProbeConfig:
         beta: Mixture weight of ``divergence="jsd"``, in [0, 1].
         top_k: Number of tokens that a named loss is restricted to; None uses the whole vocabulary.
         eos_token_ids: Additional tokens that end a response.
+        chat_template: Template in place of the tokenizer's own; None for the tokenizer's, or that of the training.
+        chat_template_kwargs: Options of the chat template, such as ``{"enable_thinking": False}``; None for those of
+            the training. A row's own column ``chat_template_kwargs`` is used, too.
+        tools: Functions, or JSON schemas of functions, that the chat template shows the model; None for those of the
+            training. A row's own column ``tools`` is used, too.
         success_threshold: Smallest reward at which a rollout counts as correct, in (0, 1].
         batch_size: Maximum number of sequences sampled at a time; fewer where memory is short.
         max_memory_bytes: Maximum number of bytes, by an estimate, that continuations or vector-Jacobian products may
@@ -109,6 +123,8 @@ class ProbeConfig:
     target: str = "predicted_gain"
     half_width: float | None = None
     step_alignment: bool = True
+    update: bool = True
+    influence: bool = True
     nodes: NodeSelector | str = "exponential"
     branch_mass: float = 0.95
     max_branches: int = 4
@@ -118,6 +134,9 @@ class ProbeConfig:
     beta: float | None = None
     top_k: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
     success_threshold: float = 1.0
     batch_size: int = 256
     max_memory_bytes: float | None = None
@@ -133,7 +152,7 @@ class ProbeConfig:
             raise ValueError(f"`projections` must be an integer above 1 or None, but {self.projections!r} was given.")
         if self.budget is not None and (type(self.budget) is not int or self.budget < 0):
             raise ValueError(
-                f"`budget` must be a number of tokens, 0 for the free mode, or None, but {self.budget!r} was given."
+                f"`budget` must be a number of tokens, 0 for no continuations, or None, but {self.budget!r} was given."
             )
         for option in LIMITS:
             given = getattr(self, option)
@@ -141,6 +160,11 @@ class ProbeConfig:
                 raise ValueError(f"`{option}` must be a positive number or None, but {given!r} was given.")
         if self.half_width is not None and not self.adaptive:
             raise ValueError("`half_width` needs a `budget` or `time_budget` to stop before, but neither was given.")
+        for option in ("update", "influence"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"`{option}` must be True or False, but {getattr(self, option)!r} was given.")
+        if not self.update and not self.measures_nodes:
+            raise ValueError("`update` is False and `budget` is 0, so nothing would be measured; change one of them.")
         if self.target not in TARGETS:
             raise ValueError(f"`target` must be one of {list(TARGETS)}, but {self.target!r} was given.")
         if not 0 < self.temperature < float("inf"):
@@ -148,20 +172,29 @@ class ProbeConfig:
         for option in SHARES:
             if not 0 < getattr(self, option) <= 1:
                 raise ValueError(f"`{option}` must lie in (0, 1], but {getattr(self, option)!r} was given.")
+        if self.chat_template is not None and not isinstance(self.chat_template, str):
+            raise ValueError(f"`chat_template` must be a template or None, but {self.chat_template!r} was given.")
+        if self.chat_template_kwargs is not None and not isinstance(self.chat_template_kwargs, Mapping):
+            raise ValueError(
+                "`chat_template_kwargs` must be a mapping such as {'enable_thinking': False} or None, but "
+                f"{self.chat_template_kwargs!r} was given."
+            )
+        if self.tools is not None and not are_tools(self.tools):
+            raise ValueError(f"`tools` must be a list of functions or JSON schemas, but {self.tools!r} was given.")
         if not callable(self.nodes) and self.nodes not in NODE_SELECTORS:
             raise ValueError(f"`nodes` must be one of {list(NODE_SELECTORS)} or a function, but got {self.nodes!r}.")
         if not callable(self.divergence):
             check_divergence(self.divergence, self.beta, self.top_k)
 
     @property
-    def free(self) -> bool:
-        """Whether no continuations are sampled."""
-        return self.budget == 0
+    def measures_nodes(self) -> bool:
+        """Whether single tokens are measured by continuations."""
+        return self.budget != 0
 
     @property
     def adaptive(self) -> bool:
         """Whether continuations are allocated to the branches where they help most, within a budget."""
-        return bool(self.budget) or (self.time_budget is not None and not self.free)
+        return bool(self.budget) or (self.time_budget is not None and self.measures_nodes)
 
     @property
     def selector(self) -> NodeSelector:
@@ -171,10 +204,14 @@ class ProbeConfig:
     def settings(self) -> dict[str, Any]:
         """The options as a record keeps them; functions are replaced by their names."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            option: setting if isinstance(setting, SIMPLE_TYPES) else getattr(setting, "__qualname__", repr(setting))
-            for option, setting in options.items()
-        }
+        return {option: _recordable(setting) for option, setting in options.items()}
+
+
+def _recordable(setting: Any) -> Any:
+    """A setting as a record keeps it."""
+    if isinstance(setting, list):
+        return str([_recordable(entry) for entry in setting])
+    return setting if isinstance(setting, SIMPLE_TYPES) else getattr(setting, "__qualname__", repr(setting))
 
 
 def resolve_config(

@@ -19,20 +19,29 @@ from odp_callbacks.engine.gradients.random_projection import (
 )
 from odp_callbacks.engine.gradients.step_sums import StepAccumulator
 from odp_callbacks.engine.prompts import Question
-from odp_callbacks.engine.rollouts import Rollout, given_rollouts, sample_rollouts, score_rollouts, with_entropy
+from odp_callbacks.engine.rollouts import (
+    Rollout,
+    given_rollouts,
+    sample_rollouts,
+    score_rollouts,
+    scored_rollouts,
+    with_entropy,
+)
 from odp_callbacks.engine.sampling.backends import PrefilledRollouts, prefill_rollouts
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.timing import StageTimer
 from odp_callbacks.engine.tree.continuations import ContinuationCost, ContinuationSampler
 from odp_callbacks.engine.tree.journal import Journal
 from odp_callbacks.engine.tree.nodes import Node, every_node, select_nodes
-from odp_callbacks.engine.tree.planning import MeasuredNodes, free_mode_nodes, plan_branches
-from odp_callbacks.engine.tree.recording import with_outcomes
-from odp_callbacks.engine.tree.rollout_rewards import from_rewards
+from odp_callbacks.engine.tree.planning import MeasuredNodes, plan_branches
+from odp_callbacks.engine.tree.recording import is_scored, with_outcomes, without_unscored
 from odp_callbacks.engine.tree.rounds import SamplingRounds
+from odp_callbacks.engine.update.gradient_rows import UpdateGradients
+from odp_callbacks.engine.update.measurement import UpdateMeasurement, UpdateMeter
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord
+from odp_callbacks.update_records import UpdateRecord
 
 
 @dataclass(frozen=True)
@@ -81,9 +90,19 @@ class Measurement:
                 them.
         """
         config = self.config
-        rollouts = self.score(questions, responses)
-        nodes = select_nodes(config.selector, rollouts, self.randomness)
+        sampled = self.score(questions, responses)
+        rollouts = scored_rollouts(sampled)
+        left_out = {
+            "questions": len({id(rollout.question) for rollout in sampled} - {id(one.question) for one in rollouts}),
+            "responses": len(sampled) - len(rollouts),
+        }
         square_roots = None if self.preconditioner is None else self.preconditioner.square_roots(self.student)
+        rollout_tokens = sum(len(rollout.response_ids) for rollout in sampled) if responses is None else 0
+        update = self.measure_update(rollouts, square_roots) if config.update else None
+        if not config.measures_nodes:
+            report = self.report(rollouts, [], ContinuationCost(), None, [], None, rollout_tokens, update)
+            return replace(report, left_out=left_out)
+        nodes = select_nodes(config.selector, rollouts, self.randomness)
         accumulators = self.step_accumulators(square_roots)
         measured = self.choose_branches(rollouts, nodes)
         projections = self.projections(rollouts, measured)
@@ -95,19 +114,36 @@ class Measurement:
             projection=RandomProjection(projections, self.randomness) if projections else None,
             square_roots=square_roots,
         )
-        if measured.tree is None:
-            cost, records = ContinuationCost(), from_rewards(rollouts, records)
-        else:
-            cost, records = self.measure_success(rollouts, measured, records, accumulators)
-        return self.report(
+        cost, records = self.measure_success(rollouts, measured, records, accumulators)
+        for accumulator in accumulators:
+            accumulator.leave_out(record for record in records if not is_scored(record))
+        records, preconditioned_grams = without_unscored(records, preconditioned_grams)
+        report = self.report(
             rollouts,
             records,
             cost,
             accumulators,
             preconditioned_grams,
             projections,
-            rollout_tokens=sum(len(rollout.response_ids) for rollout in rollouts) if responses is None else 0,
+            rollout_tokens,
+            update,
         )
+        return replace(report, left_out={**left_out, "responses": left_out["responses"] + cost.unscored})
+
+    def measure_update(
+        self, rollouts: Sequence[Rollout], square_roots: Mapping[str, Tensor] | None
+    ) -> UpdateMeasurement:
+        """Measure update gain, and the influence of every token where that is asked for."""
+        config, differentiator = self.config, self.differentiator
+        gradients = UpdateGradients(
+            self.student, self.tokenizer, differentiator.teachers, differentiator.direction, config.temperature
+        )
+        meter = UpdateMeter(
+            gradients, success_threshold=config.success_threshold, max_memory_bytes=config.max_memory_bytes
+        )
+        total = len(rollouts) * (2 if config.influence else 1)
+        with self.timer.stage("update", total) as progress:
+            return meter.measure(rollouts, influence=config.influence, square_roots=square_roots, progress=progress)
 
     def score(
         self, questions: Sequence[Question], responses: Sequence[Sequence[Sequence[int]]] | None
@@ -134,7 +170,7 @@ class Measurement:
                 )
         with self.timer.stage("verifier", len(rollouts)):
             rollouts = score_rollouts(self.verifier, rollouts)
-        if not config.free:
+        if config.measures_nodes:
             self.verifier.try_thread(
                 [rollout.reward for rollout in rollouts],
                 [rollout.question for rollout in rollouts],
@@ -158,8 +194,6 @@ class Measurement:
     def choose_branches(self, rollouts: list[Rollout], nodes: list[Node]) -> MeasuredNodes:
         """Choose the branches of the nodes; nodes are subsampled if the budget is too small for all of them."""
         with self.timer.stage("branches", len(rollouts)):
-            if self.config.free:
-                return free_mode_nodes(self.student, rollouts, nodes, self.config)
             return plan_branches(
                 self.student,
                 rollouts,
@@ -204,7 +238,6 @@ class Measurement:
         accumulators: Sequence[StepAccumulator],
     ) -> tuple[ContinuationCost, list[NodeRecord]]:
         """Measure the success of all branches by continuations, and add the ideal gradients to the sums."""
-        assert measured.tree is not None
         sampler = ContinuationSampler(
             self.student,
             self.tokenizer,
@@ -235,6 +268,7 @@ class Measurement:
             [question.prompt_ids[:-1] for question in questions],
             [rollout.sequence[len(rollout.question.prompt_ids) - 1 : -1] for rollout in rollouts],
             [question_indices[id(rollout.question)] for rollout in rollouts],
+            max_new_tokens=self.config.max_new_tokens,
         )
 
     def report(
@@ -242,15 +276,16 @@ class Measurement:
         rollouts: Sequence[Rollout],
         records: Sequence[NodeRecord],
         cost: ContinuationCost,
-        accumulators: Sequence[StepAccumulator],
+        accumulators: Sequence[StepAccumulator] | None,
         preconditioned_grams: Sequence[Floats],
         projections: int | None,
         rollout_tokens: int,
+        update: UpdateMeasurement | None,
     ) -> ProbeReport:
         """Make the report; with a preconditioner, it holds a second one in that geometry."""
         config = self.config
-        has_steps = config.step_alignment and not config.free
-        step_sums = [accumulator.sums() if has_steps else None for accumulator in accumulators]
+        has_steps = config.step_alignment and accumulators is not None
+        step_sums = [accumulator.sums() for accumulator in accumulators or ()] if has_steps else [None, None]
         settings = {"seed": self.seed, **config.settings(), "projections": projections}
         branch_tokens = sorted({int(token) for record in records for token in record.tokens})
         report = ProbeReport(
@@ -264,7 +299,7 @@ class Measurement:
             stage_seconds=self.timer.seconds,
             settings={**settings, "geometry": "euclidean"},
             step=step_sums[0],
-            free=config.free,
+            updates=() if update is None else (update.record,),
             token_text={token: self.tokenizer.decode([token]) for token in branch_tokens},
         )
         if self.preconditioner is None:
@@ -273,6 +308,7 @@ class Measurement:
             report,
             nodes=tuple(replace(record, gram=gram) for record, gram in zip(records, preconditioned_grams, strict=True)),
             step=step_sums[1],
+            updates=() if update is None or update.preconditioned is None else (UpdateRecord(update.preconditioned),),
             settings={**settings, "geometry": self.preconditioner.name},
         )
         return replace(report, preconditioned=preconditioned)

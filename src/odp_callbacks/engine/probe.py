@@ -4,22 +4,26 @@ import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from typing_extensions import Unpack
 
+from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.config import ProbeConfig, ProbeOptions, resolve_config
 from odp_callbacks.engine.gradients.gram_matrices import lora_modules
 from odp_callbacks.engine.gradients.loss_directions import distillation_direction
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
 from odp_callbacks.engine.measurement import Measurement
-from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
-from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
+from odp_callbacks.engine.prompts import DEFAULT_TEMPLATE, Question, QuestionLengthError, Row, text_tokenizer
+from odp_callbacks.engine.question_encoding import QuestionEncoder, UsableQuestions, template_of
+from odp_callbacks.engine.rewards import RewardError, RewardFunction, RewardHost, check_reward, score
 from odp_callbacks.engine.rollouts import end_tokens
+from odp_callbacks.engine.rows import as_rows
+from odp_callbacks.engine.sampling.vocabulary import check_logit_widths
 from odp_callbacks.engine.student import check_student, other_trained_parameters, uncompiled
-from odp_callbacks.engine.teachers import Teacher, as_teachers, teacher_prompt_ids
+from odp_callbacks.engine.teachers import Teacher, as_teachers
 from odp_callbacks.engine.timing import Progress, StageTimer
 from odp_callbacks.engine.training_state import preserving_training_state
 from odp_callbacks.engine.tree.journal import Journal
@@ -35,11 +39,12 @@ class Probe:
 
     Args:
         student: A causal language model with LoRA (peft).
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, or a multimodal processor that holds it.
         reward: The verifier, a TRL reward function.
         teachers: A mapping from name to :class:`~odp_callbacks.engine.teachers.Teacher`, or anything else that
             :func:`~odp_callbacks.engine.teachers.as_teachers` accepts.
         config: How to measure; None for the defaults.
+        training_template: How the training renders messages; ``config`` may say otherwise.
         **options: Fields of :class:`~odp_callbacks.engine.config.ProbeConfig`, which replace those of ``config``.
 
     Attributes:
@@ -48,7 +53,7 @@ class Probe:
         reward: The verifier.
         teachers: The teachers by name.
         config: The configuration, with the options applied.
-        modules: Names of the student's LoRA modules.
+        modules: Names of the student's LoRA modules that are trained at present.
         eos_token_ids: Tokens that end a response.
 
     Raises:
@@ -64,33 +69,67 @@ class Probe:
         reward: RewardFunction,
         teachers: object,
         config: ProbeConfig | None = None,
+        *,
+        training_template: ChatTemplate = DEFAULT_TEMPLATE,
         **options: Unpack[ProbeOptions],
     ) -> None:
-        if not callable(reward):
-            raise TypeError(f"`reward` must be a function of prompts, completions and columns, but got {reward!r}.")
+        check_reward(reward)
         self.config = resolve_config(config, options)
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = text_tokenizer(tokenizer)
         self.reward = reward
         self.teachers: dict[str, Teacher] = as_teachers(teachers)
         student = uncompiled(student)
         check_student(student)
-        if other_parameters := other_trained_parameters(student):
-            first_name = next(iter(other_parameters)).removeprefix("base_model.model.")
-            warnings.warn(
-                f"`student` also trains {sum(other_parameters.values()):,} parameters beside its LoRA parameters "
-                f"({first_name}, …); alignment is measured on the latter.",
-                stacklevel=2,
-            )
         self.student = student
-        self.modules = tuple(lora_modules(list(lora_parameters(student))))
+        self._other_parameters: set[str] = set()
+        self._warn_of_other_parameters()
         self._verifier = Verifier(reward, self.config.reward_timeout)
         self.eos_token_ids = end_tokens(student, tokenizer, self.config.eos_token_ids)
         direction = distillation_direction(
             self.config.divergence, self.config.beta, self.config.top_k, self.config.temperature
         )
         self._differentiator = NodeDifferentiator(student, self.teachers, self.config, direction)
+        self._check_teachers()
+        self._encoder = QuestionEncoder(
+            self.student,
+            self.tokenizer,
+            self.teachers,
+            reward,
+            self.config.max_new_tokens,
+            template_of(self.config, training_template),
+        )
+        self._has_warned_of_rows = False
+
+    @property
+    def reward_host(self) -> RewardHost:
+        """What the reward function is passed besides prompts, completions and columns."""
+        return self._verifier.host
+
+    @reward_host.setter
+    def reward_host(self, host: RewardHost) -> None:
+        self._verifier.host = host
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the student's LoRA modules that are trained at present."""
+        return tuple(lora_modules(list(lora_parameters(self.student))))
+
+    def _warn_of_other_parameters(self) -> None:
+        """Warn about parameters that the student trains and that are not measured, once about each set of them."""
+        other_parameters = other_trained_parameters(self.student)
+        if other_parameters.keys() <= self._other_parameters:
+            return
+        self._other_parameters |= other_parameters.keys()
+        first_name = next(iter(other_parameters)).removeprefix("base_model.model.")
+        warnings.warn(
+            f"`student` also trains {sum(other_parameters.values()):,} parameters beside its LoRA parameters "
+            f"({first_name}, …); alignment is measured on the latter.",
+            stacklevel=3,
+        )
+
+    def _check_teachers(self) -> None:
         for teacher in self.teachers.values():
-            teacher.check(student, tokenizer)
+            teacher.check(self.student, self.tokenizer)
 
     def encode(self, rows: Sequence[Row] | Sequence[Question], ids: Sequence[str] | None = None) -> list[Question]:
         """Encode rows for the student and for every teacher, and check their lengths.
@@ -105,41 +144,39 @@ class Probe:
         Raises:
             ValueError: If a row has no prompt or is too long, or a teacher's template names a column that is missing.
         """
-        encoded = [row for row in rows if isinstance(row, Question)]
-        if len(encoded) == len(rows):
-            return encoded
-        questions = []
-        for question in as_questions(cast("Sequence[Row]", rows), self.tokenizer, ids):
-            check_length(question.prompt_ids, self.config.max_new_tokens, self.student, f"question {question.id}")
-            teacher_prompts = {}
-            for name, teacher in self.teachers.items():
-                teacher_prompts[name] = teacher_prompt_ids(teacher, self.tokenizer, question)
-                model = getattr(teacher, "model", self.student)
-                description = f"question {question.id} for teacher {name!r}"
-                check_length(teacher_prompts[name], self.config.max_new_tokens, model, description)
-            questions.append(replace(question, teacher_prompt_ids=teacher_prompts))
-        return questions
+        usable = self._encoder.encode_usable(rows, ids)
+        if usable.errors:
+            raise usable.errors[0]
+        return usable.questions
 
     def validate(self, rows: Sequence[Row], ids: Sequence[str] | None = None) -> list[Question]:
-        """Check rows before any work: prompts, templates, lengths, and what the reward function returns.
+        """Check rows before any work: prompts, templates, lengths, and what the reward function takes and returns.
+
+        Rows that are too long are left out with a warning, if there are others.
 
         Args:
-            rows: Questions in TRL's convention.
+            rows: Questions in TRL's convention, in any form that :func:`~odp_callbacks.engine.rows.as_rows` accepts.
             ids: Identifies each question in the records; by default its ``id`` column, or its place.
 
         Returns:
             The encoded questions, which :meth:`run` accepts in place of rows.
 
         Raises:
-            ValueError: If a row has no prompt or is too long, a template names a column that is missing, or the
-                reward function returns the wrong number of rewards or one outside [0, 1].
+            ValueError: If a row has no prompt, every row is too long, a template or the reward function names a column
+                that is missing, or the function returns the wrong number of rewards or one outside [0, 1]; if a model
+                does not return logits over its vocabulary.
         """
+        rows = as_rows(rows)
         if len(rows) == 0:
             raise ValueError("`prompts` has no rows; give at least one question.")
-        questions = self.encode(rows, ids)
+        questions = self._usable(rows, ids, QuestionLengthError).questions
+        with preserving_training_state(self.student):
+            teacher_models = (getattr(teacher, "model", None) for teacher in self.teachers.values())
+            check_logit_widths([self.student, *(model for model in teacher_models if isinstance(model, nn.Module))])
         with preserving_training_state():
             try:
-                score(self.reward, questions[:2], [""] * len(questions[:2]), [()] * len(questions[:2]))
+                no_text, no_ids = [""] * len(questions[:2]), [()] * len(questions[:2])
+                score(self.reward, questions[:2], no_text, no_ids, self.reward_host)
             except RewardError:
                 raise
             except Exception as error:
@@ -164,7 +201,8 @@ class Probe:
         Weights, gradients, modes, adapters and random streams are afterwards as they were before.
 
         Args:
-            rows: Questions in TRL's convention, or the questions that :meth:`validate` returned.
+            rows: Questions in TRL's convention, or the questions that :meth:`validate` returned. Rows that cannot be
+                used are left out with a warning and counted in the report, if there are others.
             seed: Seed of everything random in the probe.
             ids: Identifies each question in the records; by default its ``id`` column, or its place.
             responses: For each row, the student's own responses as token ids, if they have been sampled already (by
@@ -178,12 +216,15 @@ class Probe:
                 seed, rows and student.
 
         Raises:
-            ValueError: If a row or response cannot be used.
+            ValueError: If no row can be used, or a response cannot.
         """
         config = self.config
         if time_budget is not None and config.adaptive:
             config = replace(config, time_budget=min(time_budget, config.time_budget or time_budget))
-        check_student(self.student)  # its adapters may have been merged or switched off since the probe was made
+        # Since the probe was made, adapters may have been merged, switched, deleted, frozen or unfrozen.
+        check_student(self.student)
+        self._check_teachers()
+        self._warn_of_other_parameters()
         with preserving_training_state(self.student), closing(self._verifier):
             measurement = Measurement(
                 student=self.student,
@@ -198,7 +239,22 @@ class Probe:
                 journal=journal,
                 preconditioner=preconditioner,
             )
-            return measurement.run(self.encode(rows, ids), responses)
+            usable = self._usable(rows, ids, ValueError)
+            if responses is not None and usable.errors:
+                responses = [responses[place] for place in usable.places]
+            report = measurement.run(usable.questions, responses)
+        unused = report.left_out.get("questions", 0) + len(usable.errors)
+        return replace(report, left_out={**report.left_out, "questions": unused})
+
+    def _usable(
+        self, rows: Sequence[Row] | Sequence[Question], ids: Sequence[str] | None, tolerated: type[ValueError]
+    ) -> UsableQuestions:
+        """Encode the rows that can be used, and warn once about others."""
+        usable = self._encoder.encode_usable(rows, ids, tolerated)
+        if usable.complaint and not self._has_warned_of_rows:
+            self._has_warned_of_rows = True
+            warnings.warn(usable.complaint, stacklevel=3)
+        return usable
 
 
 def diagnose(

@@ -2,19 +2,42 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
+from odp_callbacks.engine.awaiting import wait_for
 from odp_callbacks.engine.prompts import Question, is_conversational
+from odp_callbacks.engine.reward_arguments import (
+    RESERVED_COLUMNS,
+    RewardError,
+    RewardHost,
+    RewardSignatureError,
+    UnscoredError,
+    check_columns,
+    check_reward,
+    reward_arguments,
+)
+from odp_callbacks.engine.rows import is_missing
+from odp_callbacks.engine.user_defaults import call_with_user_defaults
 
-RewardFunction = Callable[..., Sequence[float]]
-"""A TRL reward function: ``reward(prompts, completions, **columns)`` to one number for each completion."""
-RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
-"""Columns of a row that are not passed on to the reward function."""
+__all__ = [
+    "RESERVED_COLUMNS",
+    "RewardError",
+    "RewardFunction",
+    "RewardHost",
+    "RewardSignatureError",
+    "UnscoredError",
+    "check_columns",
+    "check_reward",
+    "score",
+]
 
-
-class RewardError(ValueError):
-    """The reward function did not return one number in [0, 1] for each completion."""
+RewardFunction = Callable[..., Any]
+"""A TRL reward function: ``reward(prompts, completions, **columns)`` to one number, or None, for each completion."""
+NO_HOST = RewardHost()
+"""A probe outside any trainer."""
 
 
 def score(
@@ -22,24 +45,28 @@ def score(
     questions: Sequence[Question],
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
+    host: RewardHost = NO_HOST,
 ) -> list[float]:
     """Score completions by calling ``reward(prompts=..., completions=..., **columns)``, as TRL does.
 
-    A completion of a conversational prompt is passed as ``[{"role": "assistant", "content": ...}]``. The columns are
-    those that every row has, except ``prompt``. A function without ``**`` receives only the columns that it names, and
-    ``completion_ids`` only if it names them.
+    A completion of a conversational prompt is passed as ``[{"role": "assistant", "content": ...}]``. A function with
+    ``**`` receives the columns that every row has, except those of :data:`RESERVED_COLUMNS`, and what TRL passes
+    besides: ``completion_ids``, ``trainer_state``, ``log_metric`` and ``log_extra``. One without ``**`` receives what
+    it names. The function may be asynchronous.
 
     Args:
         reward: The user's function.
         questions: The question of each completion.
         completions: Texts, without special tokens.
         completion_ids: The completions as token ids.
+        host: What a trainer passes to reward functions.
 
     Returns:
-        One float in [0, 1] for each completion.
+        One float in [0, 1] for each completion; NaN where the function gave None, which means "no reward".
 
     Raises:
-        RewardError: If the result has another length, or contains anything but numbers in [0, 1].
+        RewardError: If the result has another length, or contains anything but None and numbers in [0, 1].
+        RewardSignatureError: If the function needs an argument that is not there.
 
     Examples:
         >>> import torch
@@ -51,55 +78,62 @@ def score(
     """
     if not questions:
         return []
-    columns: dict[str, Any] = {
-        key: [question.row[key] for question in questions]
-        for key in questions[0].row
-        if key not in RESERVED_COLUMNS and all(key in question.row for question in questions)
-    }
-    argument_names, accepts_others = _named_arguments(reward)
-    if not accepts_others:
-        columns = {key: column for key, column in columns.items() if key in argument_names}
-    if "completion_ids" in argument_names:
-        columns["completion_ids"] = [list(ids) for ids in completion_ids]
-    prompts = [question.row["prompt"] for question in questions]
     responses = [
-        [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-        for prompt, text in zip(prompts, completions, strict=True)
+        [{"role": "assistant", "content": text}] if is_conversational(question.row["prompt"]) else text
+        for question, text in zip(questions, completions, strict=True)
     ]
-    return _check_rewards(reward(prompts=prompts, completions=responses, **columns), len(questions))
+    arguments = reward_arguments(reward, questions, responses, completion_ids, host)
+    return call_with_user_defaults(_rewards_of_call, reward, arguments, len(questions))
 
 
-def _named_arguments(reward: RewardFunction) -> tuple[set[str], bool]:
-    """Return the names of a function's arguments, and whether it accepts others through ``**``."""
-    try:
-        parameters = inspect.signature(reward).parameters.values()
-    except (TypeError, ValueError):  # a builtin or C function without a signature
-        return set(), True
-    accepts_others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return {parameter.name for parameter in parameters}, accepts_others
+def _rewards_of_call(reward: RewardFunction, arguments: Mapping[str, Any], expected: int) -> list[float]:
+    """Call a reward function, and wait for it if it is asynchronous."""
+    result: Any = reward(**arguments)
+    if inspect.isawaitable(result):
+        result = wait_for(result)
+    return _check_rewards(result, expected)
 
 
 def _check_rewards(result: object, expected: int) -> list[float]:
     """Convert what a reward function returned to floats, or raise :class:`RewardError`."""
-    try:
-        if isinstance(result, str | bytes | Mapping):
-            raise TypeError
-        numbers = list(result)  # type: ignore[call-overload]  # the user's function may return anything
-    except TypeError:
+    numbers = _as_iterator(result)
+    if numbers is None:
         raise RewardError(
             f"`reward` must return a list of {expected} numbers in [0, 1], but it returned {result!r}."
         ) from None
-    if len(numbers) != expected:
+    rewards = [_checked(number) for number in numbers]
+    if len(rewards) != expected:
         raise RewardError(
-            f"`reward` must return one number for each of the {expected} completions, but it returned {len(numbers)}."
+            f"`reward` must return one number for each of the {expected} completions, but it returned {len(rewards)}."
         )
-    rewards = []
-    for number in numbers:
-        try:
-            value = float(number)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not 0 <= value <= 1:
-            raise RewardError(f"`reward` must return numbers in [0, 1], but {number!r} was among them; rescale it.")
-        rewards.append(value)
     return rewards
+
+
+def _as_iterator(result: Any) -> Iterator[Any] | None:
+    """Iterate over a result; None if it is no list or what resembles one."""
+    if isinstance(result, Tensor):
+        result = result.detach().cpu()
+    if isinstance(result, str | bytes | Mapping | set | frozenset | nn.Module):
+        return None
+    try:
+        numbers: Iterator[Any] = iter(result)
+    except TypeError:
+        return None
+    return numbers
+
+
+def _checked(number: Any) -> float:
+    """A reward as a float, NaN for None."""
+    if is_missing(number):
+        return math.nan
+    if isinstance(number, Tensor):
+        number = number.detach()
+    try:
+        value = math.inf if isinstance(number, str | bytes) else float(number)
+    except (TypeError, ValueError):
+        value = math.inf
+    if math.isnan(value):  # of a tensor or array; TRL takes it for None, too
+        return math.nan
+    if not 0 <= value <= 1:
+        raise RewardError(f"`reward` must return numbers in [0, 1], but {number!r} was among them; rescale it.")
+    return value

@@ -1,5 +1,6 @@
 """Student rollouts: the responses that the student samples by itself, and their rewards."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.gradients.logits import node_logits
 from odp_callbacks.engine.prompts import Question
+from odp_callbacks.engine.rewards import UnscoredError
 from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.sampling.requests import ContinuationRequest
@@ -83,7 +85,9 @@ def sample_rollouts(
     Returns:
         ``len(questions) * per_question`` rollouts, those of one question together, without rewards.
     """
-    prefilled = prefill_rollouts(model, [question.prompt_ids[:-1] for question in questions])
+    prefilled = prefill_rollouts(
+        model, [question.prompt_ids[:-1] for question in questions], max_new_tokens=max_new_tokens
+    )
     requests = [
         ContinuationRequest(question_index, len(question.prompt_ids) - 1, int(question.prompt_ids[-1]), max_new_tokens)
         for question_index, question in enumerate(questions)
@@ -122,6 +126,21 @@ def score_rollouts(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Roll
         [rollout.response_ids for rollout in rollouts],
     )
     return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
+def scored_rollouts(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Return the rollouts that have a reward.
+
+    Raises:
+        UnscoredError: If there are rollouts and none has one.
+    """
+    scored = [rollout for rollout in rollouts if not math.isnan(rollout.reward)]
+    if rollouts and not scored:
+        raise UnscoredError(
+            f"`reward` gave None to all {len(rollouts)} responses, so that nothing can be measured; give rows for "
+            "which it returns numbers in [0, 1]."
+        )
+    return scored
 
 
 def with_entropy(rollout: Rollout, student: nn.Module, temperature: float) -> Rollout:

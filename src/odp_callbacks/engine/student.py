@@ -57,6 +57,12 @@ def check_student(student: nn.Module) -> None:
         _check_variants(layer)
 
 
+def shares_adapters(student: nn.Module, model: nn.Module) -> bool:
+    """Whether a model holds LoRA parameters of the student, the same tensors or views of their memory."""
+    addresses = {parameter.data_ptr() for parameter in lora_parameters(student).values() if parameter.numel()}
+    return any(parameter.numel() > 0 and parameter.data_ptr() in addresses for parameter in model.parameters())
+
+
 def _check_variants(layer: Any) -> None:
     """Raise ``ValueError`` if an active adapter of the layer is a variant of LoRA that is not measured."""
     for adapter, variant in getattr(layer, "lora_variant", {}).items():

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from odp_callbacks.engine.sampling.rotary_state import preserving_rotary_state
+from odp_callbacks.engine.user_defaults import remembering_user_defaults
 from odp_callbacks.functional.gradients import evaluation_mode
 
 
@@ -22,17 +24,19 @@ def preserving_training_state(*models: nn.Module) -> Iterator[None]:
 
     Inside, gradients are off until they are switched on, and inference mode, which forbids them, is left. Compiled
     modules run uncompiled: otherwise each of a probe's many shapes would be compiled, and would evict the graphs that
-    the training needs.
+    the training needs. The user's functions run under the defaults of torch that hold outside.
 
     Args:
         *models: The models that the measurement runs.
     """
     with ExitStack() as stack:
         stack.callback(_restore_random_state, _random_state())
+        stack.enter_context(remembering_user_defaults())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:  # nothing can be compiled before; importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(preserving_rotary_state(*models))
         for model in models:
             stack.enter_context(evaluation_mode(model))
         yield

@@ -5,11 +5,13 @@ every response there as wrong. The verifier therefore first scores some response
 thread unless the rewards agree.
 """
 
+import math
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -17,7 +19,8 @@ from typing import Any
 import torch
 
 from odp_callbacks.engine.prompts import Question
-from odp_callbacks.engine.rewards import RewardError, RewardFunction, score
+from odp_callbacks.engine.rewards import RewardError, RewardFunction, RewardHost, score
+from odp_callbacks.engine.user_defaults import user_dtype_is_set
 
 BATCH_SIZE = 64
 """Maximum number of responses that are scored in one call."""
@@ -41,6 +44,7 @@ class _Job:
     """One call of the reward function in the other thread."""
 
     arguments: tuple[Any, ...]
+    context: Context = field(default_factory=copy_context)
     done: threading.Event = field(default_factory=threading.Event)
     rewards: list[float] | None = None
     error: BaseException | None = None
@@ -50,17 +54,19 @@ class Verifier:
     """Scores responses in batches, in another thread where that gives the same rewards.
 
     Args:
-        reward: A TRL reward function.
+        reward: A TRL reward function. One with an attribute ``main_thread_only`` that is true is called in this thread.
         timeout: Maximum number of seconds that one call may take; None for no limit.
 
     Attributes:
+        host: What a trainer passes to reward functions; a callback sets it before each probe.
         threaded: Whether the other thread gives the same rewards; None until that is known.
     """
 
     def __init__(self, reward: RewardFunction, timeout: float | None = None) -> None:
         self.reward = reward
         self.timeout = timeout
-        self.threaded: bool | None = None
+        self.host = RewardHost()
+        self.threaded: bool | None = False if getattr(reward, "main_thread_only", False) else None
         self._trial: tuple[_Job, list[float]] | None = None  # with the rewards that are expected
         self._queue: SimpleQueue[_Job | None] | None = None
         self._thread: threading.Thread | None = None
@@ -79,7 +85,7 @@ class Verifier:
             RewardTimeoutError: If the call exceeds the timeout. Only a call in the main thread can be interrupted.
         """
         with _interrupt_after(self.timeout, len(questions)):
-            return score(self.reward, questions, completions, completion_ids)
+            return score(self.reward, questions, completions, completion_ids, self.host)
 
     def try_thread(self, rewards: Sequence[float], *arguments: Any) -> None:
         """Score responses again in the other thread, to find out whether it gives the same rewards.
@@ -89,7 +95,8 @@ class Verifier:
             *arguments: The arguments of :meth:`score` that gave them.
         """
         # If all rewards are alike, a verifier that fails every time would agree with them too.
-        if self.threaded is None and self._trial is None and len(set(rewards)) > 1:
+        different = {reward for reward in rewards if not math.isnan(reward)}
+        if self.threaded is None and self._trial is None and len(different) > 1 and user_dtype_is_set():
             self._trial = self._submit(arguments), list(rewards)
 
     def close(self) -> None:
@@ -113,7 +120,8 @@ class Verifier:
             return
         job, expected = self._trial
         self._trial = None
-        self.threaded = job.done.wait(self.timeout) and job.error is None and job.rewards == expected
+        has_answered = job.done.wait(self.timeout) and job.error is None
+        self.threaded = has_answered and _are_equal(job.rewards or [], expected)
         if not self.threaded:
             self._release_thread()
             warnings.warn(
@@ -134,14 +142,23 @@ class Verifier:
         self._queue.put(job)
         return job
 
+    def _score_job(self, job: _Job) -> list[float]:
+        questions, completions, completion_ids = job.arguments
+        return score(self.reward, questions, completions, completion_ids, self.host)
+
     def _score_jobs(self, queue: "SimpleQueue[_Job | None]") -> None:
         while (job := queue.get()) is not None:
             try:
                 with torch.no_grad():
-                    job.rewards = score(self.reward, *job.arguments)
+                    job.rewards = job.context.run(self._score_job, job)
             except BaseException as error:
                 job.error = error
             job.done.set()
+
+    @property
+    def uses_thread(self) -> bool:
+        """Whether to score in the other thread: all threads share a default dtype, which must be the user's."""
+        return bool(self.threaded) and user_dtype_is_set()
 
     def open(self) -> "Scoring":
         """Start to collect responses that are scored as they finish."""
@@ -171,7 +188,7 @@ class Scoring:
             completion_ids: The response as token ids.
         """
         self._waiting.append((number, question, completion, completion_ids))
-        if self.verifier.threaded and len(self._waiting) >= BATCH_SIZE:
+        if self.verifier.uses_thread and len(self._waiting) >= BATCH_SIZE:
             self._start_job()
 
     def _start_job(self) -> None:
@@ -194,7 +211,7 @@ class Scoring:
             Exception: What the reward function raised.
         """
         rewards: dict[int, float] = {}
-        if self._waiting and self.verifier.threaded:
+        if self._waiting and self.verifier.uses_thread:
             self._start_job()
         elif self._waiting:
             numbers, arguments = self._take_waiting()
@@ -239,6 +256,14 @@ def _interrupt_after(timeout: float | None, count: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous_handler)
     if interrupted:  # also where a bare `except` caught the exception
         raise _timeout_error(timeout, count)
+
+
+def _are_equal(rewards: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether two lists of rewards are the same, with NaN equal to NaN."""
+    return len(rewards) == len(expected) and all(
+        reward == other or (math.isnan(reward) and math.isnan(other))
+        for reward, other in zip(rewards, expected, strict=True)
+    )
 
 
 def _timeout_error(timeout: float | None, count: int) -> RewardTimeoutError:

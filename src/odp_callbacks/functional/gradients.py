@@ -35,16 +35,24 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> [tuple(parameter.shape) for parameter in lora_parameters(model).values()]
         [(2, 8), (24, 2)]
     """
-    active = _active_parameters(model)
-    repeated = _tied_parameters(active)
-    distinct = {name: parameter for name, parameter in active.items() if name not in repeated}
-    trained = {name: parameter for name, parameter in distinct.items() if parameter.requires_grad}
-    if not distinct:
+    active = active_lora_parameters(model)
+    trained = {name: parameter for name, parameter in active.items() if parameter.requires_grad}
+    if not active:
         raise ValueError(
             f"`model` ({type(model).__name__}) has no LoRA parameters in an active adapter; "
             "wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
         )
-    return trained or distinct
+    return trained or active
+
+
+def active_lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA parameters that the student uses, by name: those of the active adapters, trained at present or not.
+
+    Parameters that share their memory are returned once, as by :func:`lora_parameters`.
+    """
+    active = _active_parameters(model)
+    repeated = _tied_parameters(active)
+    return {name: parameter for name, parameter in active.items() if name not in repeated}
 
 
 def _active_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -110,7 +110,7 @@ class ClassEvidence:
         Raises:
             ValueError: If the probe measured other teachers than those before.
         """
-        if report.free or not report.nodes:
+        if not report.nodes:
             return
         if self.teachers and report.teachers != self.teachers:
             raise ValueError(

@@ -18,8 +18,9 @@ class GatedLoss:
         weights: ``(B, T)``, with a mean of 1 over the tokens if they were renormalised; 0 on padding.
         logs: What to log: ``gate/token_share`` and ``gate/rollout_share`` (the shares of tokens and rollouts with a
             weight above 0), ``gate/effective_share`` (Kish's effective number of tokens divided by their number, which
-            is below ``token_share`` if the weights differ), ``gate/loss_before`` (the mean over all tokens) and
-            ``gate/loss_after``.
+            is below ``token_share`` if the weights differ), all three of the rollouts that have a reward,
+            ``gate/unscored_share`` (the share of rollouts without one), ``gate/loss_before`` (the mean over all
+            tokens) and ``gate/loss_after``.
     """
 
     loss: Tensor
@@ -78,6 +79,8 @@ def gate_weights(
 ) -> tuple[Tensor, dict[str, float]]:
     """Compute the weight of each token of a padded batch, for a loss that is a mean over tokens.
 
+    A rollout whose reward is NaN, because the reward function gave None, is not gated: its tokens have the weight 1.
+
     Args:
         gate: Maps tokens to weights.
         mask: ``(B, T)``, 1 where there is a token.
@@ -95,20 +98,38 @@ def gate_weights(
     token_count = int(token_mask.sum())
     if len(tokens) != token_count:
         raise ValueError(f"`tokens` must hold the {token_count} tokens of `mask`, but holds {len(tokens)}.")
-    token_weights = checked_weights(gate, tokens).to(mask.device)
+    is_scored = _is_scored(tokens)
+    all_scored = bool(is_scored.all())
+    scored_tokens = tokens if all_scored else tokens.take(is_scored)
+    scored_count = len(scored_tokens)
+    token_weights = checked_weights(gate, scored_tokens) if scored_count or all_scored else torch.ones(0)
+    token_weights = token_weights.to(mask.device)
     total_weight = token_weights.sum()
     any_weight = bool(total_weight > 0)
-    scaled = token_weights * (token_count / total_weight) if renormalise and any_weight else token_weights
+    scaled = token_weights * (scored_count / total_weight) if renormalise and any_weight else token_weights
     has_weight = token_weights > 0
-    rollout_count = int(token_mask.any(dim=1).sum())
-    rollouts_with_weight = len(tokens.rollout[has_weight].unique())
-    return token_weights.new_zeros(mask.shape).masked_scatter(token_mask, scaled), {
+    scored_rollouts = len(scored_tokens.rollout.unique())
+    rollouts_with_weight = len(scored_tokens.rollout[has_weight].unique())
+    if not all_scored:
+        scaled = token_weights.new_ones(token_count).masked_scatter(is_scored.to(mask.device), scaled)
+    logs = {
         "gate/token_share": float(has_weight.float().mean()),
-        "gate/rollout_share": rollouts_with_weight / rollout_count if rollout_count else float("nan"),
+        "gate/rollout_share": rollouts_with_weight / scored_rollouts if scored_rollouts else float("nan"),
         "gate/effective_share": (
-            float(total_weight**2 / (token_weights.square().sum() * token_count)) if any_weight else 0.0
+            float(total_weight**2 / (token_weights.square().sum() * scored_count)) if any_weight else 0.0
         ),
     }
+    if tokens.reward is not None:
+        rollout_count = int(token_mask.any(dim=1).sum())
+        logs["gate/unscored_share"] = 1 - scored_rollouts / rollout_count if rollout_count else float("nan")
+    return token_weights.new_zeros(mask.shape).masked_scatter(token_mask, scaled), logs
+
+
+def _is_scored(tokens: Tokens) -> Tensor:
+    """Which tokens are not of a rollout to which the reward function gave no reward, ``(N,)`` bool."""
+    if tokens.reward is None:
+        return torch.ones(len(tokens), dtype=torch.bool, device=tokens.rollout.device)
+    return ~tokens.reward.isnan()
 
 
 def checked_weights(gate: Gate, tokens: Tokens) -> Tensor:

@@ -66,8 +66,8 @@ def score_rules(
     Raises:
         ValueError: If the report has no continuations, or a rule's weights are invalid.
     """
-    if report.free:
-        raise ValueError("`report` must have continuations: in the free mode the gain of a single token is not known.")
+    if not report.nodes:
+        raise ValueError("`report` must have nodes: without continuations the gain of a single token is not known.")
     evidence = gather(report.nodes, teachers=len(report.teachers))
     sampled_success = fit_success_model(evidence).draw(evidence)  # (N, S, A)
     sampled_offset = sampled_success - sampled_success[:, :, :1]

@@ -1,7 +1,7 @@
 """The tokens of a batch of rollouts, with everything that a gate may know about each of them."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ class Tokens:
         rollout: ``(N,)`` int64, index of the token's rollout.
         depth: ``(N,)`` int64, number of response tokens before the token.
         length: ``(N,)`` int64, number of tokens in the response.
-        reward: ``(N,)``, reward of the rollout, in [0, 1].
+        reward: ``(N,)``, reward of the rollout, in [0, 1]; NaN if it has none.
         correct: ``(N,)`` bool, whether the reward reaches the success threshold.
         pass_rate: ``(N,)``, share of correct rollouts among those of the same question.
         student_entropy: ``(N,)``, entropy of the student's policy at the token, in nats.
@@ -68,6 +68,18 @@ class Tokens:
             raise ValueError(f"`gate` needs {feature!r} of every token, which is not known here; {remedy}.")
         return value
 
+    def take(self, chosen: Tensor) -> "Tokens":
+        """Return some of the tokens.
+
+        Args:
+            chosen: ``(N,)`` bool.
+        """
+        features = {field.name: getattr(self, field.name) for field in fields(self)}
+        chosen_features: dict[str, Any] = {
+            name: value[chosen] for name, value in features.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **chosen_features)
+
     @property
     def counts(self) -> Tensor:
         """How many tokens each one stands for, ``(N,)``: :attr:`weight`, or ones."""
@@ -102,7 +114,7 @@ def tokens_of(
 
     Args:
         mask: ``(B, T)``, 1 where there is a response token and 0 elsewhere.
-        rewards: ``(B,)``, in [0, 1]; None if they are not known.
+        rewards: ``(B,)``, in [0, 1], and NaN for a rollout without a reward; None if they are not known.
         questions: ``B`` labels that are equal for rollouts of the same question; None if each rollout has a question of
             its own.
         success_threshold: Reward from which a rollout counts as correct.
@@ -137,12 +149,13 @@ def tokens_of(
         if size != len(mask):
             raise ValueError(f"`{name}` must have one entry for each of the {len(mask)} rollouts, but has {size}.")
     correct = reward >= success_threshold
+    is_scored = ~reward.isnan()
     index_of_label = {label: index for index, label in enumerate(dict.fromkeys(labels))}
     question_index = torch.tensor([index_of_label[label] for label in labels], device=mask.device)
     # Lightning's "bf16-true" makes bfloat16 the default dtype, in which shares would have only two digits.
     correct_count = torch.zeros(len(index_of_label), dtype=torch.float32, device=mask.device)
     correct_count.index_add_(0, question_index, correct.float())
-    pass_rate = correct_count / torch.bincount(question_index, minlength=len(index_of_label))
+    pass_rate = correct_count / torch.bincount(question_index[is_scored], minlength=len(index_of_label))
     return replace(
         tokens, reward=reward[rollout], correct=correct[rollout], pass_rate=pass_rate[question_index][rollout]
     )

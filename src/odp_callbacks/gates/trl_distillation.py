@@ -91,7 +91,7 @@ class WeightedDivergence:
         weights = self.weighting.weights(
             mask,
             self.inputs.get("odp_rewards"),
-            self.inputs["odp_questions"],
+            self.inputs.get("odp_questions", ()),  # a batch that was sampled in an evaluation has none
             partial(_features_of_hidden_states, args, has_token, token_ids),
             divergence.detach()[has_token],
         )

@@ -29,15 +29,21 @@ class GatedGKD:
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Keep questions and reference answers, before the student's own responses replace the answers."""
+        self.rows = []  # without them, a batch is not gated
+        with self.weighting.guarded("the questions of a batch could not be read, and it was not gated"):
+            self.rows = self._rows(inputs)
+        loss: Tensor = self.original_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def _rows(self, inputs: dict[str, Any]) -> list[Row]:
+        """The questions of a batch, with their reference answers."""
         prompt_masks = inputs["prompt_attention_mask"].bool()
         prompts = [token_ids[mask].tolist() for token_ids, mask in zip(inputs["prompts"], prompt_masks, strict=True)]
         references = [token_ids[token_ids != -100].tolist() for token_ids in inputs["labels"]]
-        self.rows = [
+        return [
             {"prompt": prompt, "reference": reference}
             for prompt, reference in zip(self.weighting.decode(prompts), self.weighting.decode(references), strict=True)
         ]
-        loss: Tensor = self.original_step(model, inputs, *args, **kwargs)
-        return loss
 
     def gated_loss(
         self,

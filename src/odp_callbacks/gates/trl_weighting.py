@@ -1,7 +1,8 @@
 """The weights of a batch in any of TRL's trainers: rewards, weights, logs, and what happens if one of them fails."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.engine.prompts import Question, Row
-from odp_callbacks.engine.rewards import RewardFunction, score
+from odp_callbacks.engine.rewards import RewardFunction, RewardHost, score
+from odp_callbacks.engine.user_defaults import UserDefaults
 from odp_callbacks.gates.loss import check_gate, gate_weights
 from odp_callbacks.gates.protocols import Gate
 from odp_callbacks.gates.tokens import tokens_of
@@ -39,6 +41,7 @@ class BatchWeighting:
         self.trainer, self.gate, self.reward = trainer, gate, reward
         self.success_threshold, self.teacher, self.strict = success_threshold, teacher, strict
         self.needs_policies = self._needs_policies()
+        self.user_defaults = UserDefaults()
         self._warnings_issued: set[str] = set()
 
     @property
@@ -56,16 +59,27 @@ class BatchWeighting:
         return texts
 
     def score(self, rows: Sequence[Row], completions: Sequence[Sequence[int]]) -> list[float] | None:
-        """Return the rewards of completions; None if there is no reward function, or it failed."""
+        """Return the rewards of completions; None if there is no reward function, or it failed.
+
+        A reward is NaN where the function gave None.
+        """
         if self.reward is None:
             return None
         no_ids = torch.empty(0, dtype=torch.long)
         questions = [Question(str(index), row, no_ids) for index, row in enumerate(rows)]
         try:
-            return score(self.reward, questions, self.decode(completions), completions)
+            texts = self.decode(completions)
+            with self.user_defaults.applied():  # the trainer autocasts in a training step
+                return score(self.reward, questions, texts, completions, self.reward_host())
         except Exception as error:
             self._handle_failure("`reward` failed", error)
             return None
+
+    def reward_host(self) -> RewardHost:
+        """What TRL passes to reward functions; metrics go to the trainer's own logs."""
+        return RewardHost(
+            self.trainer.state, log_metric=lambda name, value: self.trainer._metrics["train"][name].append(float(value))
+        )
 
     def weights(
         self,
@@ -105,8 +119,9 @@ class BatchWeighting:
         weights = batch_weights[mask.bool()].to(losses)
         if len(losses):
             gate_logs |= {"gate/loss_before": float(losses.mean()), "gate/loss_after": float((losses * weights).mean())}
-            for name, value in gate_logs.items():
-                self.trainer._metrics["train"][name].append(value)
+            with self.guarded("the shares of the gate could not be logged"):
+                for name, value in gate_logs.items():
+                    self.trainer._metrics["train"][name].append(value)
         return weights
 
     def _needs_policies(self) -> bool:
@@ -117,10 +132,22 @@ class BatchWeighting:
             return True
         return False
 
-    def _handle_failure(self, failure: str, error: Exception) -> None:
+    @contextmanager
+    def guarded(self, failure: str) -> Iterator[None]:
+        """Turn an exception into a warning, unless strict.
+
+        Args:
+            failure: What has failed, as a clause.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._handle_failure(failure, error, consequence="")
+
+    def _handle_failure(self, failure: str, error: Exception, consequence: str = ", and a batch was not gated") -> None:
         if self.strict:
             raise error
-        message = f"odp-callbacks: {failure}, and a batch was not gated: {type(error).__name__}: {error}"
+        message = f"odp-callbacks: {failure}{consequence}: {type(error).__name__}: {error}"
         if message not in self._warnings_issued and self.trainer.is_world_process_zero():
             self._warnings_issued.add(message)
             warnings.warn(message, stacklevel=2)

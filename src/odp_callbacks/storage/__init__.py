@@ -15,12 +15,27 @@ The columns are the attributes of :class:`~odp_callbacks.records.NodeRecord` and
 
 If the probe was measured in another geometry as well, the folder ``preconditioned`` holds the same two tables for it.
 
+``manifest.json`` has the SHA-256 of each file. :func:`load` refuses a folder of which a file is missing or is not what
+was written; version 1 had no manifest.
+
 Version 2 is written. Version 1 is read as well: it had no ``token_text`` at first, which is then empty, and the names
 ``seconds`` and ``in_metric`` in place of ``stage_seconds`` and ``preconditioned``.
 """
 
+from odp_callbacks.storage.folders import record_folders
+from odp_callbacks.storage.manifest import DamagedRecordsError
 from odp_callbacks.storage.merging import concatenate, merge, pool
 from odp_callbacks.storage.reading import load
+from odp_callbacks.storage.schema import RUN_SETTING
 from odp_callbacks.storage.writing import save
 
-__all__ = ["concatenate", "load", "merge", "pool", "save"]
+__all__ = [
+    "RUN_SETTING",
+    "DamagedRecordsError",
+    "concatenate",
+    "load",
+    "merge",
+    "pool",
+    "record_folders",
+    "save",
+]

@@ -1,5 +1,6 @@
 """Combine reports: of several probes, of the parts of one probe, and of the same nodes measured several times."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from odp_callbacks.records import NodeRecord, ProbeReport, StepSums, step_sums
+from odp_callbacks.update_records import UpdateRecord
 
 
 def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
@@ -29,19 +31,23 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
                 f"and {other.teachers}, with {len(first.modules)} and {len(other.modules)} modules."
             )
     nodes: list[NodeRecord] = []
+    updates: list[UpdateRecord] = []
     rollout_offset = 0
     for report in reports:
         nodes += [replace(node, rollout=node.rollout + rollout_offset) for node in report.nodes]
+        updates += [update.with_rollout_offset(rollout_offset) for update in report.updates]
         rollout_offset += len(report.rollouts)
     return replace(
         first,
         rollouts=tuple(rollout for report in reports for rollout in report.rollouts),
         nodes=tuple(nodes),
+        updates=tuple(updates),
         generated_tokens=_sum_by_stage(report.generated_tokens for report in reports),
         continuations=sum(report.continuations for report in reports),
         truncated=sum(report.truncated for report in reports),
         stage_seconds=_sum_by_stage(report.stage_seconds for report in reports),
         token_text={token: text for report in reports for token, text in report.token_text.items()},
+        left_out=_sum_by_stage(report.left_out for report in reports),
         step=first.step if len(reports) == 1 else None,
         preconditioned=_combine_preconditioned(reports, concatenate),
     )
@@ -100,6 +106,35 @@ def pool(reports: Sequence[ProbeReport]) -> ProbeReport:
     )
 
 
+def with_updates_of(report: ProbeReport, update: ProbeReport) -> ProbeReport:
+    """A report of nodes with the updates of another report on the same rollouts.
+
+    Rollouts are the same if they are the n-th of the same question with the same text; influences of rollouts that the
+    first report does not have are dropped.
+
+    Args:
+        report: With nodes.
+        update: Without nodes.
+    """
+    index_of = {key: index for index, key in enumerate(_rollout_identities(report))}
+    new_index = np.array([index_of.get(key, -1) for key in _rollout_identities(update)], dtype=np.int64)
+    preconditioned = report.preconditioned
+    if preconditioned is not None and update.preconditioned is not None:
+        preconditioned = replace(preconditioned, updates=update.preconditioned.updates)
+    updates = tuple(record.with_rollouts(new_index) for record in update.updates)
+    return replace(report, updates=updates, preconditioned=preconditioned)
+
+
+def _rollout_identities(report: ProbeReport) -> list[tuple[str, int, str]]:
+    """Question, place among the rollouts of the question, and text of each rollout."""
+    seen: Counter[str] = Counter()
+    identities = []
+    for rollout in report.rollouts:
+        identities.append((rollout.question, seen[rollout.question], rollout.text))
+        seen[rollout.question] += 1
+    return identities
+
+
 def _first_of(reports: Sequence[ProbeReport]) -> ProbeReport:
     if not reports:
         raise ValueError("`reports` is empty; give at least one.")
@@ -108,7 +143,7 @@ def _first_of(reports: Sequence[ProbeReport]) -> ProbeReport:
 
 def _compatibility(report: ProbeReport) -> tuple[object, ...]:
     """What reports must have in common to be concatenated."""
-    return report.teachers, report.modules, report.free, report.settings.get("geometry")
+    return report.teachers, report.modules, report.settings.get("geometry")
 
 
 def _node_identity(node: NodeRecord) -> tuple[object, ...]:

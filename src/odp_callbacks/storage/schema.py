@@ -17,9 +17,13 @@ from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord
 VERSION = 2
 METADATA_KEY = b"odp_callbacks"
 NODES_FILE, ROLLOUTS_FILE = "nodes.parquet", "rollouts.parquet"
+MANIFEST_FILE = "manifest.json"
+"""The hash of each other file in the folder."""
 PRECONDITIONED_FOLDER = "preconditioned"
 """Folder, inside that of the probe, of the same probe in another geometry."""
 PREDICTOR_PREFIX = "predictor_"
+RUN_SETTING = "run"
+"""Setting under which a callback saves which training run a probe belongs to."""
 
 SCALAR_COLUMNS = {
     "rollout": pa.int64(), "question": pa.string(), "depth": pa.int64(), "inclusion": pa.float64(),
@@ -68,12 +72,12 @@ def _metadata(report: ProbeReport) -> dict[str, Any]:
         "generated_tokens": dict(report.generated_tokens),
         "continuations": report.continuations,
         "truncated": report.truncated,
+        "left_out": dict(report.left_out),
         "stage_seconds": dict(report.stage_seconds),
         "settings": dict(report.settings),
         "step": None
         if step is None
         else {"question": step.question, "correct": step.correct, "gram": step.gram.ravel().tolist()},
-        "free": report.free,
         "token_text": {str(token): encodable(text) for token, text in report.token_text.items()},
     }
 

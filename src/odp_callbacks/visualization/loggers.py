@@ -12,17 +12,19 @@ class ReportLogger:
     """Sends to each logger what it can show of a report besides scalars.
 
     TensorBoard receives everything; Weights & Biases, Comet and MLflow receive the pictures. Loggers are recognised by
-    their methods, and others receive nothing.
+    their methods, and others receive nothing, nor do stand-ins for loggers.
 
     Args:
         confidence: Level of the intervals, in (0, 1).
+        root: How the names of everything begin that is sent.
 
     Raises:
         ValueError: If ``confidence`` is not in (0, 1).
     """
 
-    def __init__(self, confidence: float = 0.95) -> None:
-        self._tensorboard = TensorBoardReports(confidence)
+    def __init__(self, confidence: float = 0.95, root: str = "odp") -> None:
+        self.root = root
+        self._tensorboard = TensorBoardReports(confidence, root=root)
 
     def log(self, logger: Any, report: ProbeReport, step: int) -> None:
         """Send a report to a logger.
@@ -33,11 +35,14 @@ class ReportLogger:
             step: The optimizer step.
         """
         experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "a name that no logger has"):
+            return  # what Lightning puts in the place of a logger in `fast_dev_run` has every attribute
         if hasattr(experiment, "add_histogram"):
             self._tensorboard.write(experiment, report, step)
         elif hasattr(logger, "log_image"):  # Weights & Biases, Comet
             for picture_name, plot in pictures(Analysis(report, self._tensorboard.confidence)):
-                logger.log_image(f"odp/{picture_name}", [plot], step=step)
+                logger.log_image(f"{self.root}/{picture_name}", [plot], step=step)
         elif hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):  # MLflow
             for picture_name, plot in pictures(Analysis(report, self._tensorboard.confidence)):
-                experiment.log_figure(logger.run_id, plot, f"odp/{picture_name.replace('/', '-')}-{step:08d}.png")
+                file_name = f"{picture_name.replace('/', '-')}-{step:08d}.png"
+                experiment.log_figure(logger.run_id, plot, f"{self.root}/{file_name}")

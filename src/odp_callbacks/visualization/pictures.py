@@ -35,17 +35,26 @@ def pictures(analysis: Analysis) -> Iterator[tuple[str, Any]]:
 
 
 def _drawing_functions(analysis: Analysis) -> dict[str, Callable[[], Any]]:
+    """The pictures by name; loggers sort them by name, so that those of the update come first."""
     try:
-        from odp_callbacks.visualization import module_maps, plots
+        from odp_callbacks.visualization import contribution_plots, module_maps, plots
         from odp_callbacks.visualization.rollout_pictures import most_informative_rollout, plot_rollout
     except ImportError:  # matplotlib belongs to the extra `tensorboard`
         return {}
+    report = analysis.report
     drawing_functions: dict[str, Callable[[], Any]] = {}
+    if report.updates:
+        drawing_functions["gain/all_teachers"] = partial(plots.plot_gains, analysis.summaries(), report.teachers)
+        drawing_functions["gain/by_class_and_depth"] = partial(contribution_plots.plot_contributions, analysis)
     for split, correct in (("correct", True), ("incorrect", False)):
         rollout_index = most_informative_rollout(analysis, correct)
         if rollout_index is not None:
             drawing_functions[f"rollout/{split}"] = partial(plot_rollout, analysis, rollout_index)
-    drawing_functions["summary/gain"] = partial(plots.plot_gains, analysis.summaries(), analysis.report.teachers)
+    if report.updates and not report.nodes:
+        return drawing_functions
+    drawing_functions["summary/gain"] = partial(
+        plots.plot_gains, analysis.summaries(), report.teachers, "predicted_gain"
+    )
     for picture_name, figure in (("alignment", "gain_weighted_alignment"), ("gain", "predicted_gain")):
         drawing_functions[f"summary/{picture_name}_over_depth"] = partial(plots.plot_over_depth, analysis, figure)
         drawing_functions[f"summary/{picture_name}_by_module"] = partial(module_maps.plot_module_maps, analysis, figure)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from odp_callbacks.analysis.correlations import correlations
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.node_estimates import DEFINED
-from odp_callbacks.analysis.summaries import SPLITS, Analysis, ClassSummary
+from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT, SPLITS, Analysis, ClassSummary
 from odp_callbacks.records import Floats, ProbeReport
 from odp_callbacks.text import displayable, shorten_middle
 from odp_callbacks.visualization.plot_style import (
@@ -28,7 +28,7 @@ from odp_callbacks.visualization.plot_style import (
     marker_of,
     uncorrected_where_withheld,
 )
-from odp_callbacks.visualization.wording import class_title, figure_title, level
+from odp_callbacks.visualization.wording import class_title, figure_title, gain_figure, level
 
 MAXIMUM_LABELS = 12
 """Labels on an axis; with more classes, only every second, third ... is labelled."""
@@ -36,24 +36,34 @@ MAXIMUM_POINTS = 2000
 """Points of a scatter plot: more would hide each other and make the page large."""
 LINEAR_BELOW = 0.01
 """Nats below which the axis of a divergence is linear."""
+GAINS = ("update_gain", "predicted_gain")
+"""Figures that are no cosines, so that they have no largest value, and that need no correction for noise."""
 
 
-def plot_gains(summaries: Sequence[ClassSummary], teachers: Sequence[str]) -> Figure:
-    """Plot the predicted gain of each teacher in each class of rollouts, with its interval."""
-    estimates = {(summary.teacher, summary.split): summary.figures["predicted_gain"] for summary in summaries}
+def plot_gains(summaries: Sequence[ClassSummary], teachers: Sequence[str], figure: str | None = None) -> Figure:
+    """Plot the gain of each teacher in each class of rollouts, and the difference of the classes, with intervals.
+
+    Args:
+        summaries: Of one report, by correctness.
+        teachers: Names of its teachers.
+        figure: Name of the figure; None for the update gain where it was measured, otherwise the predicted gain.
+    """
+    figure = figure or gain_figure(summaries)
+    estimates = {(summary.teacher, summary.split): summary.figures[figure] for summary in summaries}
+    splits = [split for split in (*SPLITS, INCORRECT_MINUS_CORRECT) if any(key[1] == split for key in estimates)]
     with rc_context(STYLE):
-        plot = Figure(figsize=(WIDTH, 1.3 + 0.28 * len(teachers) * 3), layout="constrained")
+        plot = Figure(figsize=(WIDTH, 1.3 + 0.28 * len(teachers) * len(splits)), layout="constrained")
         axes = plot.add_subplot()
         rows_per_class = len(teachers) + 1
-        for split_index, split in enumerate(SPLITS):
+        for split_index, split in enumerate(splits):
             for teacher_index, teacher in enumerate(teachers):
                 position = split_index * rows_per_class + teacher_index
                 draw_estimate(axes, estimates[teacher, split], position, teacher_index, horizontal=True)
-        class_centres = [index * rows_per_class + (len(teachers) - 1) / 2 for index in range(len(SPLITS))]
-        axes.set_yticks(class_centres, [class_title(split) for split in SPLITS])
-        axes.set_ylim(len(SPLITS) * rows_per_class - 1.4, -0.6)
+        class_centres = [index * rows_per_class + (len(teachers) - 1) / 2 for index in range(len(splits))]
+        axes.set_yticks(class_centres, [class_title(split).replace(" minus ", "\nminus ") for split in splits])
+        axes.set_ylim(len(splits) * rows_per_class - 1.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=1)
-        axes.set_xlabel("harms  ←  0  →  helps\npredicted gain: success probability per unit step")
+        axes.set_xlabel(f"harms  ←  0  →  helps\n{figure_title(figure)}: success probability per unit step")
         draw_teacher_legend(plot, teachers)
         return plot
 
@@ -71,7 +81,7 @@ def plot_over_depth(analysis: Analysis, figure: str = "gain_weighted_alignment")
 
 
 def plot_over_probes(reports: Sequence[tuple[str, ProbeReport]], confidence: float) -> Figure:
-    """Plot the predicted gain on all rollouts, probe after probe.
+    """Plot the gain on all rollouts, probe after probe: the update gain if any probe measured it.
 
     Args:
         reports: Reports of the same teachers, each with a name, which need not be unique.
@@ -83,8 +93,10 @@ def plot_over_probes(reports: Sequence[tuple[str, ProbeReport]], confidence: flo
         for summary in Analysis(report, confidence).summaries()
         if summary.split == "all"
     ]
+    figure = gain_figure(summaries)
+    measured = [summary for summary in summaries if figure in summary.figures]
     labels = {str(index): name for index, (name, _) in enumerate(reports)}
-    return _plot_lines(summaries, "predicted_gain", reports[-1][1].teachers, labels, "probe")
+    return _plot_lines(measured, figure, reports[-1][1].teachers, labels, "probe")
 
 
 def _plot_lines(
@@ -110,10 +122,10 @@ def _plot_lines(
             for position, estimate in points.items():
                 draw_estimate(axes, estimate, position, teacher_index, horizontal=False)
         axes.axhline(0, color=GREY, linewidth=1)
-        if figure != "predicted_gain":
+        if figure not in GAINS:
             axes.set_ylim(-1.05, 1.05)
         _label_classes(axes, list(labels.values()))
-        hollow_because = "no interval" if figure == "predicted_gain" else "not corrected for noise"
+        hollow_because = "no interval" if figure in GAINS else "not corrected for noise"
         any_hollow = any(
             np.isfinite(estimate.value) and not np.isfinite(estimate.low) for estimate in estimates.values()
         )

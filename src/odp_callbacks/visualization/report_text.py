@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from odp_callbacks.analysis.summaries import Analysis, ClassSummary
 from odp_callbacks.text import printable
-from odp_callbacks.visualization.wording import class_title, level
+from odp_callbacks.visualization.wording import class_title, figure_title, level, shared_gain_figure
 
 
 def table_text(analysis: Analysis) -> str:
@@ -23,7 +23,7 @@ def table_text(analysis: Analysis) -> str:
 
 
 def changes_text(previous: Sequence[ClassSummary], current: Sequence[ClassSummary], confidence: float = 0.95) -> str:
-    """Describe the change in predicted gain between two probes.
+    """Describe the change in gain between two probes: in update gain if both measured it, else in predicted gain.
 
     The probes are treated as independent, since they ask different questions.
 
@@ -32,10 +32,13 @@ def changes_text(previous: Sequence[ClassSummary], current: Sequence[ClassSummar
         current: Summaries of the later probe, of the same teachers.
         confidence: Confidence level of the summaries' intervals, in (0, 1).
     """
-    previous_gains = {(summary.teacher, summary.split): summary.figures["predicted_gain"] for summary in previous}
-    lines = [f"Change in predicted gain since the previous probe, with {level(confidence)} intervals", ""]
+    figure = shared_gain_figure(previous, current)
+    if not figure:
+        return "The previous probe measured another figure, so there is no change to tell."
+    previous_gains = {(summary.teacher, summary.split): summary.figures[figure] for summary in previous}
+    lines = [f"Change in {figure_title(figure)} since the previous probe, with {level(confidence)} intervals", ""]
     for summary in current:
-        previous_gain, current_gain = previous_gains[summary.teacher, summary.split], summary.figures["predicted_gain"]
+        previous_gain, current_gain = previous_gains[summary.teacher, summary.split], summary.figures[figure]
         change, half_width = (
             current_gain.value - previous_gain.value,
             math.hypot(previous_gain.half_width, current_gain.half_width),

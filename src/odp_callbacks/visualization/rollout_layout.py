@@ -1,5 +1,6 @@
 """The layout of a response on lines of a monospaced font."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from odp_callbacks.text import display_width, displayable
@@ -77,3 +78,36 @@ def excerpt(lines: list[Line], measured: set[int], maximum_lines: int) -> tuple[
     if in_gap:
         kept_lines.append([ELLIPSIS])
     return kept_lines, hidden
+
+
+def most_important_lines(lines: list[Line], importance: Sequence[float], maximum_lines: int) -> tuple[list[Line], int]:
+    """Keep the lines that matter most, in their order, with an ellipsis in place of each gap.
+
+    Args:
+        lines: All lines of the response.
+        importance: Of each token, by its depth.
+        maximum_lines: Lines to keep at most, ellipses included.
+
+    Returns:
+        The kept lines, and the number of tokens on lines that were left out.
+    """
+    if len(lines) <= maximum_lines:
+        return lines, 0
+    totals = [sum(importance[token.depth] for token in line) for line in lines]
+    kept: set[int] = set()
+    for index in sorted(range(len(lines)), key=lambda index: -totals[index]):
+        if len(_with_ellipses(lines, kept | {index})) <= maximum_lines:
+            kept.add(index)
+    hidden = sum(len(line) for index, line in enumerate(lines) if index not in kept)
+    return _with_ellipses(lines, kept), hidden
+
+
+def _with_ellipses(lines: list[Line], kept: set[int]) -> list[Line]:
+    """The kept lines, with an ellipsis in place of each gap."""
+    shown: list[Line] = []
+    for index, line in enumerate(lines):
+        if index in kept:
+            shown.append(line)
+        elif not shown or shown[-1] != [ELLIPSIS]:
+            shown.append([ELLIPSIS])
+    return shown

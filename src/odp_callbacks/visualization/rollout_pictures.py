@@ -1,4 +1,4 @@
-"""Pictures of rollouts, with tokens coloured by their alignment.
+"""Pictures of rollouts, with every token coloured by its influence, or measured tokens by their alignment.
 
 Purple means that the teacher helps and orange that it harms; colour-blind readers can distinguish the two.
 """
@@ -15,11 +15,12 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
+from odp_callbacks.analysis.contributions import ReportInfluence
 from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.records import RolloutRecord
 from odp_callbacks.text import display_width, displayable
-from odp_callbacks.visualization.rollout_layout import Line, break_into_lines, excerpt
+from odp_callbacks.visualization.rollout_layout import Line, break_into_lines, excerpt, most_important_lines
 from odp_callbacks.visualization.wording import level
 
 COLOURS = "PuOr"
@@ -34,7 +35,12 @@ KEY = (
     "filled: the {level} interval excludes 0 · coloured frame: it includes 0\n"
     "dashed: undetermined, too few continuations · dotted: no alignment exists"
 )
-"""Explains how tokens are drawn."""
+"""Explains how tokens are drawn that are coloured by their alignment."""
+INFLUENCE_KEY = (
+    "influence: what distilling on a token adds to the success of other questions\n"
+    "filled: the {level} interval excludes 0 · coloured frame: it includes 0"
+)
+"""Explains how tokens are drawn that are coloured by their influence."""
 
 FONTS_OF_OTHER_SCRIPTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Noto Sans Arabic",
@@ -45,8 +51,16 @@ TEMPLATE_MARK = re.compile(r"<[^<>\s]{1,40}>")
 ROLES = {"assistant", "user", "system", "model"}
 
 
+FRAME = {"pad": 1.6, "facecolor": "white"}
+Style = tuple[str, dict[str, Any] | None]
+"""Colour of a token's text, and its frame."""
+
+
 def most_informative_rollout(analysis: Analysis, correct: bool) -> int | None:
-    """Find the rollout of a class with the most significant tokens, and among those with the most defined ones.
+    """Find the rollout of a class with the most significant tokens.
+
+    Among those, it is the one with the largest influence, or where no influence was measured, the one with the most
+    defined tokens.
 
     Args:
         analysis: Analysis of a report.
@@ -55,37 +69,105 @@ def most_informative_rollout(analysis: Analysis, correct: bool) -> int | None:
     Returns:
         Its index, or None if the class is empty.
     """
-    report = analysis.report
-    token_counts = {index: (0, 0) for index, rollout in enumerate(report.rollouts) if rollout.correct == correct}
+    rollouts = [index for index, rollout in enumerate(analysis.report.rollouts) if rollout.correct == correct]
+    ranks = _influence_ranks(analysis, rollouts) or _alignment_ranks(analysis)
+    return max(rollouts, key=lambda index: ranks.get(index, (0, 0.0))) if rollouts else None
+
+
+def _influence_ranks(analysis: Analysis, rollouts: list[int]) -> dict[int, tuple[int, float]]:
+    """Significant tokens and sum of absolute influences of each rollout; empty without influences."""
+    influence = analysis.influence
+    if influence is None:
+        return {}
+    significant, sizes = influence.significant.sum(axis=1), np.nan_to_num(np.abs(influence.value)).sum(axis=1)
+    places = {index: influence.tokens_of(index) for index in rollouts}
+    return {index: (int(significant[place].sum()), float(sizes[place].sum())) for index, place in places.items()}
+
+
+def _alignment_ranks(analysis: Analysis) -> dict[int, tuple[int, float]]:
+    """Number of significant and of defined tokens of each rollout that has nodes."""
+    ranks: dict[int, tuple[int, float]] = {}
     significant = analysis.significant_tokens().sum(axis=1)
     defined = (analysis.status == DEFINED).sum(axis=1)
-    for node_index, node in enumerate(report.nodes):
-        if node.rollout in token_counts:
-            significant_count, defined_count = token_counts[node.rollout]
-            token_counts[node.rollout] = (
-                significant_count + int(significant[node_index]),
-                defined_count + int(defined[node_index]),
-            )
-    return max(token_counts, key=lambda index: token_counts[index]) if token_counts else None
+    for node_index, node in enumerate(analysis.report.nodes):
+        significant_count, defined_count = ranks.get(node.rollout, (0, 0.0))
+        ranks[node.rollout] = (
+            significant_count + int(significant[node_index]),
+            defined_count + float(defined[node_index]),
+        )
+    return ranks
 
 
 def plot_rollout(analysis: Analysis, rollout_index: int) -> Figure:
-    """Plot one rollout, once for each teacher, each token coloured by its alignment with that teacher.
+    """Plot one rollout, once for each teacher, each token coloured by its influence, or else by its alignment.
 
-    A token is filled where the interval of its alignment excludes 0, and has only a coloured frame where the interval
-    includes 0. A token without an alignment has a dashed frame if the continuations are too few to tell, and a dotted
-    one if no alignment exists. Tokens that were not measured are plain. Of a long response, only lines with measured
-    tokens are drawn.
+    A token is filled where the interval of its figure excludes 0, and has only a coloured frame where the interval
+    includes 0. Where influences were measured, every token has one, and of a long response the lines of the largest
+    influence are drawn. Otherwise tokens that were not measured are plain, and of a long response only lines with
+    measured tokens are drawn. A measured token without an alignment has a dashed frame if the continuations are too few
+    to tell, and a dotted one if no alignment exists.
 
     Args:
         analysis: Analysis of a report.
         rollout_index: Index of the rollout.
     """
-    report = analysis.report
-    rollout, teachers = report.rollouts[rollout_index], report.teachers
-    node_indices = {node.depth: index for index, node in enumerate(report.nodes) if node.rollout == rollout_index}
-    maximum_lines = max(MINIMUM_LINES, MAXIMUM_LINES // len(teachers))
-    lines, hidden_tokens = excerpt(break_into_lines(rollout.pieces), set(node_indices), maximum_lines)
+    rollout, influence = analysis.report.rollouts[rollout_index], analysis.influence
+    maximum_lines = max(MINIMUM_LINES, MAXIMUM_LINES // len(analysis.report.teachers))
+    lines = break_into_lines(rollout.pieces)
+    key_level = level(analysis.confidence)
+    if influence is not None and np.isfinite(influence.value[influence.tokens_of(rollout_index)]).any():
+        sizes = np.nan_to_num(np.abs(influence.value[influence.tokens_of(rollout_index)])).max(axis=1)
+        lines, hidden = most_important_lines(lines, sizes.tolist(), maximum_lines)
+        styles = _influence_styles(influence, rollout_index)
+        note = f"\n{hidden} more tokens, of smaller influence, are not shown" if hidden else ""
+        return _draw(analysis, rollout, lines, styles, INFLUENCE_KEY.format(level=key_level) + note, influence.scale)
+    styles = _alignment_styles(analysis, rollout_index)
+    lines, hidden = excerpt(lines, set(styles[0]), maximum_lines)
+    note = f"\n{hidden} more measured tokens are not shown" if hidden else ""
+    return _draw(analysis, rollout, lines, styles, KEY.format(level=key_level) + note, None)
+
+
+def _influence_styles(influence: ReportInfluence, rollout_index: int) -> list[dict[int, Style]]:
+    """Styles of a rollout's tokens by depth, for each teacher."""
+    place = influence.tokens_of(rollout_index)
+    shares = (influence.value[place] / influence.scale).clip(-1, 1)
+    significant = influence.significant[place]
+    return [
+        {
+            depth: _defined_style(float(shares[depth, teacher_index]), bool(significant[depth, teacher_index]), 1.0)
+            for depth in np.flatnonzero(np.isfinite(shares[:, teacher_index])).tolist()
+        }
+        for teacher_index in range(shares.shape[1])
+    ]
+
+
+def _alignment_styles(analysis: Analysis, rollout_index: int) -> list[dict[int, Style]]:
+    """Styles of a rollout's measured tokens by depth, for each teacher."""
+    nodes = [(index, node.depth) for index, node in enumerate(analysis.report.nodes) if node.rollout == rollout_index]
+    alignment, significant = analysis.token_alignment(), analysis.significant_tokens()
+    return [
+        {
+            depth: _token_style(
+                str(analysis.status[index, teacher_index]),
+                float(alignment[index, teacher_index]),
+                bool(significant[index, teacher_index]),
+            )
+            for index, depth in nodes
+        }
+        for teacher_index in range(len(analysis.report.teachers))
+    ]
+
+
+def _draw(
+    analysis: Analysis,
+    rollout: RolloutRecord,
+    lines: list[Line],
+    styles: list[dict[int, Style]],
+    key: str,
+    influence_scale: float | None,
+) -> Figure:
+    """Draw the response once for each teacher; ``influence_scale`` is None for colours that stand for alignments."""
+    teachers = analysis.report.teachers
     title = _title(rollout)
     row_count = (len(lines) + 1) * len(teachers)
     # As wide as the text: TensorBoard scales a picture down to its card, and empty space would shrink the text.
@@ -98,14 +180,15 @@ def plot_rollout(analysis: Analysis, rollout_index: int) -> Figure:
     axes.set_ylim(row_count + 0.7, -0.2)
     axes.axis("off")
     axes.set_title(title, loc="left", fontsize=9, parse_math=False, family=font_families("DejaVu Sans"))
-    for teacher_index in range(len(teachers)):
-        _draw_response(axes, analysis, teacher_index, lines, node_indices)
-    key_text = KEY.format(level=level(analysis.confidence))
-    omission_note = f"\n{hidden_tokens} more measured tokens are not shown" if hidden_tokens else ""
-    axes.text(0, row_count + 0.3, key_text + omission_note, fontsize=7, color="#555555", va="center", parse_math=False)
+    for teacher_index, teacher in enumerate(teachers):
+        _draw_response(axes, teacher, teacher_index * (len(lines) + 1), lines, styles[teacher_index])
+    axes.text(0, row_count + 0.3, key, fontsize=7, color="#555555", va="center", parse_math=False)
     colour_scale = ScalarMappable(Normalize(-1, 1), COLOURS)
     colour_bar = rollout_plot.colorbar(colour_scale, ax=axes, fraction=0.025, pad=0.01, ticks=np.linspace(-1, 1, 5))
-    colour_bar.set_label("alignment", fontsize=8)
+    if influence_scale is not None:
+        ends = [f"{share * influence_scale:+.1e}" if share else "0" for share in np.linspace(-1, 1, 5)]
+        colour_bar.set_ticks(np.linspace(-1, 1, 5).tolist(), labels=[f"≤{ends[0]}", *ends[1:-1], f"≥{ends[-1]}"])
+    colour_bar.set_label("alignment" if influence_scale is None else "influence", fontsize=8)
     colour_bar.ax.tick_params(labelsize=7)
     return rollout_plot
 
@@ -116,45 +199,37 @@ def _title(rollout: RolloutRecord) -> str:
     return f"{outcome}, question {displayable(rollout.question, 16)}: {question}"
 
 
-def _draw_response(
-    axes: Axes, analysis: Analysis, teacher_index: int, lines: list[Line], node_indices: dict[int, int]
-) -> None:
-    """Draw the teacher's name and, below it, the response's lines; ``node_indices`` are those of the depths."""
-    first_row = teacher_index * (len(lines) + 1)
+def _draw_response(axes: Axes, teacher: str, first_row: int, lines: list[Line], styles: dict[int, Style]) -> None:
+    """Draw the teacher's name and, below it, the response's lines; ``styles`` are those of the tokens by depth."""
     axes.text(
-        0, first_row + 0.35, displayable(analysis.report.teachers[teacher_index], 40), fontsize=9, fontweight="bold",
+        0, first_row + 0.35, displayable(teacher, 40), fontsize=9, fontweight="bold",
         va="center", parse_math=False, family=font_families("DejaVu Sans"),
     )  # fmt: skip
-    alignment = analysis.token_alignment()[:, teacher_index]
-    significant = analysis.significant_tokens()[:, teacher_index]
     for line_index, line in enumerate(lines):
         for token in line:
-            node_index = node_indices.get(token.depth)
-            if node_index is None:
-                text_colour, frame_style = "#888888", None
-            else:
-                status = str(analysis.status[node_index, teacher_index])
-                text_colour, frame_style = _token_style(
-                    status, float(alignment[node_index]), bool(significant[node_index])
-                )
+            text_colour, frame_style = styles.get(token.depth, ("#888888", None))
             axes.text(
                 token.column, first_row + line_index + 1.1, token.text, fontsize=8.5, color=text_colour,
                 bbox=frame_style, va="center", family=font_families("DejaVu Sans Mono"), parse_math=False,
             )  # fmt: skip
 
 
-def _token_style(status: str, alignment: float, significant: bool) -> tuple[str, dict[str, Any]]:
+def _token_style(status: str, alignment: float, significant: bool) -> Style:
     """Choose the colour of a measured token's text, and its frame."""
-    text_colour = "black"
-    frame_style: dict[str, Any] = {"pad": 1.6, "facecolor": "white"}
-    if status == DEFINED and significant:
-        text_colour = "white" if abs(alignment) > 0.6 else "black"
-        frame_style |= {"facecolor": colormaps[COLOURS]((alignment + 1) / 2), "edgecolor": "#222222", "linewidth": 1.0}
-    elif status == DEFINED:
-        frame_style |= {"edgecolor": FRAME_COLOURS((alignment + 1) / 2), "linewidth": 1.6}
-    else:
-        frame_style |= {"edgecolor": "#666666", "linewidth": 0.8, "linestyle": ":" if status == UNDEFINED else "--"}
-    return text_colour, frame_style
+    if status == DEFINED:
+        return _defined_style(alignment, significant, 1.6)
+    linestyle = ":" if status == UNDEFINED else "--"
+    return "black", {**FRAME, "edgecolor": "#666666", "linewidth": 0.8, "linestyle": linestyle}
+
+
+def _defined_style(share: float, significant: bool, frame_width: float) -> Style:
+    """Style of a token with a figure, given as a share of the largest colour, from -1 to 1."""
+    if significant:
+        text_colour = "white" if abs(share) > 0.6 else "black"
+        return text_colour, {
+            **FRAME, "facecolor": colormaps[COLOURS]((share + 1) / 2), "edgecolor": "#222222", "linewidth": 1.0,
+        }  # fmt: skip
+    return "black", {**FRAME, "edgecolor": FRAME_COLOURS((share + 1) / 2), "linewidth": frame_width}
 
 
 @cache

@@ -15,14 +15,23 @@ from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT, Analysis, 
 from odp_callbacks.gates.scoring import RuleScore
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import MAXIMUM_LENGTH, displayable
-from odp_callbacks.visualization.wording import level
+from odp_callbacks.visualization.wording import gain_figure, level
 
-FIGURE_COLUMNS = {
+HEADINGS = {
+    "update_gain": "update\ngain",
+    "update_contribution": "contri-\nbution",
+    "update_alignment": "update\nalignment",
     "predicted_gain": "predicted\ngain",
     "gain_weighted_alignment": "gain-weighted\nalignment",
     "alignment": "alignment\n(token mean)",
 }
-"""Figures of the summary table, with the headings of their columns."""
+"""Figures of the summary table, with the headings of their columns, in the order of preference."""
+MAXIMUM_FIGURES = 3
+"""Columns of figures that fit into a terminal of 80 columns."""
+CAPTION_WIDTH = 76
+"""Columns that the lines of a caption need; a narrower table would break them."""
+OF_BOTH = ("update_gain", "predicted_gain", "gain_weighted_alignment")
+"""Figures of the table of a report with nodes whose update was measured too."""
 
 
 def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
@@ -45,49 +54,73 @@ def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
 
 def tabulate(analysis: Analysis) -> Group:
     """Tabulate an analysis as :func:`summary_table` does."""
-    table = _figure_table("Does the teacher push towards success?", "teacher\nrollouts")
-    table.caption = _summary_caption(analysis)
-    for heading in ("tokens\nquest.", "undef.\nundet."):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for summary in analysis.summaries():
+    summaries = analysis.summaries()
+    figures, gain, has_nodes = _figures(summaries), gain_figure(summaries), bool(analysis.report.nodes)
+    table = _figure_table("Does the teacher push towards success?", "teacher\nrollouts", figures)
+    table.caption, table.min_width = _summary_caption(analysis, figures), CAPTION_WIDTH
+    table.add_column("tokens\nquest.", justify="right", no_wrap=True)
+    if has_nodes:
+        table.add_column("undef.\nundet.", justify="right", no_wrap=True)
+    for summary in summaries:
         is_difference = summary.split == INCORRECT_MINUS_CORRECT
         status_shares = f"{_share(summary.undefined, summary.nodes)}\n{_share(summary.undetermined, summary.nodes)}"
+        tokens = summary.nodes if has_nodes else summary.figures[gain].nodes
         table.add_row(
             f"[bold]{escape(displayable(summary.teacher))}[/bold]\n{'gap' if is_difference else summary.split}",
-            *_figure_cells(summary),
-            f"{summary.nodes}\n{summary.figures['predicted_gain'].questions}",
-            "" if is_difference else status_shares,
+            *_figure_cells(summary, figures),
+            f"{tokens}\n{summary.figures[gain].questions}",
+            *([] if not has_nodes else [""] if is_difference else [status_shares]),
             end_section=is_difference,
         )
     contrasts = [contrast for contrast in analysis.contrasts() if contrast.split == "all"]
-    return Group(table, "", _contrast_table(contrasts)) if contrasts else Group(table)
+    return Group(table, "", _contrast_table(contrasts, figures)) if contrasts else Group(table)
 
 
-def _summary_caption(analysis: Analysis) -> str:
+def _figures(summaries: Sequence[ClassSummary]) -> tuple[str, ...]:
+    """The figures that the table has columns of."""
+    present = [figure for figure in HEADINGS if any(figure in summary.figures for summary in summaries)]
+    return OF_BOTH if set(OF_BOTH) <= set(present) else tuple(present[:MAXIMUM_FIGURES])
+
+
+def _summary_caption(analysis: Analysis, figures: Sequence[str]) -> str:
     """Explain the summary table, in lines that fit into 80 columns."""
     report = analysis.report
     success = success_rate(report, analysis.confidence)
     truncated = report.truncated / max(1, len(report.rollouts) + report.continuations)
-    return "\n".join(
-        (
-            f"{len(report.rollouts)} rollouts, success rate {success.value:.0%} "
-            f"({success.low:.0%} to {success.high:.0%})",
-            f"{report.continuations} continuations; {truncated:.0%} of all responses cut at the length limit",
-            f"{level(analysis.confidence)} intervals, clustered by question. Gap: incorrect minus correct.",
-            "Predicted gain: success gained per unit step along the teacher's gradient;",
-            "unbiased, so it ranks the teachers. Gain-weighted alignment: the share of",
-            "the possible gain that the teacher delivers. Alignment: mean cosine with",
-            "the ideal gradient, corrected for noise. Undef.: tokens without an",
-            "alignment. Undet.: tokens with too few continuations (cont.) to tell.",
-        )
-    )
+    lines = [
+        f"{len(report.rollouts)} rollouts, success rate {success.value:.0%} ({success.low:.0%} to {success.high:.0%})",
+        f"{report.continuations} continuations; {truncated:.0%} of all responses cut at the length limit",
+        f"{level(analysis.confidence)} intervals, clustered by question. Gap: incorrect minus correct.",
+    ]
+    if "update_gain" in figures:
+        lines += [
+            "Update gain: success gained per unit step along the update",
+            "of all tokens; unbiased, so it ranks the teachers.",
+        ]
+    if "update_alignment" in figures:
+        lines += [
+            "Contribution: a class's part of the gain of the whole update.",
+            "Update alignment: cosine of update and success gradient.",
+        ]
+    if "predicted_gain" in figures:
+        lines += [
+            "Predicted gain: success gained per unit step along the teacher's gradient"
+            + (";" if figures[0] == "predicted_gain" else ""),
+            "unbiased, so it ranks the teachers." if figures[0] == "predicted_gain" else "at single tokens.",
+            "Gain-weighted alignment: the share of the possible gain that the teacher",
+            "delivers. Alignment: mean cosine with the ideal gradient, corrected for",
+            "noise. Undef.: tokens without an alignment. Undet.: tokens with too few",
+            "continuations (cont.) to tell.",
+        ]
+    return "\n".join(lines)
 
 
-def _contrast_table(contrasts: Sequence[ClassSummary]) -> Table:
-    table = _figure_table("Difference between teachers on the same tokens", "first - second")
+def _contrast_table(contrasts: Sequence[ClassSummary], figures: Sequence[str]) -> Table:
+    title = "Difference between teachers on the same " + ("rollouts" if figures[0] == "update_gain" else "tokens")
+    table = _figure_table(title, "first - second", figures)
     for contrast in contrasts:
         contrast_name = displayable(contrast.teacher, 2 * MAXIMUM_LENGTH)
-        table.add_row(f"[bold]{escape(contrast_name)}[/bold]\n{verdict(contrast)}", *_figure_cells(contrast))
+        table.add_row(f"[bold]{escape(contrast_name)}[/bold]\n{verdict(contrast)}", *_figure_cells(contrast, figures))
     return table
 
 
@@ -138,8 +171,8 @@ def _rule_cells(score: RuleScore) -> tuple[str, ...]:
 
 
 def verdict(contrast: ClassSummary) -> str:
-    """Say in words which of two teachers has the higher predicted gain."""
-    difference = contrast.figures["predicted_gain"]
+    """Say in words which of two teachers has the higher gain."""
+    difference = contrast.figures[gain_figure([contrast])]
     if not (difference.low > 0 or difference.high < 0):
         return "no significant difference"
     return "first helps more" if difference.low > 0 else "second helps more"
@@ -154,16 +187,16 @@ def format_estimate(estimate: Estimate) -> str:
     return f"{estimate.value:+.3f}\n{estimate.low:.2f} to {estimate.high:.2f}"
 
 
-def _figure_table(title: str, first_heading: str) -> Table:
+def _figure_table(title: str, first_heading: str, figures: Sequence[str]) -> Table:
     table = Table(box=SIMPLE_HEAVY, show_edge=False, pad_edge=False, title=title)
     table.add_column(first_heading, no_wrap=True)
-    for heading in FIGURE_COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    for figure in figures:
+        table.add_column(HEADINGS[figure], justify="right", no_wrap=True)
     return table
 
 
-def _figure_cells(summary: ClassSummary) -> tuple[str, ...]:
-    return tuple(format_estimate(summary.figures[figure]) for figure in FIGURE_COLUMNS)
+def _figure_cells(summary: ClassSummary, figures: Sequence[str]) -> tuple[str, ...]:
+    return tuple(format_estimate(summary.figures[figure]) for figure in figures)
 
 
 def _share(part: int, whole: int) -> str:

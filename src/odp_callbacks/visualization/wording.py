@@ -1,6 +1,8 @@
 """Words that the table, the pictures, TensorBoard and the HTML page share."""
 
-from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT
+from collections.abc import Iterable
+
+from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT, ClassSummary
 from odp_callbacks.text import displayable
 
 MAXIMUM_TAG_LENGTH = 100
@@ -15,6 +17,22 @@ def class_title(split: str) -> str:
         ('correct rollouts', 'incorrect minus correct rollouts')
     """
     return "incorrect minus correct rollouts" if split == INCORRECT_MINUS_CORRECT else f"{split} rollouts"
+
+
+def gain_figure(summaries: Iterable[ClassSummary]) -> str:
+    """Name of the figure that teachers are judged by: update gain where it was measured, otherwise predicted gain.
+
+    Args:
+        summaries: Of one or of several reports.
+    """
+    return "update_gain" if any("update_gain" in summary.figures for summary in summaries) else "predicted_gain"
+
+
+def shared_gain_figure(first: Iterable[ClassSummary], second: Iterable[ClassSummary]) -> str:
+    """Name of the gain that two reports can be compared by; empty if they have none in common."""
+    measured = [{figure for summary in summaries for figure in summary.figures} for summaries in (first, second)]
+    shared = [figure for figure in ("update_gain", "predicted_gain") if all(figure in names for names in measured)]
+    return shared[0] if shared else ""
 
 
 def figure_title(figure: str) -> str:

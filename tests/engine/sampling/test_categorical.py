@@ -32,6 +32,7 @@ def test_tokens_with_probability_zero_are_never_drawn():
     assert set(tokens.tolist()) == {0, 255, 256, 699}
 
 
+@pytest.mark.slow
 def test_small_probabilities_keep_their_frequencies():
     """Where one token has nearly all probability, sums in float32 would lose the others."""
     count, odds = 4_000_000, 2e-6

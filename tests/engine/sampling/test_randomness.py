@@ -8,6 +8,7 @@ from torch import Tensor
 
 from odp_callbacks.engine import BaseTeacher, Probe, ProbeConfig, Teacher
 from odp_callbacks.engine.sampling.backend_selection import BACKENDS, BackendSelection
+from odp_callbacks.engine.sampling.length_verdicts import LengthVerdict
 from odp_callbacks.engine.sampling.randomness import Randomness, as_key_tensor, uniforms
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.storage import concatenate
@@ -66,16 +67,20 @@ def texts_of(report: ProbeReport, question: str | None = None) -> list[str]:
         {"nodes": "exponential", "batch_size": 3},
         {"nodes": "uniform"},
         {"nodes": "every", "projections": 2},
-        {"budget": 0},
     ],
-    ids=["every", "exponential", "uniform", "projected", "free"],
+    ids=["every", "exponential", "uniform", "projected"],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_probe_of_four_questions_equals_two_probes_of_parts(
     options: dict, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = make_world("gpt2", seed=3, initializer_range=0.5)
-    monkeypatch.setattr(BackendSelection, "backend_with_warning", lambda selection, model: backend)
+    monkeypatch.setattr(
+        BackendSelection,
+        "verdict",
+        lambda selection, model, shortest, longest: LengthVerdict(shortest, longest, True, backend, False),
+    )
+    monkeypatch.setattr(BackendSelection, "warn_of", lambda selection, model, verdict: None)
     if "projections" in options:
         monkeypatch.setattr("odp_callbacks.engine.measurement.projection_is_cheaper", lambda *_: True)
     config = ProbeConfig(**{"rollouts_per_question": 3, "max_new_tokens": 3, "continuations": 3, **options})

@@ -69,3 +69,42 @@ def test_a_line_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
     second = Journal(first.path)
     second.write({7: Continuation((), True)})
     assert Journal(first.path).continuations == {2**62 + 1: Continuation((1, 2), False), 7: Continuation((), True)}
+
+
+def test_a_journal_is_read_with_care(tmp_path: Path) -> None:
+    """Bytes that are no text and JSON that is no continuation ended the probe; a changed digit was another token."""
+    path = tmp_path / "journal"
+    whole = Journal(path)
+    whole.write({1: Continuation((1, 2), False), 2: Continuation((3,), True)})
+    first_line, second_line = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first_line.replace(b"2]", b"3]"), b"\xff\x00", b"5", b"00000000 ", b"", second_line]))
+    assert Journal(path).continuations == {2: Continuation((3,), True)}
+
+
+@pytest.mark.parametrize("kept", range(0, 60, 7))
+def test_a_journal_that_was_cut_anywhere_goes_on(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    Journal(path).write({key: Continuation((key, 2), False) for key in range(3)})
+    path.write_bytes(path.read_bytes()[:kept])
+    complete = Journal(path).continuations
+    assert complete == {key: Continuation((key, 2), False) for key in range(len(complete))}
+    Journal(path).write({9: Continuation((9,), True)})
+    assert Journal(path).continuations == {**complete, 9: Continuation((9,), True)}
+
+
+def test_a_full_disk_in_a_journal_costs_the_last_lines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.write({1: Continuation((1,), False)})
+    open_path = Path.open
+
+    def open_full(path: Path, mode: str) -> Any:
+        with open_path(path, mode) as file:
+            file.write(b"0000")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(OSError, match="No space left"):
+        journal.write({2: Continuation((2,), False)})
+    monkeypatch.undo()
+    journal.write({3: Continuation((3,), False)})
+    assert set(Journal(journal.path).continuations) == {1, 3}

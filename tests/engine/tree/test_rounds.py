@@ -69,7 +69,9 @@ def test_prefixes_are_run_once_whatever_the_continuations(student):
     for continuations in (1, 6):
         shapes = []
         stop = count_tokens(student, shapes)
-        report = measure(student, "base", continuations=continuations, seed=1)  # every rollout in one segment
+        report = measure(
+            student, "base", continuations=continuations, seed=1, update=False
+        )  # every rollout in one segment
         stop()
         calls.append([s for s in shapes if s[1] > 1])
         # Single tokens are those that were sampled, and a few of rows that have ended.

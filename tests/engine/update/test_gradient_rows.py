@@ -138,3 +138,44 @@ def test_a_teacher_that_equals_the_student_has_no_direction() -> None:
     )
     assert not directions.norms.any()
     assert all(not row[1:].any() for row in rows.values())
+
+
+def exact_influences(student: nn.Module, gradients: UpdateGradients) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Tangents along the parameters themselves, and the influences ``(K, N)`` by one backward for each token."""
+    tangents = {name: p.detach()[None].clone() for name, p in lora_parameters(student).items()}
+    flat_tangent = torch.cat([tangent.flatten() for tangent in tangents.values()])
+    return tangents, torch.cat([row[:, 1:] @ flat_tangent for row in token_gradients(student, gradients)]).T
+
+
+def test_hooks_for_gradient_checkpointing_are_taken_out_and_put_back(recwarn: pytest.WarningsRecorder) -> None:
+    student: Any = tiny()
+    gradients = make_gradients(student)
+    tangents, exact = exact_influences(student, gradients)
+    student.enable_input_require_grads()
+    hooks = list(student.get_input_embeddings()._forward_hooks.items())
+    assert hooks
+    assert relative(gradients.influences(make_rollouts(), tangents)[0], exact) < 1e-6
+    assert list(student.get_input_embeddings()._forward_hooks.items()) == hooks
+    assert not [w for w in recwarn if "forward-mode" in str(w.message)]
+
+
+def test_without_a_forward_mode_each_token_goes_back_on_its_own_and_that_is_said_once() -> None:
+    class OnlyBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, values: torch.Tensor) -> torch.Tensor:
+            return values.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient
+
+    student: Any = tiny()
+    gradients = make_gradients(student)
+    tangents, exact = exact_influences(student, gradients)
+    layer = student.get_base_model().model.layers[0].mlp
+    layer.register_forward_hook(lambda module, inputs, output: OnlyBackward.apply(output))
+    with pytest.warns(UserWarning, match="one backward for each token"):
+        first = gradients.influences(make_rollouts(), tangents)
+    second = gradients.influences(make_rollouts(), tangents)  # a second warning would be an error here
+    assert relative(first[0], exact) < 1e-6
+    assert relative(second[0], exact) < 1e-6

@@ -2,6 +2,7 @@
 
 import json
 import re
+from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from odp_callbacks import Teacher, diagnose
 from odp_callbacks.analysis.evidence import gather
 from odp_callbacks.analysis.summaries import Analysis, summarise
 from odp_callbacks.visualization.html_report import write_report
 from odp_callbacks.visualization.html_report.data import page_data, success_with_interval
-from odp_callbacks.visualization.html_report.page import describe_estimate
+from odp_callbacks.visualization.html_report.page import describe_estimate, significant_token_counts
+from odp_callbacks.visualization.pictures import pictures
+from odp_callbacks.visualization.report_text import table_text
+from tests.helpers.models import tiny, word_tokenizer
 from tests.helpers.records import HOSTILE, MakeReport, hostile, split
+from tests.helpers.updates import update_only, with_texts, with_update
 
 
 class Elements(HTMLParser):
@@ -33,6 +39,11 @@ def elements(text: str) -> Elements:
     parser = Elements()
     parser.feed(text)
     return parser
+
+
+def elements_text(text: str) -> str:
+    """The page without its style, script and data."""
+    return re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
 
 
 def embedded_data(text: str) -> Any:
@@ -130,6 +141,7 @@ def test_success_has_wilsons_interval(make_report: MakeReport) -> None:
     assert success_with_interval(node, 1) == [None, None, None, 0], "what was not measured is not 0"
 
 
+@pytest.mark.slow
 def test_ten_thousand_nodes_take_less_than_five_megabytes(make_report: MakeReport, tmp_path: Path) -> None:
     report = make_report(split, questions=500, depths=tuple(range(10)))
     assert len(report.nodes) == 10_000
@@ -148,12 +160,105 @@ def test_probes_of_a_run_are_shown_in_their_order(make_report: MakeReport, tmp_p
     assert "Over the course of training" not in single
 
 
-def test_the_free_mode_has_a_report_too(make_report: MakeReport, tmp_path: Path) -> None:
-    text = write_report(replace(make_report(split), free=True), tmp_path / "report.html").read_text("utf-8")
-    assert "Where to distil" not in text
-    assert "no estimate (free mode)" in text
+def test_a_report_of_an_update_alone_opens_with_it(make_report: MakeReport, tmp_path: Path) -> None:
+    report = update_only(make_report(split), lambda correct: (0.6, -0.4 if correct else 0.1))
+    text = write_report(report, tmp_path / "report.html").read_text("utf-8")
+    summaries, contrasts = Analysis(report).summaries(), Analysis(report).contrasts()
+    assert {summary.split for summary in summaries} == {"all", "correct", "incorrect", "incorrect-correct"}
+    opening = text[: text.index("Where the gain comes from")]
+    for summary in [*summaries, *contrasts]:
+        assert describe_estimate(summary.figures["update_gain"]) in opening, (summary.teacher, summary.split)
+    assert opening.index('id="answer"') < opening.index("<svg") < opening.index("near - far")
+    assert text.index("Where the gain comes from") < text.index("On which tokens") < text.index("All figures")
+    for absent in ("redicted gain", "continuations", "Alignment over depth", "Where to distil", "<h2>Questions</h2>"):
+        assert absent not in elements_text(text), absent
+    for figure in ("update_contribution", "update_alignment"):
+        assert describe_estimate(summaries[0].figures[figure]) in text[text.index("All figures") :]
 
 
-def test_a_report_without_nodes_is_refused(make_report: MakeReport, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`reports` must hold a probe with nodes"):
+def test_every_token_s_influence_is_in_the_page(make_report: MakeReport) -> None:
+    report = update_only(make_report(split), lambda correct: (0.3, -0.2), noise=0.5)
+    data, table = page_data(Analysis(report, 0.8)), report.tokens(0.8)
+    value, half = (
+        np.frombuffer(b64decode(data["influence"][name]), "<f4").reshape(-1, 2) for name in ("value", "half")
+    )
+    assert len(value) == len(table) == 12 * 8
+    for index, teacher in enumerate(report.teachers):
+        np.testing.assert_allclose(value[:, index], table[f"influence_{teacher}"], rtol=1e-6)
+        low, high = table[f"influence_{teacher}_low"], table[f"influence_{teacher}_high"]
+        np.testing.assert_allclose(half[:, index], (high - low) / 2, rtol=1e-6)
+    assert data["influence"]["scale"] == pytest.approx(np.quantile(np.abs(value), 0.95), rel=1e-6)
+
+
+def test_significant_tokens_are_counted_by_influence_where_it_was_measured(make_report: MakeReport) -> None:
+    report = with_update(make_report(split), lambda correct: (0.3, -0.2), noise=0.3)
+    counts, table = significant_token_counts(Analysis(report)), report.tokens()
+    assert counts["correct", "near"] == (
+        (table[table.reward == 1].influence_near_low > 0).sum(),
+        (table[table.reward == 1].influence_near_high < 0).sum(),
+    )
+    assert counts["all", "far"] == ((table.influence_far_low > 0).sum(), (table.influence_far_high < 0).sum())
+
+
+def test_an_update_without_influences_has_a_page(make_report: MakeReport, tmp_path: Path) -> None:
+    report = update_only(make_report(split), lambda correct: (0.3, -0.2), influence=False)
+    text = write_report(report, tmp_path / "report.html").read_text("utf-8")
+    assert embedded_data(text)["influence"] is None
+    assert "Where the gain comes from" not in text
+    assert "Neither the influence of tokens nor any single token was measured." in text
+
+
+def test_nodes_stay_beside_the_update(make_report: MakeReport, tmp_path: Path) -> None:
+    report = with_update(make_report(split), lambda correct: (0.6, -0.4 if correct else 0.1))
+    text = write_report(report, tmp_path / "report.html").read_text("utf-8")
+    data = embedded_data(text)
+    assert len(data["nodes"]) == len(report.nodes)
+    assert data["influence"] is not None
+    for words in ("Where the gain comes from", "Alignment over depth", "Where to distil", "influence of every token"):
+        assert words in text
+    for summary in summarise(report):
+        for figure in ("update_gain", "predicted_gain"):
+            assert describe_estimate(summary.figures[figure]) in text[text.index("All figures") :]
+
+
+def test_fifty_thousand_tokens_take_less_than_five_megabytes(make_report: MakeReport, tmp_path: Path) -> None:
+    names = ("near", "far", "answer", "base")
+    short = make_report(lambda correct, depth: (0.1,) * 4, questions=50, teachers=names, depths=(0,))
+    report = update_only(with_texts(short, 500), lambda correct: (0.3, -0.2, 0.1, 0.0))
+    assert len(report.tokens()) == 50_000
+    assert write_report(report, tmp_path / "report.html").stat().st_size < 5e6
+
+
+def test_updates_of_a_run_are_drawn_over_its_probes(make_report: MakeReport, tmp_path: Path) -> None:
+    reports = [
+        (f"step {index}", update_only(make_report(split), lambda correct: (0.3, -0.2), seed=index)) for index in (0, 1)
+    ]
+    text = write_report(reports, tmp_path / "report.html").read_text("utf-8")
+    trend = text[text.index("Over the course of training") :]
+    assert "update gain</text>" in trend
+
+
+def test_a_real_diagnosis_without_continuations_is_shown(tmp_path: Path) -> None:
+    def reward(prompts: Any, completions: list[str], answer: list[str]) -> list[float]:
+        return [float(right in completion.split()) for completion, right in zip(completions, answer, strict=True)]
+
+    rows = [{"prompt": prompt, "answer": prompt[0]} for prompt in ("a b", "c", "b a d", "d c", "a")]
+    teachers = {"answer": Teacher("{answer} {prompt}"), "base": "base"}
+    report = diagnose(
+        tiny().float(), word_tokenizer(), rows, reward, teachers, budget=0, rollouts_per_question=4, max_new_tokens=4
+    )
+    text = report.to_html(tmp_path / "report.html").read_text("utf-8")
+    data = embedded_data(text)
+    shown = np.frombuffer(b64decode(data["influence"]["value"]), "<f4").reshape(-1, 2)
+    np.testing.assert_allclose(shown, report.tokens()[["influence_answer", "influence_base"]], rtol=1e-6)
+    assert len(shown) == sum(len(rollout["pieces"]) for rollout in data["rollouts"])
+    for summary in report.summary():
+        assert describe_estimate(summary.figures["update_gain"]) in text
+    drawn = [name for name, _ in pictures(Analysis(report))]
+    assert drawn == ["gain/all_teachers", "gain/by_class_and_depth", "rollout/correct", "rollout/incorrect"]
+    assert "Update gain" in table_text(Analysis(report))
+
+
+def test_a_report_of_neither_update_nor_nodes_is_refused(make_report: MakeReport, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`reports` must hold a probe with an update or with nodes"):
         write_report(replace(make_report(split), nodes=()), tmp_path / "report.html")

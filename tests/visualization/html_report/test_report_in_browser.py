@@ -1,5 +1,6 @@
 """The HTML report in a real browser."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from selenium.webdriver.support.ui import Select
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.visualization.html_report import write_report
 from tests.helpers.records import HOSTILE, MakeReport, hostile, many_teachers, split
+from tests.helpers.updates import update_only, with_texts, with_update
 
 pytestmark = pytest.mark.browser
 
@@ -109,15 +111,70 @@ def test_tokens_that_are_not_significant_are_only_framed(browser: Any, make_repo
     assert interval in browser.find_element(By.ID, "panel").text
 
 
-def test_the_free_mode_shows_rewards_and_no_continuation(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
-    open_page(browser, write_report(replace(make_report(split), free=True), tmp_path / "report.html"))
-    ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
+def test_every_token_is_coloured_by_its_influence(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
+    report = update_only(make_report(split), lambda correct: (0.4 if correct else 0.05, -0.3), noise=0.2)
+    influence = Analysis(report).influence
+    assert influence is not None
+    open_page(browser, write_report(report, tmp_path / "report.html"))
+    assert browser.find_element(By.ID, "count").text == "96 tokens in 12 rollouts"
+    significant = influence.significant[:, 0]
+    assert 0 < significant.sum() < len(significant)
+    assert len(tokens(browser)) == len(significant)
+    for token, filled, value in zip(tokens(browser)[:24], significant, influence.value[:, 0], strict=False):
+        classes = token.get_attribute("class").split()
+        assert ("significant" in classes, "slight" in classes) == (filled, not filled)
+        red, _, blue = (int(part) for part in re.findall(r"\d+", token.value_of_css_property("border-left-color"))[:3])
+        if not filled and abs(value) > influence.scale / 2:
+            assert (blue > red) == (value > 0), "purple helps"
+    second = tokens(browser)[1]
+    ActionChains(browser).move_to_element(second).perform()
     panel = browser.find_element(By.ID, "panel").text
-    assert "no continuation was sampled" in panel
-    assert "reward" in panel
-    assert "Success: the share" not in panel
-    rows = browser.find_elements(By.CSS_SELECTOR, "#panel tr.teachers")
-    assert len(rows) == 1, "only the token that was sampled"
+    for text in ("near", "far", "95% interval", "Token 1 of the response"):
+        assert text in panel
+    row = browser.find_elements(By.CSS_SELECTOR, "#panel tr")[1].text
+    shown = [float(number) for number in re.findall(r"[+-][\d.e-]+", row.replace("\N{MINUS SIGN}", "-"))]
+    expected = [float(ends[1, 0]) for ends in (influence.value, influence.low, influence.high)]
+    assert shown == pytest.approx(expected, rel=0.01)
+    Select(browser.find_element(By.ID, "teacher")).select_by_value("1")
+    browser.find_element(By.ID, "significant").click()
+    count = int(influence.significant[:, 1].sum())
+    assert browser.find_element(By.ID, "count").text.startswith(f"{count} tokens in ")
+    assert len(tokens(browser, ":not(.faded)")) == count
+    assert not browser.find_element(By.ID, "measure").is_displayed(), "there are no nodes to colour by"
+    assert not browser.get_log("browser")
+
+
+def test_measured_tokens_show_their_candidates_below_the_influence(
+    browser: Any, make_report: MakeReport, tmp_path: Path
+) -> None:
+    report = with_update(make_report(split), lambda correct: (0.4, -0.3))
+    open_page(browser, write_report(report, tmp_path / "report.html"))
+    assert len(tokens(browser)) == 96
+    assert len(tokens(browser, ".node")) == len(report.nodes)
+    panel = browser.find_element(By.ID, "panel")
+    ActionChains(browser).move_to_element(tokens(browser, ".node")[0]).perform()
+    assert panel.text.index("influence") < panel.text.index("alignment") < panel.text.index("candidate")
+    ActionChains(browser).move_to_element(tokens(browser, ":not(.node)")[0]).perform()
+    assert "Not measured with continuations" in panel.text
+    assert "candidate" not in panel.text
+    Select(browser.find_element(By.ID, "measure")).select_by_value("alignment")
+    assert len(tokens(browser)) == len(report.nodes)
+    assert [legend.is_displayed() for legend in browser.find_elements(By.CLASS_NAME, "legend")] == [False, True]
+
+
+def test_fifty_thousand_tokens_open_fast(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
+    names = ("near", "far", "answer", "base")
+    short = make_report(lambda correct, depth: (0.1,) * 4, questions=50, teachers=names, depths=(0,))
+    report = update_only(with_texts(short, 500), lambda correct: (0.3, -0.2, 0.1, 0.0))
+    open_page(browser, write_report(report, tmp_path / "report.html"))
+    assert browser.find_element(By.ID, "count").text == "50000 tokens in 100 rollouts"
+    drawn = len(browser.find_elements(By.CLASS_NAME, "rollout"))
+    assert drawn == 12, "the first 6,000 tokens"
+    timing = browser.execute_script("return performance.getEntriesByType('navigation')[0].domComplete")
+    assert timing < 10_000
+    more = browser.find_element(By.ID, "more")
+    browser.execute_script("arguments[0].click()", more)
+    assert len(browser.find_elements(By.CLASS_NAME, "rollout")) == 2 * drawn
 
 
 def test_hostile_text_does_nothing(browser: Any, make_report: MakeReport, tmp_path: Path) -> None:
@@ -137,10 +194,11 @@ def test_it_fits_the_window_and_reads_in_both_schemes(browser: Any, width: int, 
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    open_page(browser, write_report(many_teachers(8), tmp_path / "report.html"))
+    report = with_update(many_teachers(8), lambda correct: tuple(0.1 * index - 0.3 for index in range(8)))
+    open_page(browser, write_report(report, tmp_path / "report.html"))
     overflow = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
     assert overflow <= 0
-    all_tokens = tokens(browser)
+    all_tokens = tokens(browser, ".node")
     middle = all_tokens[len(all_tokens) // 2]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", middle)
     middle.click()

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from odp_callbacks.engine.sampling.backend_selection import BACKENDS, backend_of
+from odp_callbacks.engine.sampling.backend_selection import BACKENDS, backend_of, depends_on_length, independent_groups
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
 from odp_callbacks.engine.sampling.prefix_cache import extend_prefix_cache, prefill
+from odp_callbacks.engine.sampling.rotary_state import dynamic_rotaries, forget_lengths
 from odp_callbacks.functional.gradients import logits_at
 
 
@@ -20,6 +21,9 @@ def node_logits(
     max_elements: int = 2**26,
 ) -> list[Tensor]:
     """Logits at chosen positions of each sequence, in padded batches, with gradients if they are enabled.
+
+    Where a model's logits depend on the total length, those of a position are of the sequence that ends there, as they
+    were when the next token was sampled.
 
     Args:
         model: Causal language model, in the mode that the caller wants.
@@ -33,6 +37,12 @@ def node_logits(
     """
     device = next(model.parameters()).device
     all_logits: list[Tensor] = []
+    shortest = min((min(of_sequence) + 1 for of_sequence in positions if of_sequence), default=1)
+    if sequences and depends_on_length(model, shortest, max(map(len, sequences))):
+        return [
+            logits_of_prefixes(model, sequence.to(device), of_sequence, parameters)
+            for sequence, of_sequence in zip(sequences, positions, strict=True)
+        ]
     for first, last in _batches(positions, vocabulary_size(model), max_elements):
         batch, batch_positions = sequences[first:last], positions[first:last]
         # Every sequence of the batch is read at the positions of all of them.
@@ -50,6 +60,32 @@ def node_logits(
             for row_index, of_sequence in enumerate(batch_positions)
         ]
     return all_logits
+
+
+def logits_of_prefixes(
+    model: nn.Module, input_ids: Tensor, positions: Sequence[int], parameters: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Logits at the ends of prefixes of one sequence, each in a forward pass that gives what the prefix alone does.
+
+    Args:
+        model: Causal language model, in the mode that the caller wants.
+        input_ids: ``(T,)`` int64, on the model's device.
+        positions: ``N`` positions.
+        parameters: Replacements for parameters of ``model``, by name.
+
+    Returns:
+        ``(N, V)``.
+    """
+    rotaries = dynamic_rotaries(model)
+    rows: dict[int, Tensor] = {}
+    for group in independent_groups(model, [position + 1 for position in positions]):
+        forget_lengths(rotaries)
+        of_group = [positions[index] for index in group]
+        logits = logits_at(
+            model, input_ids[None, : of_group[-1] + 1], input_ids.new_tensor(of_group), parameters=parameters
+        )[0]
+        rows.update(zip(group, logits, strict=True))
+    return torch.stack([rows[index] for index in range(len(positions))])
 
 
 def response_logits(
@@ -80,7 +116,9 @@ def response_logits(
         torch.tensor(list(response[: max(of_response)]), dtype=torch.long)
         for response, of_response in zip(responses, depths, strict=True)
     ]
-    if backend_of(model) == BACKENDS[0]:
+    shortest = min(len(prompt) for prompt in prompts) - 1
+    longest = max(len(prompt) + len(prefix) for prompt, prefix in zip(prompts, prefixes, strict=True))
+    if backend_of(model, shortest, longest) == BACKENDS[0]:
         distinct_prompts = list(dict.fromkeys(tuple(prompt.tolist()) for prompt in prompts))
         prompt_indices = {prompt_tokens: prompt_index for prompt_index, prompt_tokens in enumerate(distinct_prompts)}
         # A prompt's last token belongs to the response, because its logits choose the first response token.

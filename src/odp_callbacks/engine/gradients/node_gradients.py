@@ -20,7 +20,7 @@ from odp_callbacks.engine.tree.branches import Branch
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
 from odp_callbacks.engine.tree.nodes import Node, group_by_question
 from odp_callbacks.engine.tree.planning import MeasuredNodes
-from odp_callbacks.engine.tree.recording import node_record
+from odp_callbacks.engine.tree.recording import is_scored, node_record
 from odp_callbacks.functional.divergences import node_predictors
 from odp_callbacks.records import Floats, NodeRecord
 
@@ -197,7 +197,11 @@ class NodeDifferentiator:
         with timer.stage("step_gradients", len(rollouts)) as progress:
             for rollout_index, rollout in enumerate(rollouts):
                 progress(rollout_index)
-                indices = [index for index, record in enumerate(records) if record.rollout == rollout_index]
+                indices = [
+                    index
+                    for index, record in enumerate(records)
+                    if record.rollout == rollout_index and is_scored(record)
+                ]
                 if not indices:
                     continue
                 directions = [
@@ -258,7 +262,7 @@ class NodeDifferentiator:
             )
         sums = None
         if weights is not None:
-            weighted = distillation * torch.tensor(weights, device=distillation.device)[:, None]
+            weighted = distillation * torch.tensor(weights, dtype=torch.float32, device=distillation.device)[:, None]
             sums = summed_vjps(self.student, ids, positions, weighted)
         return NodeGrams(grams, sums, preconditioned)
 

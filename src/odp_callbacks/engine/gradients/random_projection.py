@@ -18,8 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from odp_callbacks.engine.gradients.vjp import max_directions
 from odp_callbacks.engine.rollouts import Rollout
+from odp_callbacks.engine.sampling.backend_selection import independent_groups
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
 from odp_callbacks.engine.sampling.randomness import Randomness
+from odp_callbacks.engine.sampling.rotary_state import FixedRotaries
 from odp_callbacks.functional.gradients import logits_at, lora_parameters
 
 TANGENT_COST = 1.6
@@ -77,11 +79,21 @@ def projected_gram_matrices(
     """
     device = next(model.parameters()).device
     parameters = {name: parameter.detach() for name, parameter in lora_parameters(model).items()}
-    node_positions = torch.tensor(list(positions), device=device)
+    groups = independent_groups(model, [position + 1 for position in positions])
+    order = torch.tensor([index for group in groups for index in group], device=device)
+    rotaries = FixedRotaries(model)
+    for group in groups:
+        rotaries.prepare(positions[group[-1]] + 1)
     visited_ids = input_ids.to(device)[None, : max(positions) + 1]
 
     def logits(values: dict[str, Tensor]) -> Tensor:
-        return logits_at(model, visited_ids, node_positions, parameters=values)[0]  # (N, V)
+        parts = []
+        for group in groups:  # one, unless the logits depend on the total length
+            of_group = [positions[index] for index in group]
+            visited = visited_ids[:, : of_group[-1] + 1]
+            with rotaries.at(visited.shape[1]):
+                parts.append(logits_at(model, visited, visited.new_tensor(of_group), parameters=values)[0])
+        return torch.cat(parts)[torch.argsort(order)]  # (N, V)
 
     def jacobian_vector_product(tangent: dict[str, Tensor]) -> Tensor:
         product: Tensor = torch.func.jvp(logits, (parameters,), (tangent,))[1]

@@ -1,5 +1,7 @@
 """Gradients summed over the nodes of a probe: the direction that one optimizer step would take."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,9 +44,18 @@ class StepAccumulator:
         """Add ``(2, P)`` ideal gradients, from disjoint halves of the continuations."""
         self._sums_of(question, correct)[:2] += self._sketch(halves)
 
+    def leave_out(self, records: Iterable[NodeRecord]) -> None:
+        """Leave out the groups of some nodes: without the ideal gradients of these, a group's sums do not correspond.
+
+        Args:
+            records: Nodes whose ideal gradient is not known.
+        """
+        for record in records:
+            self._sums.pop((record.question, record.correct), None)
+
     def sums(self) -> StepSums:
         """The inner products of the sums, by question and correctness."""
-        gradient_sums = torch.zeros(0, 2 + self.teachers, self.length)
+        gradient_sums = torch.zeros(0, 2 + self.teachers, self.length, dtype=torch.float32)
         if self._sums:
             gradient_sums = torch.stack(list(self._sums.values()))
         questions = tuple(question for question, _ in self._sums)

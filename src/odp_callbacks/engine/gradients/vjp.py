@@ -10,7 +10,7 @@ up to the end of its own segment only. The directions of all nodes of a segment 
 batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from odp_callbacks.engine.gradients.gram_matrices import NodeGrams, ScaledDirections
+from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
 from odp_callbacks.engine.gradients.segments import segment_ends
-from odp_callbacks.engine.sampling.backend_selection import backend_of
+from odp_callbacks.engine.sampling.backend_selection import SELECTION, independent_groups
 from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.sampling.model_forward import forward_with_cache
+from odp_callbacks.engine.sampling.rotary_state import dynamic_rotaries, forget_lengths
 from odp_callbacks.functional.gradients import flatten_gradients, logits_at, lora_parameters
 
 PASS_OVERHEAD = {"cpu": 32}
@@ -71,11 +73,11 @@ class _SegmentedForward:
 
     Attributes:
         parameters: The LoRA parameters that it was run with, as leaves of the autograd graph.
-        segments: The segments, in order.
+        segments: The segments, in order; to be read once.
     """
 
     parameters: dict[str, Tensor]
-    segments: list[_Segment]
+    segments: Iterable[_Segment]
 
 
 def node_gram_matrices(
@@ -146,13 +148,16 @@ def summed_vjps(model: nn.Module, input_ids: Tensor, positions: Sequence[int], c
         ``(D, P)`` float32.
     """
     with _segmented_forward(model, input_ids, positions, [max(positions) + 1]) as forward_pass:
-        (segment,) = forward_pass.segments
         cotangents = cotangents.double()
         scale = cotangents.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
-        scaled_cotangents = (cotangents / scale[:, None, None]).to(segment.logits)
-        gradients = _batched_vjps(segment.logits, list(forward_pass.parameters.values()), scaled_cotangents)
-    flat = flatten_gradients(gradients, forward_pass.parameters).float()
-    return flat * scale[:, None].to(segment.logits.device).float()
+        scaled_cotangents = cotangents / scale[:, None, None]
+        parts = []
+        for segment in forward_pass.segments:
+            of_segment = scaled_cotangents[:, segment.nodes].to(segment.logits)
+            gradients = _batched_vjps(segment.logits, list(forward_pass.parameters.values()), of_segment)
+            parts.append(flatten_gradients(gradients, forward_pass.parameters).float())
+    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+    return total * scale[:, None].to(total.device).float()
 
 
 def max_directions(model: nn.Module, tokens: int, logits: int, max_memory_bytes: float | None = None) -> int:
@@ -167,13 +172,10 @@ def max_directions(model: nn.Module, tokens: int, logits: int, max_memory_bytes:
     Returns:
         At least 1.
     """
-    language_model: Any = model
-    config = language_model.config.get_text_config()
-    mlp_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    head_count = getattr(config, "num_attention_heads", 1)
+    sizes = layer_sizes(model)
     parameter = next(model.parameters())
     # The widest activations of a layer and its attention weights, and the same again for their gradients.
-    numbers = 2 * tokens * (4 * mlp_width + 6 * config.hidden_size + 3 * head_count * tokens) + 2 * logits
+    numbers = 2 * tokens * (4 * sizes.widest + 6 * sizes.hidden + 3 * sizes.heads * tokens) + 2 * logits
     fitting = free_bytes(parameter.device, max_memory_bytes) // (numbers * max(4, parameter.element_size()))
     batched_tokens = BATCHED_TOKENS.get(parameter.device.type, ACCELERATOR_BATCHED_TOKENS)
     return max(1, min(int(fitting), batched_tokens // tokens))
@@ -181,7 +183,7 @@ def max_directions(model: nn.Module, tokens: int, logits: int, max_memory_bytes:
 
 def _cheapest_ends(model: nn.Module, positions: Sequence[int], direction_counts: Sequence[int]) -> list[int]:
     """Ends of the segments; one segment for a model that cannot continue on a cache of its own."""
-    if backend_of(model) == "generate":
+    if not SELECTION.verdict(model, min(positions) + 1, max(positions) + 1).segments:
         return [max(positions) + 1]
     overhead = PASS_OVERHEAD.get(next(model.parameters()).device.type, ACCELERATOR_PASS_OVERHEAD)
     return segment_ends(positions, direction_counts, overhead)
@@ -191,15 +193,23 @@ def _cheapest_ends(model: nn.Module, positions: Sequence[int], direction_counts:
 def _segmented_forward(
     model: nn.Module, input_ids: Tensor, positions: Sequence[int], ends: Sequence[int]
 ) -> Iterator[_SegmentedForward]:
-    """Run ``model`` up to the last of ``ends`` in segments that end there, with an autograd graph."""
+    """Run ``model`` up to the last of ``ends`` in segments that end there, with an autograd graph.
+
+    Where the logits depend on the total length, the segments are separate forward passes over prefixes instead, each
+    from the first token to the last node for which its logits are those of the node's prefix alone.
+    """
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
+    groups = independent_groups(model, [position + 1 for position in positions])
     parameters = {name: parameter.detach().requires_grad_() for name, parameter in lora_parameters(model).items()}
     batched_ids = input_ids.to(device)[None]  # (1, T)
     segments = []
     # Backward passes can be batched over directions only through the plain kernel of scaled dot product attention.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        if len(groups) > 1:
+            yield _SegmentedForward(parameters, _prefix_segments(model, batched_ids, positions, groups, parameters))
+            return
         cache = DynamicCache()
         for start, end in pairwise([0, *ends]):
             node_indices = [index for index, position in enumerate(positions) if start <= position < end]
@@ -212,6 +222,23 @@ def _segmented_forward(
                 )
             segments.append(_Segment(node_indices, logits[0], end))
         yield _SegmentedForward(parameters, segments)
+
+
+def _prefix_segments(
+    model: nn.Module,
+    batched_ids: Tensor,
+    positions: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    parameters: dict[str, Tensor],
+) -> Iterator[_Segment]:
+    """Yield one forward pass after the other, so that only one graph is held at a time."""
+    rotaries = dynamic_rotaries(model)
+    for group in groups:
+        forget_lengths(rotaries)
+        of_group = [positions[index] for index in group]
+        end = of_group[-1] + 1
+        logits = logits_at(model, batched_ids[:, :end], batched_ids.new_tensor(of_group), parameters=parameters)
+        yield _Segment(list(group), logits[0], end)
 
 
 def _segment_gradients(

@@ -78,6 +78,7 @@ def shared_prefix_attention(
     parts = [attend(stacked, key, value, scale, suffix_mask, softcap, fused=steps > 1)]
     sorted_stacked = stacked[shared_prefix.order].transpose(0, 1).contiguous()  # (H', B, queries_per_key * T', D)
     layer_index: int = module.layer_idx  # type: ignore[assignment]  # torch types the attributes of modules as Tensor
+    shared_prefix.attended_layers.add(layer_index)
     for level_index in range(len(shared_prefix.levels)):
         masks = [
             shared_prefix.level_mask(level_index, group_index, window, queries_per_key, query)

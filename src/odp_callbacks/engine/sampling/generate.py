@@ -70,6 +70,41 @@ def sample_with_generate(
     return continuations
 
 
+def generated_logits(model: Any, input_ids: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+    """Generate the most likely tokens, and return the logits that ``generate`` chose them from.
+
+    Args:
+        model: The student, in evaluation mode.
+        input_ids: ``(B, T)`` int64.
+        count: How many tokens to generate.
+
+    Returns:
+        All tokens, ``(B, T + count)`` int64, and the logits ``(B, V)`` of each new one.
+    """
+    input_ids = input_ids.to(next(model.parameters()).device)
+    generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0)
+    recording = _Recording()
+    with torch.no_grad(), _using_generation_config(model, generation_config):
+        output_ids: Tensor = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=generation_config,
+            logits_processor=LogitsProcessorList([recording]),
+        )
+    return output_ids, recording.step_logits
+
+
+class _Recording(LogitsProcessor):  # type: ignore[misc]  # untyped in transformers
+    """Keep the logits of every step."""
+
+    def __init__(self) -> None:
+        self.step_logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.step_logits.append(scores.clone())
+        return scores
+
+
 @contextmanager
 def _using_generation_config(model: Any, generation_config: GenerationConfig) -> Iterator[None]:
     """Replace the model's own configuration, whose settings ``generate`` would otherwise merge in."""

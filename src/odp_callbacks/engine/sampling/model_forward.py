@@ -1,7 +1,9 @@
 """Call a causal language model with a cache, whatever names its family gives to the arguments."""
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from odp_callbacks.engine.sampling.shared_prefix import SharedPrefixView
@@ -67,3 +69,39 @@ def vocabulary_size(model: nn.Module) -> int:
     weight = getattr(output_embeddings, "weight", None)
     config: Any = getattr(model, "config", None)
     return int(weight.shape[0]) if weight is not None else int(config.get_text_config().vocab_size)
+
+
+def embedded_tokens(model: nn.Module) -> int | None:
+    """Return the number of tokens that ``model`` has an embedding for; None if that cannot be seen."""
+    try:
+        embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    rows = getattr(embeddings, "num_embeddings", None)
+    if isinstance(rows, int):
+        return rows
+    weight = getattr(embeddings, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+
+def check_embedded(model: nn.Module, sequences: Iterable[Tensor | Sequence[int]], description: str) -> None:
+    """Check that ``model`` has an embedding for every token.
+
+    Args:
+        model: The model that will read the sequences.
+        sequences: Token ids.
+        description: What they are, for the message: ``"question 3"``.
+
+    Raises:
+        ValueError: If a token id is beyond the embeddings. On an accelerator, such an id would end the process.
+    """
+    rows = embedded_tokens(model)
+    if rows is None:
+        return
+    for sequence in sequences:
+        largest = int(torch.as_tensor(sequence).max()) if len(sequence) else 0
+        if largest >= rows:
+            raise ValueError(
+                f"{description} has the token id {largest}, but {type(model).__name__} has embeddings for {rows} "
+                f"tokens only; give a model that has it, for example after `resize_token_embeddings({largest + 1})`."
+            )

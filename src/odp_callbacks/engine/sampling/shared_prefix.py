@@ -92,6 +92,7 @@ class SharedPrefixView:
         equal_lengths: Whether all ``suffix_lengths`` are equal.
         max_position: An upper bound of the positions that are attended to.
         windows: Sliding windows that the layers have asked for; a trial compares them with the model's configuration.
+        attended_layers: Indices of the layers that have attended to the shared levels; a trial counts them.
     """
 
     levels: list[SharedLevel]
@@ -103,6 +104,7 @@ class SharedPrefixView:
     equal_lengths: bool
     max_position: int
     windows: set[int] = field(default_factory=set)
+    attended_layers: set[int] = field(default_factory=set)
     _level_masks: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
     _suffix_masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 

@@ -1,18 +1,20 @@
 """The kinds of teachers: the student itself, its base, another adapter, another model, and a moving average."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from odp_callbacks.engine.prompts import Prompt, Row
+from odp_callbacks.engine.prompts import Prompt, Row, text_tokenizer
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
-from odp_callbacks.engine.student import difference_from_base
+from odp_callbacks.engine.student import difference_from_base, shares_adapters
 from odp_callbacks.engine.teachers.adapters import active_adapter
 from odp_callbacks.engine.teachers.context import Context, prompt_in_context
-from odp_callbacks.functional.gradients import evaluation_mode, lora_parameters
+from odp_callbacks.functional.gradients import active_lora_parameters, evaluation_mode
 
 Policy = tuple[nn.Module, dict[str, Tensor] | None]
 """A model, and replacements for some of its parameters by name."""
@@ -130,14 +132,15 @@ class ModelTeacher(Teacher):
     Args:
         model: The teacher. It stays on its own device.
         context: As in :class:`Teacher`.
-        tokenizer: The teacher's tokenizer. It is needed only if the two models differ in their number of logits, to
-            check that they differ in padding rows and not in tokens.
+        tokenizer: The teacher's tokenizer, or a processor that holds it. The teacher's prompts are then encoded by it,
+            and messages are rendered by its chat template. It is needed if the two models differ in their number of
+            logits, to check that they differ in padding rows and not in tokens. None stands for the student's.
     """
 
     def __init__(self, model: nn.Module, context: Context | None = None, *, tokenizer: Any = None) -> None:
         super().__init__(context)
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = None if tokenizer is None else text_tokenizer(tokenizer)
 
     @contextmanager
     def policy(self, student: nn.Module) -> Iterator[Policy]:
@@ -146,10 +149,16 @@ class ModelTeacher(Teacher):
             yield self.model, None
 
     def check(self, student: nn.Module, tokenizer: Any) -> None:
-        """Raise ``ValueError`` unless the vocabularies agree, apart from padding rows."""
+        """Raise ``ValueError`` if this model is the student's, or unless the vocabularies agree, apart from padding."""
+        if shares_adapters(student, self.model):
+            raise ValueError(
+                "`teachers` has a model that holds the student's own LoRA layers (`get_peft_model` changes the base "
+                "model in place), so it would always equal the student; `BaseTeacher()` is the student's base, "
+                "`AdapterTeacher(name)` another of its adapters, and `Teacher(context)` the student itself."
+            )
         student_size, teacher_size = vocabulary_size(student), vocabulary_size(self.model)
         if self.tokenizer is not None:
-            if self.tokenizer.get_vocab() != tokenizer.get_vocab():
+            if self.tokenizer.get_vocab() != text_tokenizer(tokenizer).get_vocab():
                 raise ValueError(
                     "`teachers` must share the student's vocabulary, but the tokenizer of this teacher's "
                     f"{len(self.tokenizer)} tokens differs from the student's {len(tokenizer)}."
@@ -164,6 +173,9 @@ class ModelTeacher(Teacher):
 
 class EMATeacher(Teacher):
     """An exponential moving average of the student's LoRA parameters.
+
+    The average is kept in float32, or in float64 for parameters in float64. In half precision, most steps would be
+    too small to move it.
 
     Args:
         decay: Share of the average that is kept at each optimizer step, in [0, 1).
@@ -181,33 +193,81 @@ class EMATeacher(Teacher):
         self.average: dict[str, Tensor] = {}
         # A trainer and a callback may share this teacher and both call `update` for the same step.
         self.step = -1
+        # The parameters that the averages are of; those of a checkpoint belong to none yet.
+        self._owners: dict[str, ref[nn.Parameter]] = {}
 
     @contextmanager
     def policy(self, student: nn.Module) -> Iterator[Policy]:
-        """The student with the averaged parameters in place of its own."""
-        if not self.average:
-            self.update(student, self.step)
-        yield student, {name: average.to(parameter) for name, average, parameter in self._paired(student)}
+        """The student with the averaged parameters in place of its own.
+
+        A parameter without an average is the student's own: its average starts at the next update.
+        """
+        averages = self._averages_of(student)
+        parameters = {
+            name: averages[_plain(name)].to(parameter)
+            for name, parameter in active_lora_parameters(student).items()
+            if _plain(name) in averages
+        }
+        yield student, parameters or None
 
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
-        """Move the average towards the student, once for each step; the first call copies the student."""
-        if not self.average:
-            self.average = {name: parameter.detach().clone() for name, parameter in lora_parameters(student).items()}
-        elif step > self.step:
-            for _, average, parameter in self._paired(student):
-                average.lerp_(parameter.detach().to(average), 1 - self.decay)
-        self.step = max(step, self.step)
+        """Move the average towards the student, once for each step.
 
-    def _paired(self, student: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """The name, the average and the student's value of each parameter."""
-        for (name, average), parameter in zip(self.average.items(), lora_parameters(student).values(), strict=True):
-            yield name, average, parameter
+        The average of a parameter starts as a copy of it: at the first call, in another run, whose steps begin again,
+        for another student, and for an adapter that is new or has just become active. A parameter that is frozen keeps
+        its average.
+
+        Args:
+            student: The student after the step.
+            step: Number of optimizer steps so far. Several calls for the same step count once.
+        """
+        averages = self._averages_of(student) if step >= self.step else {}
+        if not self._owners and len(averages) < len(self.average) and step >= self.step:
+            warnings.warn(
+                "odp-callbacks: the saved average of an EMATeacher does not fit the student's LoRA parameters; where "
+                "it does not, it starts anew from the student.",
+                stacklevel=2,
+            )
+        for name, parameter in active_lora_parameters(student).items():
+            if (average := averages.get(_plain(name))) is None:
+                averages[_plain(name)] = _in_averaging_dtype(parameter).clone()
+            elif step > self.step:
+                average.lerp_(parameter.detach().to(average), 1 - self.decay)
+        self.average, self.step = averages, step
+        owners = {_plain(name): ref(parameter) for name, parameter in student.named_parameters()}
+        self._owners = {name: owners[name] for name in averages}
+
+    def _averages_of(self, student: nn.Module) -> dict[str, Tensor]:
+        """The averages of the parameters that are the student's, by name, also of those that are not active now."""
+        present = {_plain(name): parameter for name, parameter in student.named_parameters()}
+        averages = {}
+        for name, average in self.average.items():
+            parameter = present.get(name)
+            is_owner = name not in self._owners or self._owners[name]() is parameter
+            if parameter is not None and is_owner and parameter.shape == average.shape:
+                averages[name] = average.to(parameter.device)
+        return averages
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the references to parameters: a copy belongs to no student until its next update."""
+        return {**self.__dict__, "_owners": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged parameters, and the last step that they include."""
         return {"average": dict(self.average), "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved average."""
-        self.average, self.step = dict(state["average"]), state["step"]
+        """Restore a saved average; what does not fit the student is dropped at the next update."""
+        self.average = {_plain(name): _in_averaging_dtype(average) for name, average in state["average"].items()}
+        self.step, self._owners = state["step"], {}
+
+
+def _in_averaging_dtype(parameter: Tensor) -> Tensor:
+    """A parameter in float32, or in float64 if it is."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` adds to it."""
+    return name.replace("_orig_mod.", "")

@@ -5,6 +5,7 @@ figure most (:mod:`odp_callbacks.engine.tree.allocation`).
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +47,17 @@ class AllocationState:
     cost: Floats
 
 
-def read_allocation_state(tree: ContinuationTree, evidence: Evidence, expected_lengths: Floats) -> AllocationState:
+def read_allocation_state(
+    tree: ContinuationTree, evidence: Evidence, expected_lengths: Floats, scored: Sequence[int] | None = None
+) -> AllocationState:
     """Read the allocation state from a tree.
 
     Args:
         tree: The prefixes, with their outcomes.
-        evidence: The evidence of the tree's nodes.
+        evidence: The evidence of the nodes in ``scored``.
         expected_lengths: ``(G,)``, the length of a continuation from each group that was expected in advance. It
             counts for :data:`PRIOR_CONTINUATIONS` continuations.
+        scored: Indices of the nodes whose branches all have rewards; None for all nodes.
     """
     group_shape = len(tree.branches), max(map(len, tree.branches), default=0)
     have, is_open = np.ones(group_shape), np.zeros(group_shape, bool)
@@ -66,7 +70,9 @@ def read_allocation_state(tree: ContinuationTree, evidence: Evidence, expected_l
             for expected, (tokens, count) in zip(expected_lengths, tree.sampled_lengths, strict=True)
         ]
     )
-    return AllocationState(evidence, np.array(tree.group_of_node), have, is_open, cost.clip(min=1))
+    group = np.array(tree.group_of_node, dtype=np.int64)
+    group = group if scored is None else group[np.array(scored, dtype=np.int64)]
+    return AllocationState(evidence, group, have, is_open, cost.clip(min=1))
 
 
 def equal_allocation(tree: ContinuationTree, count: int) -> NDArray[np.int64]:
@@ -149,6 +155,6 @@ def _scores(state: AllocationState, target: str) -> Floats:
     np.add.at(by_group, state.group, by_node)
     spread = np.zeros((len(state.have), by_node.shape[-1]))
     np.add.at(spread, state.group, model.leave_one_out_spread(state.evidence.question, state.group))
-    node_counts = np.bincount(state.group, minlength=len(state.have))[:, None]
+    node_counts = np.bincount(state.group, minlength=len(state.have)).clip(min=1)[:, None]
     scores: Floats = np.sqrt((by_group**2).sum(axis=1)) * spread / node_counts
     return scores

@@ -1,5 +1,6 @@
 """The prefixes of a probe, and the rewards that have been observed behind each of their branches."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -105,8 +106,10 @@ class ContinuationTree:
             group_index: The group where the continuation started.
             branch_index: The branch that it started with.
             response: The whole response, from its first token.
-            reward: The verifier's reward.
+            reward: The verifier's reward; a continuation with NaN, which has none, is left out.
         """
+        if math.isnan(reward):
+            return
         outcome = self.outcomes[group_index][branch_index]
         half = len(outcome.rewards) % 2
         outcome.add(reward, half)

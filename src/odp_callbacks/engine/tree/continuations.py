@@ -3,6 +3,7 @@
 One round runs in four steps: plan, sample, score, update the tree.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +32,14 @@ class ContinuationCost:
         tokens: Number of sampled tokens.
         continuations: Number of continuations.
         truncated: Number of continuations that the length limit cut.
+        unscored: Number of continuations and endings that got no reward.
         verifier_seconds: Time spent waiting for the verifier after sampling.
     """
 
     tokens: int = 0
     continuations: int = 0
     truncated: int = 0
+    unscored: int = 0
     verifier_seconds: float = 0.0
 
 
@@ -178,7 +181,8 @@ class ContinuationSampler:
         tree = self.tree
         for number, (group_index, branch_index) in enumerate(plan.ending_branches):
             # This replaces the rewards of continuations that passed here: they sampled what is known exactly now.
-            tree.outcomes[group_index][branch_index] = BranchOutcomes([rewards[number]], [0], True)
+            known = [] if math.isnan(rewards[number]) else [rewards[number]]
+            tree.outcomes[group_index][branch_index] = BranchOutcomes(known, [0] * len(known), True)
         for number, ((group_index, branch_index), continuation) in enumerate(
             zip(plan.branches, continuations, strict=True), len(plan.ending_branches)
         ):
@@ -187,6 +191,7 @@ class ContinuationSampler:
             tree.sampled_lengths[group_index] = tokens + len(continuation.tokens), count + 1
         self.cost.tokens += sum(len(continuation.tokens) for continuation in continuations)
         self.cost.continuations += len(continuations)
+        self.cost.unscored += sum(math.isnan(reward) for reward in rewards.values())
         self.cost.truncated += sum(continuation.truncated for continuation in continuations)
 
 

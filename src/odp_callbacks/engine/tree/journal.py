@@ -3,9 +3,10 @@
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from zlib import crc32
 
 from odp_callbacks.engine.sampling.requests import Continuation
+from odp_callbacks.files import local_path
 
 
 class Journal:
@@ -15,7 +16,8 @@ class Journal:
     that would be sampled.
 
     Args:
-        path: The file; it is created if it does not exist. A last line that was cut short is ignored.
+        path: The file; it is created if it does not exist. A line that was cut short or changed is passed
+            over.
 
     Attributes:
         path: The file.
@@ -23,29 +25,40 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = local_path("path", path)
         self.continuations: dict[int, Continuation] = {}
-        stored_lines = self.path.read_text().splitlines() if self.path.exists() else []
-        for stored_line in stored_lines:
-            try:
-                key, tokens, truncated = json.loads(stored_line)
-            except ValueError:
-                continue
-            self.continuations[key] = Continuation(tuple(tokens), truncated)
+        stored = self.path.read_bytes() if self.path.exists() else b""
+        for line in stored.split(b"\n"):
+            if (entry := _entry(line)) is not None:
+                self.continuations[entry[0]] = entry[1]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # What is written next must not be appended to a line that was cut short.
-        self._line_break = "\n" if stored_lines else ""
+        self._line_break = b"\n" if stored else b""
 
     def write(self, continuations: Mapping[int, Continuation]) -> None:
         """Append continuations to the file, by key."""
-        new_lines = [
-            json.dumps([key, list(continuation.tokens), continuation.truncated])
-            for key, continuation in continuations.items()
-        ]
-        with self.path.open("a") as journal_file:
-            journal_file.write(self._line_break + "".join(f"{line}\n" for line in new_lines))
-        self._line_break = ""
+        lines = [_line(key, continuation) for key, continuation in continuations.items()]
+        content = self._line_break + b"".join(lines)
+        self._line_break = b"\n"  # unless all of it is written
+        with self.path.open("ab") as journal_file:
+            journal_file.write(content)
+        self._line_break = b""
 
     def remove(self) -> None:
         """Delete the file, once the records have been saved."""
         self.path.unlink(missing_ok=True)
+
+
+def _line(key: int, continuation: Continuation) -> bytes:
+    """A line of the file: a checksum, and the continuation as JSON."""
+    entry = json.dumps([key, list(continuation.tokens), continuation.truncated]).encode()
+    return b"%08x %s\n" % (crc32(entry), entry)
+
+
+def _entry(line: bytes) -> tuple[int, Continuation] | None:
+    """Inverse of :func:`_line`; None for a line that is not what was written."""
+    checksum, _, entry = line.partition(b" ")
+    if not entry or checksum != b"%08x" % crc32(entry):
+        return None
+    key, tokens, truncated = json.loads(entry)
+    return key, Continuation(tuple(tokens), truncated)

@@ -8,6 +8,7 @@ import torch
 
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.randomness import Randomness
+from odp_callbacks.engine.user_defaults import call_with_user_defaults
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def select_nodes(selector: NodeSelector, rollouts: list[Rollout], randomness: Ra
         question = rollout.question
         generator = randomness.generator(question.id, "nodes", rollout_counts[id(question)])
         rollout_counts[id(question)] += 1
-        for depth, inclusion in sorted(selector(rollout, generator)):
+        for depth, inclusion in sorted(call_with_user_defaults(selector, rollout, generator)):
             if not 0 <= depth < len(rollout.response_ids) or not 0 < inclusion <= 1:
                 raise ValueError(
                     f"`nodes` must choose depths in [0, {len(rollout.response_ids)}) with a probability in (0, 1], "

@@ -14,7 +14,6 @@ from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.tree.branches import Branch, choose_branches
 from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
 from odp_callbacks.engine.tree.nodes import Node, group_by_question
-from odp_callbacks.engine.tree.rollout_rewards import taken_branches
 
 EXPLORATION_SHARE = 0.5
 """Share of the budget that one continuation of every branch may take; if it would take more, nodes are subsampled."""
@@ -28,32 +27,13 @@ class MeasuredNodes:
         nodes: ``N`` nodes.
         branches: ``N`` lists of branches.
         student_logits: ``N`` tensors ``(V,)``, the student's logits.
-        tree: The prefixes that continuations start from; None in the free mode, which samples none.
+        tree: The prefixes that continuations start from.
     """
 
     nodes: list[Node]
     branches: list[list[Branch]]
     student_logits: list[Tensor]
-    tree: ContinuationTree | None = None
-
-
-def free_mode_nodes(
-    student: nn.Module, rollouts: Sequence[Rollout], nodes: list[Node], config: ProbeConfig
-) -> MeasuredNodes:
-    """Give each node the two branches of the free mode, :func:`~.rollout_rewards.taken_branches`.
-
-    Args:
-        student: The student, in evaluation mode.
-        rollouts: The probe's rollouts.
-        nodes: The nodes to measure.
-        config: The probe's configuration.
-    """
-    student_logits = node_student_logits(student, rollouts, nodes)
-    branches = [
-        taken_branches(rollouts[node.rollout], node, logits, config.temperature)
-        for node, logits in zip(nodes, student_logits, strict=True)
-    ]
-    return MeasuredNodes(nodes, branches, student_logits)
+    tree: ContinuationTree
 
 
 def plan_branches(

@@ -7,11 +7,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from odp_callbacks.engine.rewards import UnscoredError
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.tree.branches import Branch
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
 from odp_callbacks.engine.tree.nodes import Node
-from odp_callbacks.records import NodeRecord
+from odp_callbacks.records import Floats, NodeRecord
+
+
+def is_scored(record: NodeRecord) -> bool:
+    """Whether every branch of a node has a reward; a reward function may give none to some responses."""
+    return bool((record.count > 0).all())
 
 
 def node_record(
@@ -58,8 +64,7 @@ def node_record(
         probability=np.array([branch.probability for branch in branches]),
         weight=np.array([branch.weight for branch in branches]),
         tail=np.array([branch.tail for branch in branches]),
-        # The last index: in the free mode the taken token has two branches, and the first is the baseline.
-        taken=max(index for index, token in enumerate(tokens) if token == rollout.response_ids[node.depth]),
+        taken=tokens.tolist().index(rollout.response_ids[node.depth]),
         count=np.zeros(len(tokens), dtype=np.int64),
         total=zeros,
         total_square=zeros,
@@ -71,6 +76,22 @@ def node_record(
         teacher_tail=(1 - candidate_mass).clip(0, 1),
         predictors=dict(predictors),
     )
+
+
+def without_unscored(records: Sequence[NodeRecord], grams: Sequence[Floats]) -> tuple[list[NodeRecord], list[Floats]]:
+    """Leave out the nodes that have a branch without a reward.
+
+    Args:
+        records: Records with outcomes.
+        grams: Their Gram matrices in another geometry; empty if there is none.
+
+    Raises:
+        UnscoredError: If there are nodes and none is left.
+    """
+    kept = [node_index for node_index, record in enumerate(records) if is_scored(record)]
+    if records and not kept:
+        raise UnscoredError("`reward` gave None to some branch of every node, so that no node can be measured.")
+    return [records[node_index] for node_index in kept], [grams[node_index] for node_index in kept if grams]
 
 
 def with_outcomes(record: NodeRecord, outcomes: Sequence[BranchOutcomes]) -> NodeRecord:

@@ -16,7 +16,7 @@ from odp_callbacks.engine.tree.budget import (
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
 from odp_callbacks.engine.tree.continuations import ContinuationSampler
 from odp_callbacks.engine.tree.planning import remaining_length
-from odp_callbacks.engine.tree.recording import with_outcomes
+from odp_callbacks.engine.tree.recording import is_scored, with_outcomes
 from odp_callbacks.records import NodeRecord
 
 
@@ -49,7 +49,10 @@ class SamplingRounds:
         elif tree.first_nodes:
             self.sample_round(equal_allocation(tree, 1))
             while self.budget.remaining_tokens():
-                allocation = self.budget.next_round(self.read_state(records))
+                state = self.read_state(records)
+                if not len(state.group):
+                    break
+                allocation = self.budget.next_round(state)
                 if not allocation.any():
                     break
                 self.sample_round(allocation)
@@ -71,7 +74,7 @@ class SamplingRounds:
         self.timer.move("continuations", "verifier", cost.verifier_seconds - verifier_seconds)
 
     def read_state(self, records: Sequence[NodeRecord]) -> AllocationState:
-        """Read from the tree what is known before the next round."""
+        """Read from the tree what is known before the next round; nodes with a branch without rewards are left out."""
         tree = self.sampler.tree
         current_records = [
             with_outcomes(record, tree.node_outcomes(node_index)) for node_index, record in enumerate(records)
@@ -79,4 +82,6 @@ class SamplingRounds:
         expected_lengths = np.array(
             [remaining_length(tree.rollouts, tree.nodes[first_node].depth) for first_node in tree.first_nodes]
         )
-        return read_allocation_state(tree, gather(current_records), expected_lengths)
+        scored = [node_index for node_index, record in enumerate(current_records) if is_scored(record)]
+        evidence = gather([current_records[node_index] for node_index in scored])
+        return read_allocation_state(tree, evidence, expected_lengths, scored)

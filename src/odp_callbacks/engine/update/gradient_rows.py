@@ -6,7 +6,9 @@ graph: first through the head, a few hundred positions at a time, then through t
 influence of every token: the tangent of the hidden states along a success gradient, times the token's direction.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from odp_callbacks.engine.gradients.loss_directions import Direction
 from odp_callbacks.engine.rollouts import Rollout
+from odp_callbacks.engine.sampling.model_forward import check_embedded
 from odp_callbacks.engine.teachers import Teacher, teacher_prompt_ids
 from odp_callbacks.engine.update.split_model import SplitModel
 from odp_callbacks.functional.gradients import lora_parameters
@@ -59,6 +62,7 @@ class UpdateGradients:
         self.student, self.tokenizer, self.teachers = student, tokenizer, teachers
         self.direction, self.temperature = direction, temperature
         self._models: dict[int, SplitModel] = {}
+        self._forward_mode = True
         # LoRA parameters of the head do not act through the hidden states: then the head belongs to the body.
         self.model = SplitModel(student, split=not self._head_has_lora())
 
@@ -99,38 +103,82 @@ class UpdateGradients:
         Returns:
             ``(S, K, N)`` float64 on the CPU.
         """
-        parameters = {name: p.detach() for name, p in lora_parameters(self.student).items()}
-        # Only the plain attention kernel has a forward mode.
-        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), torch.no_grad():
             if directions is None:
-                hidden = self._hidden_states(rollouts, parameters)
+                hidden = self._hidden_states(rollouts, self._detached_parameters())
                 directions = self._directions_on_hidden_states(hidden, rollouts, [0.0] * len(rollouts))
+            if self._forward_mode:
+                try:
+                    return self._influences_by_forward_mode(rollouts, tangents, directions)
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, NotImplementedError) as error:
+                    self._forward_mode = False
+                    warnings.warn(
+                        "the student has a layer without forward-mode derivatives, so the influence of tokens takes "
+                        f"one backward for each token: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                        stacklevel=2,
+                    )
+            return self._influences_by_backward(rollouts, tangents, directions)
 
-            def states(values: dict[str, Tensor]) -> Tensor:
-                return self._hidden_states(rollouts, values)
+    def _influences_by_forward_mode(
+        self, rollouts: Sequence[Rollout], tangents: Mapping[str, Tensor], directions: BatchDirections
+    ) -> Tensor:
+        """Push the tangents forward once for all tokens, ``(S, K, N)``."""
+        parameters = self._detached_parameters()
 
-            def pushed_forward(tangent: dict[str, Tensor]) -> Tensor:
-                pushed: Tensor = torch.func.jvp(states, (parameters,), (tangent,))[1]
-                return pushed
+        def states(values: dict[str, Tensor]) -> Tensor:
+            return self._hidden_states(rollouts, values)
 
-            typed = {name: tangents[name].to(p) for name, p in parameters.items()}
+        def pushed_forward(tangent: dict[str, Tensor]) -> Tensor:
+            pushed: Tensor = torch.func.jvp(states, (parameters,), (tangent,))[1]
+            return pushed
+
+        typed = {name: tangents[name].to(p) for name, p in parameters.items()}
+        # Only the plain attention kernel has a forward mode.
+        with sdpa_kernel(SDPBackend.MATH), without_input_gradient_hooks(self.student):
             moved = torch.func.vmap(pushed_forward)(typed)  # (S, N, H)
-            teachers = directions.cotangents[1:].to(moved)
-            return torch.einsum("snh,knh->skn", moved, teachers).double().cpu()
+        return torch.einsum("snh,knh->skn", moved, directions.cotangents[1:].to(moved)).double().cpu()
+
+    def _influences_by_backward(
+        self, rollouts: Sequence[Rollout], tangents: Mapping[str, Tensor], directions: BatchDirections
+    ) -> Tensor:
+        """Send each token's directions back on their own, ``(S, K, N)``."""
+        parameters = {name: p.requires_grad_() for name, p in self._detached_parameters().items()}
+        teachers = directions.cotangents[1:]
+        influences = torch.zeros(len(next(iter(tangents.values()))), *teachers.shape[:2], dtype=torch.float64)
+        with torch.enable_grad():
+            hidden = self._hidden_states(rollouts, parameters)
+            for token in range(hidden.shape[0]):
+                gradients = vector_jacobian_products(
+                    hidden[token], list(parameters.values()), teachers[:, token], retain_graph=True
+                )
+                for (name, _), gradient in zip(parameters.items(), gradients, strict=True):
+                    influences[..., token] += (
+                        tangents[name].flatten(1).double().cpu() @ gradient.flatten(1).double().cpu().mT
+                    )
+        return influences
+
+    def _detached_parameters(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in lora_parameters(self.student).items()}
 
     def _hidden_states(self, rollouts: Sequence[Rollout], parameters: Mapping[str, Tensor]) -> Tensor:
         """Hidden states of the student ``(N, H)`` at the positions that choose the response tokens."""
         positions = [rollout.positions(range(len(rollout.response_ids))) for rollout in rollouts]
         return self.model.hidden_states([r.sequence[:-1] for r in rollouts], positions, parameters)
 
-    def _teacher_states(self, teacher: Teacher, rollouts: Sequence[Rollout]) -> Tensor:
+    def _teacher_states(self, name: str, teacher: Teacher, rollouts: Sequence[Rollout]) -> Tensor:
         """Hidden states of a teacher ``(N, H')`` at the positions that choose the response tokens."""
         sequences, positions = [], []
         for rollout in rollouts:
-            prompt_ids = teacher_prompt_ids(teacher, self.tokenizer, rollout.question).cpu()
+            prompt_ids = rollout.question.teacher_prompt_ids.get(name)
+            if prompt_ids is None:
+                prompt_ids = teacher_prompt_ids(teacher, self.tokenizer, rollout.question)
+            prompt_ids = prompt_ids.cpu()
             sequences.append(torch.cat([prompt_ids, torch.tensor(rollout.response_ids, dtype=torch.long)])[:-1])
             positions.append([len(prompt_ids) - 1 + depth for depth in range(len(rollout.response_ids))])
         with teacher.policy(self.student) as (model, replacements):
+            check_embedded(model, sequences, "a response that the student sampled and one of `teachers` reads")
             return self._split(model).hidden_states(sequences, positions, replacements)
 
     @torch.no_grad()
@@ -141,11 +189,13 @@ class UpdateGradients:
         device = hidden.device
         tokens = torch.tensor([token for rollout in rollouts for token in rollout.response_ids], device=device)
         factors = torch.tensor(
-            [a for a, rollout in zip(advantages, rollouts, strict=True) for _ in rollout.response_ids], device=device
+            [a for a, rollout in zip(advantages, rollouts, strict=True) for _ in rollout.response_ids],
+            dtype=torch.float32,
+            device=device,
         )
-        teacher_states = [self._teacher_states(teacher, rollouts) for teacher in self.teachers.values()]
+        teacher_states = [self._teacher_states(*teacher, rollouts) for teacher in self.teachers.items()]
         cotangents = hidden.new_zeros(1 + len(teacher_states), *hidden.shape)
-        norms = torch.zeros(len(teacher_states), len(tokens))
+        norms = torch.zeros(len(teacher_states), len(tokens), dtype=torch.float32)
         size = max(1, MAXIMUM_LOGITS // self.model.logits(hidden[:1]).shape[-1])
         for first in range(0, len(tokens), size):
             chunk = slice(first, first + size)
@@ -188,7 +238,29 @@ class UpdateGradients:
         return any(id(p) in inside for p in lora_parameters(self.student).values())
 
 
-def vector_jacobian_products(outputs: Tensor, leaves: list[Tensor], directions: Tensor) -> list[Tensor]:
+@contextmanager
+def without_input_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Take out the hooks that make inputs require gradients, and put them back as they were.
+
+    transformers and peft register them on the input embeddings for gradient checkpointing. A forward pass in forward
+    mode cannot run them, and does not need them.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    hooks = {} if embeddings is None else embeddings._forward_hooks
+    before = dict(hooks)
+    try:
+        for key, hook in before.items():
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del hooks[key]
+        yield
+    finally:
+        hooks.clear()
+        hooks.update(before)
+
+
+def vector_jacobian_products(
+    outputs: Tensor, leaves: list[Tensor], directions: Tensor, *, retain_graph: bool = False
+) -> list[Tensor]:
     """Gradients ``(C, *shape)`` of ``outputs`` for directions ``(C, *outputs.shape)``, one backward each.
 
     A batch of rollouts fills the processor; several directions at once would only need more memory.
@@ -197,11 +269,16 @@ def vector_jacobian_products(outputs: Tensor, leaves: list[Tensor], directions: 
         outputs: Any shape, with its graph.
         leaves: What it is differentiated by.
         directions: ``(C, *outputs.shape)``.
+        retain_graph: Keep the graph for another call.
     """
     columns: list[list[Tensor]] = [[] for _ in leaves]
     for index, direction in enumerate(directions):
         gradients = torch.autograd.grad(
-            outputs, leaves, direction.to(outputs), retain_graph=index + 1 < len(directions), allow_unused=True
+            outputs,
+            leaves,
+            direction.to(outputs),
+            retain_graph=retain_graph or index + 1 < len(directions),
+            allow_unused=True,
         )
         for column, gradient, leaf in zip(columns, gradients, leaves, strict=True):
             column.append(torch.zeros_like(leaf) if gradient is None else gradient)

@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odp_callbacks.analysis.token_influence import TokenInfluence
-from odp_callbacks.analysis.update_gain import CLASSES, UpdateGram, gram_of_rows
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.update.gradient_rows import BatchDirections, UpdateGradients
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.functional.update_gain import leave_one_out_advantages
 from odp_callbacks.records import Floats
+from odp_callbacks.update_records import CLASSES, TokenInfluence, UpdateGram, UpdateRecord, gram_of_rows
 
 MAXIMUM_GROUPS = 64
 """More questions than these share groups: the cost of an interval grows with the square of the number of groups."""
@@ -34,16 +33,12 @@ class UpdateMeasurement:
     """What was measured.
 
     Attributes:
-        gram: Inner products of success gradients and directions.
-        preconditioned: The same in another geometry of the parameters, or None.
-        influence: Of every token; None if it was not asked for.
-        group_of: The group of each rollout.
+        record: In the Euclidean geometry.
+        preconditioned: Inner products in another geometry of the parameters, or None.
     """
 
-    gram: UpdateGram
+    record: UpdateRecord
     preconditioned: UpdateGram | None
-    influence: TokenInfluence | None
-    group_of: tuple[int, ...]
 
 
 class UpdateMeter:
@@ -88,8 +83,8 @@ class UpdateMeter:
         advantages = self._advantages(rollouts, question_of)
         class_of = [CLASSES.index("correct" if r.reward >= self.success_threshold else "incorrect") for r in rollouts]
 
-        success = torch.zeros(groups, size)
-        directions = torch.zeros(groups, len(teachers), len(CLASSES), size)
+        success = torch.zeros(groups, size, dtype=torch.float32)
+        directions = torch.zeros(groups, len(teachers), len(CLASSES), size, dtype=torch.float32)
         tokens = np.zeros((groups, len(CLASSES)))
         stored: list[tuple[list[int], BatchDirections]] = []
         done = 0
@@ -107,16 +102,16 @@ class UpdateMeter:
                 progress(done)
         first_of = [question_of.index(question) for question in range(question_count)]
         questions = np.bincount([group_of[i] for i in first_of], minlength=groups).astype(float)
-        gram = _gram(teachers, questions, tokens, success, directions)
+        gram = _gram(questions, tokens, success, directions)
         preconditioned = None
         if square_roots is not None:
             scale = torch.cat([square_roots[name].flatten().cpu() for name in parameters])
-            preconditioned = _gram(teachers, questions, tokens, success * scale, directions * scale)
+            preconditioned = _gram(questions, tokens, success * scale, directions * scale)
         token_influence = None
         if influence and groups > 1:
             norms = directions.sum(dim=(0, 2)).double().norm(dim=-1).numpy()
             token_influence = self._influence(rollouts, stored, group_of, questions, success, norms, done, progress)
-        return UpdateMeasurement(gram, preconditioned, token_influence, tuple(group_of))
+        return UpdateMeasurement(UpdateRecord(gram, token_influence), preconditioned)
 
     def _influence(
         self,
@@ -208,7 +203,5 @@ class UpdateMeter:
             yield batch
 
 
-def _gram(
-    teachers: tuple[str, ...], questions: Floats, tokens: Floats, success: Tensor, directions: Tensor
-) -> UpdateGram:
-    return gram_of_rows(teachers, questions, tokens, success.double().numpy(), directions.double().numpy())
+def _gram(questions: Floats, tokens: Floats, success: Tensor, directions: Tensor) -> UpdateGram:
+    return gram_of_rows(questions, tokens, success.double().numpy(), directions.double().numpy())

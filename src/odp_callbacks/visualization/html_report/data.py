@@ -1,11 +1,13 @@
 """The data behind the page's interactive part, as plain values that JSON can hold."""
 
 import math
+from base64 import b64encode
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from odp_callbacks.analysis.contributions import ReportInfluence
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.records import Floats, NodeRecord, RolloutRecord
 from odp_callbacks.text import displayable, keep_end
@@ -24,15 +26,14 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
         analysis: Analysis of a report.
 
     Returns:
-        ``teachers``, names; ``free``, whether the probe was in free mode; ``level``, the confidence level in words;
+        ``teachers``, names; ``level``, the confidence level in words;
         ``words``, the texts of candidate tokens by id; ``rollouts`` and ``nodes``, see :func:`_rollout_data` and
-        :func:`_node_data`.
+        :func:`_node_data`; ``influence``, see :func:`_influence_data`, or None if no influence was measured.
     """
     report, alignment = analysis.report, analysis.token_alignment()
     lower_ends, upper_ends = analysis.token_intervals()
     return {
         "teachers": [displayable(teacher_name) for teacher_name in report.teachers],
-        "free": report.free,
         "level": level(analysis.confidence),
         "words": {str(token_id): displayable(token_text) for token_id, token_text in report.token_text.items()},
         "rollouts": [_rollout_data(rollout) for rollout in report.rollouts],
@@ -41,7 +42,27 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
             for node_index, node in enumerate(report.nodes)
             if node.depth < MAXIMUM_RESPONSE_LENGTH
         ],
+        "influence": None if analysis.influence is None else _influence_data(analysis.influence),
     }
+
+
+def _influence_data(influence: ReportInfluence) -> dict[str, Any]:
+    """Collect the influences of all tokens that the page shows, rollout after rollout.
+
+    ``value`` and ``half``, the half-width of the interval, are base64 of little-endian float32, ``(T, K)``: of 50,000
+    tokens JSON would be several times as large, and slow to parse. ``scale`` is the influence of the strongest colour.
+    """
+    shown = influence.depth < MAXIMUM_RESPONSE_LENGTH
+    half_width = (influence.high - influence.low) / 2
+    return {
+        "value": _base64(influence.value[shown]),
+        "half": _base64(half_width[shown]),
+        "scale": influence.scale,
+    }
+
+
+def _base64(values: Floats) -> str:
+    return b64encode(values.astype("<f4").tobytes()).decode("ascii")
 
 
 def _rollout_data(rollout: RolloutRecord) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const ROLLOUTS_PER_PAGE = 40;
+  const ROLLOUTS_PER_PAGE = 40, TOKENS_PER_PAGE = 6000;
   // Colours of alignments from -1 to +1: of filled tokens, and of frames, whose middle must be visible on the card.
   const FILL_SCALE = [[127, 59, 8], [224, 130, 20], [254, 224, 182], [247, 247, 247], [216, 218, 235], [128, 115, 172], [45, 0, 75]];
   const FRAME_SCALE = [[196, 106, 22], [140, 140, 140], [128, 100, 190]];
@@ -29,14 +29,29 @@
   const percentage = (share) => (share === null ? "–" : share < 0.0005 && share > 0 ? "<0.1%" : (100 * share).toFixed(1) + "%");
   const signed = (value) => (value === null ? "no estimate" : (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(3));
 
+  // Influences are small, so they are written with three digits whatever their size.
+  const precise = (value) => (value >= 0 ? "+" : "−") + Number(Math.abs(value).toPrecision(3)).toString();
+
+  // ---------------------------------------------------------------- influence of every token
+
+  const teacherCount = data.teachers.length;
+  const starts = [0];  // of each rollout's tokens among all
+  data.rollouts.forEach((rollout) => starts.push(starts[starts.length - 1] + rollout.pieces.length));
+  const decode = (text) => new Float32Array(Uint8Array.from(atob(text), (character) => character.charCodeAt(0)).buffer);
+  const influence = data.influence && { value: decode(data.influence.value), half: decode(data.influence.half), scale: data.influence.scale };
+  const influenceOf = (rollout, depth, teacher) => {
+    const place = (starts[rollout] + depth) * teacherCount + teacher;
+    return { value: influence.value[place], half: influence.half[place], significant: Math.abs(influence.value[place]) > influence.half[place] };
+  };
+
   // ---------------------------------------------------------------- nodes and filters
 
   const nodesOfRollout = data.rollouts.map(() => new Map());  // by depth
   data.nodes.forEach((node) => nodesOfRollout[node.rollout].set(node.depth, node));
-  const nodeOf = (token) => nodesOfRollout[Number(token.dataset.rollout)].get(Number(token.dataset.depth));
   const isSignificant = (node, teacher) => node.low[teacher] !== null && (node.low[teacher] > 0 || node.high[teacher] < 0);
 
   const readFilters = () => ({
+    byInfluence: influence !== null && byId("measure").value === "influence",
     teacher: Number(byId("teacher").value),
     correct: byId("correct").value,
     from: Number(byId("from").value || 0),
@@ -44,40 +59,77 @@
     significant: byId("significant").checked,
     sort: byId("sort").value,
   });
-  const passes = (node, filters) =>
-    node.depth >= filters.from && node.depth <= filters.to && (!filters.significant || isSignificant(node, filters.teacher));
+  const passes = (depth, significant, filters) =>
+    depth >= filters.from && depth <= filters.to && (!filters.significant || significant);
+
+  // The tokens of a rollout that have a figure and pass the filters: their number, and the sum of the figure.
+  const summarise = (index, filters) => {
+    let count = 0, sum = 0;
+    if (filters.byInfluence) {
+      data.rollouts[index].pieces.forEach((_, depth) => {
+        const { value, significant } = influenceOf(index, depth, filters.teacher);
+        if (Number.isNaN(value) || !passes(depth, significant, filters)) return;
+        count += 1;
+        sum += value;
+      });
+    } else nodesOfRollout[index].forEach((node) => {
+      if (!passes(node.depth, isSignificant(node, filters.teacher), filters)) return;
+      count += 1;
+      sum += node.gain[filters.teacher] ?? 0;
+    });
+    return { index, count, sum };
+  };
 
   const selectRollouts = (filters) => {
-    const filtersNodes = filters.significant || filters.from > 0 || filters.to < Infinity;
-    const selected = data.rollouts.map((_, index) => index).filter((index) =>
-      (filters.correct === "" || data.rollouts[index].correct === (filters.correct === "1"))
-      && (!filtersNodes || [...nodesOfRollout[index].values()].some((node) => passes(node, filters))));
-    if (filters.sort === "order") return selected;
-    const totalGain = (index) => [...nodesOfRollout[index].values()]
-      .filter((node) => passes(node, filters))
-      .reduce((sum, node) => sum + (node.gain[filters.teacher] ?? 0), 0);
-    const sign = filters.sort === "harm" ? 1 : -1;
-    const keys = new Map(selected.map((index) => [index, sign * totalGain(index)]));
-    return selected.sort((first, second) => keys.get(first) - keys.get(second));
+    const filtersTokens = filters.significant || filters.from > 0 || filters.to < Infinity;
+    const selected = data.rollouts.map((_, index) => index)
+      .filter((index) => filters.correct === "" || data.rollouts[index].correct === (filters.correct === "1"))
+      .map((index) => summarise(index, filters))
+      .filter((summary) => !filtersTokens || summary.count > 0);
+    const sign = { harm: 1, help: -1, order: 0 }[filters.sort];
+    return selected.sort((first, second) => sign * (first.sum - second.sum));
   };
 
   // ---------------------------------------------------------------- rollouts
 
-  let rolloutLimit = ROLLOUTS_PER_PAGE, pinnedToken = null;
+  // Rollouts are drawn page by page: a page of tens of thousands of tokens would be slow.
+  let selectedRollouts = [], drawnCount = 0, pinnedToken = null;
 
   const drawRollouts = () => {
-    const filters = readFilters(), selected = selectRollouts(filters), list = byId("rollouts");
-    list.replaceChildren(...selected.slice(0, rolloutLimit).map((index) => drawRollout(index, filters)));
-    let count = 0;
-    selected.forEach((index) => nodesOfRollout[index].forEach((node) => { if (passes(node, filters)) count += 1; }));
-    byId("count").textContent = `${count} measured tokens in ${selected.length} rollouts`;
-    byId("more").hidden = selected.length <= rolloutLimit;
-    // Scroll to the end of each prompt, where the question stands.
-    list.querySelectorAll(".prompt").forEach((prompt) => { prompt.scrollTop = prompt.scrollHeight; });
-    const firstToken = list.querySelector(".token[data-depth]:not(.faded)");
+    const filters = readFilters();
+    document.querySelectorAll("[data-measure]").forEach((legend) => {
+      legend.hidden = (legend.dataset.measure === "influence") !== filters.byInfluence;
+    });
+    const summaries = selectRollouts(filters);
+    selectedRollouts = summaries.map((summary) => summary.index);
+    byId("count").textContent = `${summaries.reduce((sum, summary) => sum + summary.count, 0)} `
+      + `${filters.byInfluence ? "" : "measured "}tokens in ${summaries.length} rollouts`;
+    drawnCount = 0;
     pinnedToken = null;
+    byId("rollouts").replaceChildren();
+    drawNextPage();
+    const firstToken = byId("rollouts").querySelector(".token[data-depth]:not(.faded)");
     if (firstToken) firstToken.tabIndex = 0;
-    else byId("panel").replaceChildren(element("p", "note", "No measured token passes these filters."));
+    else if (influence || data.nodes.length) byId("panel").replaceChildren(element("p", "note", "No measured token passes these filters."));
+  };
+
+  const drawNextPage = () => {
+    const filters = readFilters(), articles = [];
+    let tokenCount = 0;
+    while (drawnCount < selectedRollouts.length && articles.length < ROLLOUTS_PER_PAGE && tokenCount < TOKENS_PER_PAGE) {
+      const index = selectedRollouts[drawnCount];
+      articles.push(drawRollout(index, filters));
+      tokenCount += data.rollouts[index].pieces.length;
+      drawnCount += 1;
+    }
+    byId("rollouts").append(...articles);
+    byId("more").hidden = drawnCount >= selectedRollouts.length;
+    // Scroll to the end of each prompt, where the question stands.
+    articles.forEach((article) => {
+      const prompt = article.querySelector(".prompt");
+      prompt.scrollTop = prompt.scrollHeight;
+    });
+    return articles;
   };
 
   const drawRollout = (index, filters) => {
@@ -88,7 +140,8 @@
     rollout.pieces.forEach((piece, depth) => {
       const token = element("span", "token", piece === "" ? "∅" : piece);
       const node = nodesOfRollout[index].get(depth);
-      if (node) styleToken(token, node, piece, filters);
+      if (filters.byInfluence) styleByInfluence(token, index, depth, piece, filters);
+      else if (node) styleByAlignment(token, node, piece, filters);
       response.append(token);
     });
     if (rollout.omitted) response.append(element("span", "note", ` … and ${rollout.omitted} more tokens that are not shown`));
@@ -96,27 +149,45 @@
     return article;
   };
 
-  const styleToken = (token, node, piece, filters) => {
-    const status = node.status[filters.teacher], alignment = node.alignment[filters.teacher];
-    const significant = isSignificant(node, filters.teacher);
-    token.classList.add(status);
-    token.dataset.rollout = node.rollout;
-    token.dataset.depth = node.depth;
+  const makeButton = (token, rollout, depth, description, faded) => {
+    token.dataset.rollout = rollout;
+    token.dataset.depth = depth;
     token.tabIndex = -1;  // Tab stops at one token only; the arrow keys move on from there
     token.setAttribute("role", "button");
-    const description = status === "defined" ? `${signed(alignment)}, ${significant ? "significant" : "not significant"}` : status;
-    token.setAttribute("aria-label", `${piece}, token ${node.depth}, alignment ${description}`);
-    if (!passes(node, filters)) token.classList.add("faded");
-    if (status !== "defined" || alignment === null) return;
+    token.setAttribute("aria-label", description);
+    if (faded) token.classList.add("faded");
+  };
+
+  // Colour a token by a figure from -1 to +1.
+  const colour = (token, share, significant, frameClass) => {
     if (significant) {
-      const fill = interpolate(alignment, FILL_SCALE);
+      const fill = interpolate(share, FILL_SCALE);
       token.classList.add("significant");
       token.style.background = css(fill);
       token.style.color = isLight(fill) ? "#000" : "#fff";
     } else {
-      token.classList.add("insignificant");
-      token.style.borderColor = css(interpolate(alignment, FRAME_SCALE));
+      token.classList.add(frameClass);
+      token.style.borderColor = css(interpolate(share, FRAME_SCALE));
     }
+  };
+
+  const styleByInfluence = (token, rollout, depth, piece, filters) => {
+    const { value, significant } = influenceOf(rollout, depth, filters.teacher);
+    if (Number.isNaN(value)) return;
+    token.classList.add("defined");
+    if (nodesOfRollout[rollout].has(depth)) token.classList.add("node");
+    const description = `${piece}, token ${depth}, influence ${precise(value)}, ${significant ? "significant" : "not significant"}`;
+    makeButton(token, rollout, depth, description, !passes(depth, significant, filters));
+    colour(token, Math.max(-1, Math.min(1, value / influence.scale)), significant, "slight");
+  };
+
+  const styleByAlignment = (token, node, piece, filters) => {
+    const status = node.status[filters.teacher], alignment = node.alignment[filters.teacher];
+    const significant = isSignificant(node, filters.teacher);
+    token.classList.add(status);
+    const description = status === "defined" ? `${signed(alignment)}, ${significant ? "significant" : "not significant"}` : status;
+    makeButton(token, node.rollout, node.depth, `${piece}, token ${node.depth}, alignment ${description}`, !passes(node.depth, significant, filters));
+    if (status === "defined" && alignment !== null) colour(token, alignment, significant, "insignificant");
   };
 
   // ---------------------------------------------------------------- the panel on one token
@@ -124,9 +195,30 @@
   const showToken = (token) => {
     document.querySelectorAll(".token.chosen").forEach((other) => other.classList.remove("chosen"));
     token.classList.add("chosen");
-    const node = nodeOf(token);
-    byId("panel").replaceChildren(
-      element("h2", "", `Token ${node.depth} of the response`), teacherTable(node), candidateTable(node), panelNote());
+    const rollout = Number(token.dataset.rollout), depth = Number(token.dataset.depth);
+    const node = nodesOfRollout[rollout].get(depth);
+    const piece = data.rollouts[rollout].pieces[depth], heading = element("h2", "", `Token ${depth} of the response `);
+    heading.append(element("span", "word", piece === "" ? "∅" : piece));
+    const contents = [heading];
+    if (influence) contents.push(influenceTable(rollout, depth));
+    if (node) contents.push(teacherTable(node), candidateTable(node), panelNote());
+    else if (data.nodes.length) contents.push(element("p", "note", "Not measured with continuations. Underlined tokens are."));
+    byId("panel").replaceChildren(...contents);
+  };
+
+  const influenceTable = (rollout, depth) => {
+    const table = element("table");
+    table.append(row("th", ["teacher", "influence", `${data.level} interval`]));
+    data.teachers.forEach((name, teacher) => {
+      const { value, half, significant } = influenceOf(rollout, depth, teacher);
+      const line = element("tr"), cell = element("td");
+      cell.append(element("bdi", "", name));
+      const side = significant ? (value > 0 ? "helps" : "harms") : "";
+      line.append(cell, element("td", side, Number.isNaN(value) ? "not measured" : precise(value)),
+        element("td", "", Number.isNaN(half) ? "too few questions" : `${precise(value - half)} to ${precise(value + half)}`));
+      table.append(line);
+    });
+    return table;
   };
 
   const teacherTable = (node) => {
@@ -145,10 +237,9 @@
 
   const candidateTable = (node) => {
     const table = element("table");
-    table.append(row("th", ["candidate", data.free ? "reward" : "success", "student"]));
+    table.append(row("th", ["candidate", "success", "student"]));
     node.tokens.forEach((id, branch) => {
-      // In free mode the second branch is only the baseline that the reward is compared with.
-      if (!data.free || branch === node.taken) table.append(candidateRow(node, id, branch), teachersRow(node, branch));
+      table.append(candidateRow(node, id, branch), teachersRow(node, branch));
     });
     return table;
   };
@@ -162,7 +253,6 @@
   };
 
   const describeSuccess = (node, branch) => {
-    if (data.free) return String(data.rollouts[node.rollout].reward);
     const [mean, low, high, count] = node.success[branch];
     if (mean === null) return "not measured";
     return count === 0 ? `${percentage(mean)} exact` : `${percentage(mean)} (${percentage(low)} to ${percentage(high)}; ${count})`;
@@ -186,9 +276,7 @@
 
   const panelNote = () => element("p", "note",
     "Student: the probability of the candidate under the student. Below it, its probability under each teacher: ▲ pushed up, ▼ pushed down. "
-    + (data.free
-      ? "In free mode no continuation was sampled; the rollout's own reward stands for the success of its tokens."
-      : `Success: the share of the student's continuations from the candidate that succeed, with its ${data.level} interval and their number.`)
+    + `Success: the share of the student's continuations from the candidate that succeed, with its ${data.level} interval and their number.`
     + " Click a token to pin it, and click it again to unpin it.");
 
   const pin = (token) => {
@@ -228,19 +316,12 @@
       event.preventDefault();
     }
   });
-  ["teacher", "correct", "from", "to", "significant", "sort"].forEach((id) => {
+  ["measure", "teacher", "correct", "from", "to", "significant", "sort"].forEach((id) => {
     const control = byId(id);
-    control.addEventListener(control.tagName === "SELECT" ? "change" : "input", () => {
-      rolloutLimit = ROLLOUTS_PER_PAGE;
-      drawRollouts();
-    });
+    control.addEventListener(control.tagName === "SELECT" ? "change" : "input", drawRollouts);
   });
   byId("more").addEventListener("click", () => {
-    const before = rolloutLimit, pinnedPlace = pinnedToken && { ...pinnedToken.dataset };
-    rolloutLimit += ROLLOUTS_PER_PAGE;
-    drawRollouts();
-    if (pinnedPlace) pin(document.querySelector(`#rollouts [data-rollout="${pinnedPlace.rollout}"][data-depth="${pinnedPlace.depth}"]`));
-    const firstNew = byId("rollouts").children[before], token = firstNew && firstNew.querySelector("[data-depth]:not(.faded)");
+    const [firstNew] = drawNextPage(), token = firstNew && firstNew.querySelector("[data-depth]:not(.faded)");
     if (token) token.focus();
   });
   drawRollouts();

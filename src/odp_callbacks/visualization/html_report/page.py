@@ -8,22 +8,28 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from odp_callbacks.analysis.estimators import success_rate
 from odp_callbacks.analysis.jackknife import Estimate
-from odp_callbacks.analysis.ranking import rank_analysis
+from odp_callbacks.analysis.ranking import rank_analysis, verdict
 from odp_callbacks.analysis.summaries import Analysis
+from odp_callbacks.files import local_path, write_atomically
 from odp_callbacks.gates.scoring import score_rules
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import displayable
-from odp_callbacks.visualization import module_maps, plots
+from odp_callbacks.visualization import contribution_plots, module_maps, plots
 from odp_callbacks.visualization.html_report.data import page_data
 from odp_callbacks.visualization.plot_style import to_svg
-from odp_callbacks.visualization.wording import class_title, level
+from odp_callbacks.visualization.wording import class_title, figure_title, gain_figure, level
 
+TABULATED = (
+    "update_gain", "update_contribution", "update_alignment", "predicted_gain", "gain_weighted_alignment", "alignment",
+)  # fmt: skip
+"""Figures in the page's table of all figures."""
 PACKAGE = "odp_callbacks.visualization.html_report"
 
 
@@ -36,12 +42,13 @@ def write_report(
 ) -> Path:
     """Write the report of a probe, or of the probes of a run, as one HTML file that loads nothing else.
 
-    The page begins with the answer: which teacher helps, where, and how certain that is. Plots, rollouts with tokens
-    coloured by alignment, and tables follow. Whatever a model or a user wrote appears as text, never as markup.
+    The page begins with the answer: which teacher helps, where, and how certain that is. The gains of all teachers,
+    plots, rollouts with tokens coloured by influence or alignment, and tables follow. Whatever a model or a user wrote
+    appears as text, never as markup.
 
     Args:
         reports: The report of a probe; or several reports, each with a name, such as its step. The page shows the last
-            one in full, and how the predicted gain developed over all of them.
+            one in full, and how the gain developed over all of them.
         path: Path of the file; missing folders are created.
         title: Headline.
         confidence: Level of the intervals, in (0, 1).
@@ -50,14 +57,14 @@ def write_report(
         The path.
 
     Raises:
-        ValueError: If there is no report, if the last one has no nodes, or if ``confidence`` is not in (0, 1).
+        ValueError: If there is no report, if the last one has neither an update nor nodes, or if ``confidence`` is not
+            in (0, 1).
     """
     named_reports = [("", reports)] if isinstance(reports, ProbeReport) else list(reports)
-    if not named_reports or not named_reports[-1][1].nodes:
-        raise ValueError("`reports` must hold a probe with nodes, but there is nothing to show.")
-    target_path = Path(path)
-    target_path.parent.mkdir(parents=True, exist_ok=True)
-    target_path.write_text(render_page(named_reports, title, confidence), encoding="utf-8")
+    if not named_reports or not (named_reports[-1][1].nodes or named_reports[-1][1].updates):
+        raise ValueError("`reports` must hold a probe with an update or with nodes, but there is nothing to show.")
+    target_path = local_path("path", path)
+    write_atomically(target_path, render_page(named_reports, title, confidence))
     return target_path
 
 
@@ -74,19 +81,30 @@ def render_page(named_reports: Sequence[tuple[str, ProbeReport]], title: str, co
     comparable = [
         (displayable(report_name), other) for report_name, other in named_reports if other.teachers == report.teachers
     ]
+    summaries, contrasts = analysis.summaries(), analysis.contrasts()
+    gain = gain_figure(summaries)
+    figures = [figure for figure in TABULATED if any(figure in summary.figures for summary in summaries)]
     environment = Environment(loader=PackageLoader(PACKAGE, "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"estimate": describe_estimate, "displayable": displayable, "class_title": class_title}
+    environment.filters |= {
+        "estimate": describe_estimate, "displayable": displayable, "class_title": class_title,
+        "figure_title": figure_title, "verdict": verdict,
+    }  # fmt: skip
     resources = files(PACKAGE)
     return environment.get_template("page.html.jinja").render(
         title=title,
         level=level(confidence),
+        one_in=round(1 / (1 - confidence)),
         report=report,
         teachers=[displayable(teacher) for teacher in report.teachers],
         ranking=rank_analysis(analysis),
-        summaries=analysis.summaries(),
-        significant_tokens=analysis.significant_token_counts(),
+        gain=gain,
+        figures=figures,
+        summaries=summaries,
+        contrasts=contrasts,
+        significant_tokens=significant_token_counts(analysis),
+        influence=analysis.influence,
         success_rate=success_rate(report, confidence),
-        rules=[] if report.free else score_rules(report, confidence=confidence),
+        rules=[] if not report.nodes else score_rules(report, confidence=confidence),
         plots=_plots(analysis, comparable),
         omitted_reports=len(named_reports) - len(comparable),
         probe=displayable(name),
@@ -99,14 +117,35 @@ def render_page(named_reports: Sequence[tuple[str, ProbeReport]], title: str, co
 
 def _plots(analysis: Analysis, comparable: Sequence[tuple[str, ProbeReport]]) -> dict[str, Markup | None]:
     """Draw the page's plots as SVG; None for those that do not apply."""
+    has_nodes = bool(analysis.report.nodes)
     drawn_plots: dict[str, Figure | None] = {
         "gains": plots.plot_gains(analysis.summaries(), analysis.report.teachers),
-        "depth": plots.plot_over_depth(analysis),
-        "modules": module_maps.plot_module_maps(analysis),
-        "divergence": plots.plot_alignment_against_divergence(analysis),
+        "contributions": contribution_plots.plot_contributions(analysis),
+        "depth": plots.plot_over_depth(analysis) if has_nodes else None,
+        "modules": module_maps.plot_module_maps(analysis) if has_nodes else None,
+        "divergence": plots.plot_alignment_against_divergence(analysis) if has_nodes else None,
         "trend": plots.plot_over_probes(comparable, analysis.confidence) if len(comparable) > 1 else None,
     }
     return {name: None if plot is None else Markup(to_svg(plot)) for name, plot in drawn_plots.items()}
+
+
+def significant_token_counts(analysis: Analysis) -> dict[tuple[str, str], tuple[int, int]]:
+    """Number of tokens whose interval lies above 0 and of those below, by class and teacher.
+
+    The intervals are those of the influence where it was measured, otherwise those of the alignment.
+    """
+    influence = analysis.influence
+    if influence is None:
+        return analysis.significant_token_counts()
+    correct = np.repeat([rollout.correct for rollout in analysis.report.rollouts], np.diff(influence.starts))
+    return {
+        (split, teacher): (
+            int((influence.low[chosen, teacher_index] > 0).sum()),
+            int((influence.high[chosen, teacher_index] < 0).sum()),
+        )
+        for split, chosen in (("all", correct | True), ("correct", correct), ("incorrect", ~correct))
+        for teacher_index, teacher in enumerate(analysis.report.teachers)
+    }
 
 
 def json_for_script(data: Any) -> str:

@@ -1,0 +1,70 @@
+"""The sizes of a model's layers, read from its parameters: every family gives them other names in its configuration."""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+from torch import nn
+
+COMMON_HEAD_SIZE = 64
+"""Features of an attention head where its module does not say it."""
+
+
+class LayerSizes(NamedTuple):
+    """Sizes that the memory of a forward pass depends on.
+
+    Attributes:
+        hidden: Features of the hidden states.
+        widest: Features of the widest layer, usually the first of a feed-forward block.
+        heads: Query heads of the attention with the most heads.
+    """
+
+    hidden: int
+    widest: int
+    heads: int
+
+
+def layer_sizes(model: nn.Module) -> LayerSizes:
+    """Read the sizes of a model's layers from its linear layers and its attention modules.
+
+    Args:
+        model: A causal language model.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> layer_sizes(GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2)))
+        LayerSizes(hidden=8, widest=32, heads=2)
+    """
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = set() if head is None else {id(module) for module in head.modules()}
+    layers = [module for name, module in model.named_modules() if id(module) not in of_head and ".lora_" not in name]
+    shapes = [shape for shape in map(_features, layers) if shape is not None]
+    # Most layers of a block read or write hidden states.
+    counted = Counter(features for shape in shapes for features in set(shape))
+    hidden = counted.most_common(1)[0][0] if counted else 1
+    widest = max((max(shape) for shape in shapes), default=hidden)
+    heads = max((_head_count(module) for module in layers), default=0)
+    return LayerSizes(hidden, widest, heads or max(1, hidden // COMMON_HEAD_SIZE))
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """Features that a linear layer reads and writes; None for other modules."""
+    input_size, output_size = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(input_size, int) and isinstance(output_size, int):
+        return input_size, output_size
+    output_size = getattr(module, "nf", None)  # transformers' Conv1D, whose weight is transposed
+    weight = getattr(module, "weight", None)
+    return (int(weight.shape[0]), output_size) if isinstance(output_size, int) and weight is not None else None
+
+
+def _head_count(module: Any) -> int:
+    """Query heads of an attention module; 0 for other modules."""
+    for name in ("num_heads", "num_attention_heads", "n_head", "n_heads"):
+        if isinstance(count := getattr(module, name, None), int):
+            return count
+    head_size = getattr(module, "head_dim", None)
+    for name in ("q_proj", "q_b_proj", "o_proj", "qkv_proj"):
+        projection = getattr(module, name, None)
+        size = getattr(projection, "in_features" if name == "o_proj" else "out_features", None)
+        if isinstance(head_size, int) and head_size > 0 and isinstance(size, int):
+            return size // head_size
+    return 0
