@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 from sizes import size_parser
 
-from odp_callbacks.analysis import token_intervals
+from odp_callbacks.analysis import alignment_intervals as token_intervals
 from odp_callbacks.analysis.evidence import gather, norm
 from odp_callbacks.analysis.success_model import fit_success_model
 from odp_callbacks.analysis.summaries import PREDICTORS

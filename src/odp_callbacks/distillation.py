@@ -22,7 +22,7 @@ from odp_callbacks.engine.teachers import as_teachers, teacher_logits, teacher_p
 from odp_callbacks.engine.teachers.saved_states import load_or_keep, restore_teachers
 from odp_callbacks.engine.user_defaults import UserDefaults
 from odp_callbacks.engine.verifier import Verifier
-from odp_callbacks.functional.divergences import Divergence, check_divergence, distillation_loss
+from odp_callbacks.functional.distillation_losses import Divergence, check_divergence, distillation_loss
 from odp_callbacks.functional.gradients import evaluation_mode
 from odp_callbacks.gates.loss import check_gate, gate_loss, route
 from odp_callbacks.gates.protocols import Gate, Router, Stateful

@@ -109,12 +109,33 @@ def test_figures_are_those_of_one_process_on_the_same_questions(count: int, tmp_
         np.testing.assert_allclose(report.step.gram, expected.step.gram, rtol=1e-3, atol=1e-5)
     expected_scalars = scalars(expected)
     for name, value in scalars(first_report).items():
-        if not name.startswith("odp/probe/seconds"):
+        # Each process measures the update of its own questions; see test_each_process_measures_its_part_of_the_update.
+        if not name.startswith(("odp/probe/seconds", "odp/update_")):
             np.testing.assert_allclose(value, expected_scalars[name], rtol=2e-3, atol=1e-4, err_msg=name)
             if name in metrics:
                 np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-5)
     assert str(first_gate) == str(second_gate), "the gates of all processes learn the same"
     assert len(load(tmp_path / "records" / "step-00000000").nodes) == len(expected.nodes)
+
+
+def _probe_update(rank: int, folder: Path) -> None:
+    callback = make_watching_callback(
+        max_new_tokens=5, questions_per_probe=4, at_start=True, every_n_steps=100, budget=0
+    )
+    _ddp_trainer(callback).fit(make_module(reward=odd_length_reward), make_loader())
+    torch.save(callback.last_report, folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_each_process_measures_its_part_of_the_update(tmp_path: Path) -> None:
+    """The figure is the mean over processes: inner products of gradients in different processes are not known."""
+    first, second = run_in_two_processes(_probe_update, tmp_path)
+    for report in (first, second):
+        assert [update.gram.questions.tolist() for update in report.updates] == [[1.0, 1.0], [1.0, 1.0]]
+        assert len(report.tokens()) == sum(len(rollout.pieces) for rollout in report.rollouts)
+    logged = [scalars(report)["odp/update_gain/answer/all"] for report in (first, second)]
+    assert logged[0] == logged[1]
+    assert np.isfinite(logged[0])
 
 
 def _fail(rank: int, folder: Path, strict: bool) -> None:

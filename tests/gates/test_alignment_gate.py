@@ -9,7 +9,7 @@ import torch
 
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.gates import AlignmentGate, tokens_of
-from odp_callbacks.gates.classes import ALL_DEPTHS, ClassEvidence, class_name, window_indices
+from odp_callbacks.gates.class_evidence import ALL_DEPTHS, ClassEvidence, class_name, window_indices
 from tests.helpers.records import MakeReport
 
 TOKENS = tokens_of(torch.ones(2, 8), [1.0, 0.0], teachers=("near",))

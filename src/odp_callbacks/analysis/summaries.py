@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from odp_callbacks.analysis.alignment_intervals import alignment_intervals
 from odp_callbacks.analysis.classes import node_classes
 from odp_callbacks.analysis.contributions import ReportInfluence, report_influence
 from odp_callbacks.analysis.estimators import gradient_figures, token_mean
@@ -16,7 +17,6 @@ from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED, UNDETERMIN
 from odp_callbacks.analysis.noise_correction import correct_for_noise
 from odp_callbacks.analysis.step_alignment import step_alignment
 from odp_callbacks.analysis.success_model import fit_success_model
-from odp_callbacks.analysis.token_intervals import alignment_intervals
 from odp_callbacks.analysis.update_gain import update_alignment, update_contribution, update_gain
 from odp_callbacks.records import Floats, ProbeReport
 

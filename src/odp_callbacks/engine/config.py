@@ -11,7 +11,7 @@ from odp_callbacks.engine.chat_template import are_tools
 from odp_callbacks.engine.gradients.loss_directions import UserLoss
 from odp_callbacks.engine.tree.allocation import TARGETS
 from odp_callbacks.engine.tree.nodes import NODE_SELECTORS, NodeSelector
-from odp_callbacks.functional.divergences import Divergence, check_divergence
+from odp_callbacks.functional.distillation_losses import Divergence, check_divergence
 
 SIMPLE_TYPES = (str, int, float, tuple, type(None))
 """Types of option values that a record can hold as they are."""

@@ -1,7 +1,7 @@
 """The mathematics: pure functions on tensors, without models of their own or any state."""
 
 from odp_callbacks.functional.alignment import gradient_alignment
-from odp_callbacks.functional.divergences import (
+from odp_callbacks.functional.distillation_losses import (
     Divergence,
     distillation_logit_gradient,
     distillation_loss,

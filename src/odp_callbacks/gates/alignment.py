@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.analysis.jackknife import Estimate
-from odp_callbacks.gates.classes import (
+from odp_callbacks.gates.class_evidence import (
     ALL_DEPTHS,
     FIGURES,
     WINDOWS,

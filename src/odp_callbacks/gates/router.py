@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.gates.alignment import AlignmentGate
-from odp_callbacks.gates.classes import ALL_DEPTHS, TokenClass, masks_by_class
+from odp_callbacks.gates.class_evidence import ALL_DEPTHS, TokenClass, masks_by_class
 from odp_callbacks.gates.tokens import Tokens
 from odp_callbacks.records import ProbeReport
 

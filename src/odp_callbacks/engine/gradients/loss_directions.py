@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from odp_callbacks.functional.divergences import Divergence, check_divergence, distillation_logit_gradient
+from odp_callbacks.functional.distillation_losses import Divergence, check_divergence, distillation_logit_gradient
 from odp_callbacks.functional.policies import teacher_equals_student
 
 UserLoss = Callable[[Tensor, Tensor], Tensor]

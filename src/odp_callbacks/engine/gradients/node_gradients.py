@@ -21,7 +21,7 @@ from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
 from odp_callbacks.engine.tree.nodes import Node, group_by_question
 from odp_callbacks.engine.tree.planning import MeasuredNodes
 from odp_callbacks.engine.tree.recording import is_scored, node_record
-from odp_callbacks.functional.divergences import node_predictors
+from odp_callbacks.functional.distillation_losses import node_predictors
 from odp_callbacks.records import Floats, NodeRecord
 
 

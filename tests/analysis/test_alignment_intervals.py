@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from odp_callbacks.analysis.alignment_intervals import alignment_intervals
 from odp_callbacks.analysis.evidence import Evidence, gather, norm
 from odp_callbacks.analysis.summaries import Analysis
-from odp_callbacks.analysis.token_intervals import alignment_intervals
 from odp_callbacks.records import Floats
 from tests.helpers.records import MakeReport, split, synthetic
 
