@@ -3,6 +3,8 @@
 ``python benchmarks/readability.py`` prints modules at the root of the package, the mean length of assigned local names,
 the longest function, the time to import the engine beyond torch's own, and the lines of README.
 ``--compare REVISION`` prints the same counts of that commit beside them (without import times).
+
+Run: python benchmarks/readability.py [--compare REVISION] [--smoke]
 """
 
 import argparse

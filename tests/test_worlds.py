@@ -41,6 +41,7 @@ class TabulatedTeacher(torch.nn.Module):
         return SimpleNamespace(logits=torch.stack([torch.stack(row) for row in rows]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "size", "horizon", "temperature"), WORLDS)
 def test_every_figure_agrees_with_its_true_value_in_a_random_world(seed, size, horizon, temperature):
     world = make_world(seed=seed, size=size, horizon=horizon, initializer_range=0.5)
@@ -111,6 +112,7 @@ def test_every_figure_agrees_with_its_true_value_in_a_random_world(seed, size, h
                 assert sign * figure.value > 0.5
 
 
+@pytest.mark.slow
 def test_the_evidence_of_all_nodes_reduces_the_error_without_bias():
     """Gains at every node of 600 rollouts, from the evidence of all nodes and from that of each node alone."""
     world = make_world(seed=2, size=5, horizon=4, initializer_range=0.5)

@@ -108,6 +108,7 @@ def test_training_ends_in_the_same_bits(number: int, options: dict[str, Any]) ->
     check_neutrality(3, **options, workers=2 if number % 6 == 5 else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_resumed_training_ends_in_the_same_bits_and_is_probed_as_if_it_had_not_stopped(

@@ -96,6 +96,7 @@ def test_lightning_drops_what_does_not_fit_with_a_sentence(
     assert callback.monitor.probe_count == (3 if "every_n_steps" in before else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "expected"), CHANGES.values(), ids=CHANGES)
 def test_transformers_drops_it_too(
     before: dict[str, Any], after: dict[str, Any], expected: list[str], tmp_path: Path
@@ -112,6 +113,7 @@ def test_transformers_drops_it_too(
     assert callback.monitor.probe_count == (3 if "every_n_steps" in before else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "not base64!", "AAAA", None])
 def test_a_corrupt_state_in_transformers_costs_no_run(text: Any, tmp_path: Path) -> None:
     trainer = plain_trainer(tmp_path / "whole", save_strategy="steps", save_steps=2)

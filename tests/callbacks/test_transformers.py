@@ -52,7 +52,15 @@ def own_logs(trainer: Any) -> list[dict[str, Any]]:
     return [entry for entry in entries if not any(name.startswith("odp/") for name in entry)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"logging_steps": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+        pytest.param({"bf16": True}, marks=pytest.mark.slow),
+        pytest.param({"logging_steps": 3}, marks=pytest.mark.slow),
+    ],
+)
 def test_training_is_the_same_with_and_without_the_callback(
     make_trainer: Any, changes: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -88,6 +96,7 @@ def test_log_history_and_tensorboard_get_the_figures(make_trainer: Any, tmp_path
     assert any(tag.startswith("odp/rollout/") for tag in tags["images"])
 
 
+@pytest.mark.slow
 def test_adam_s_geometry(make_trainer: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     add_callback(trainer, optimizer_geometry=True)
@@ -110,6 +119,7 @@ def test_only_the_headlines_are_printed(disable_tqdm: bool, tmp_path: Path, caps
     assert "'loss'" in output
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_where_it_stopped(make_trainer: Any, tmp_path: Path) -> None:
     def watched_trainer(folder: Path) -> tuple[Any, Any, LearningGate]:
         trainer, gate = make_trainer(folder, save_strategy="steps", save_steps=2, max_steps=4), LearningGate()

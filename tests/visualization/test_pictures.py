@@ -52,6 +52,7 @@ def test_without_influences_there_is_no_waterfall_and_rollouts_are_plain(make_re
     assert all(text.get_bbox_patch() is None for text in drawn["rollout/correct"].axes[0].texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd_text", [*HOSTILE, "a" * 5000, "\u0644\u0627", "日本" * 40])
 def test_every_picture_is_drawn_whatever_the_text_is(make_report: MakeReport, odd_text: str) -> None:
     report = in_modules(hostile(make_report))

@@ -15,6 +15,7 @@ def directions():
     return [torch.randn(c, 12, generator=generator, dtype=torch.float64) for c in (3, 1, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_memory_bytes", [None, 1])
 def test_estimates_are_unbiased_with_the_stated_error(family, max_memory_bytes):
     """Means over draws, and the spread of cosines, against the exact Gram matrices."""

@@ -9,6 +9,7 @@ from tests.helpers.models import EOS, WORDS, count_tokens, tiny, tiny_base, word
 from tests.helpers.probes import ROWS, measure, word_reward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("limit", [3, 12, 40])
 @pytest.mark.parametrize("budget", [600, 3000])
