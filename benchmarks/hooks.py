@@ -28,7 +28,11 @@ def main(steps: int = USUAL["steps"]) -> float:
     callback.monitor.probe = Probe.__new__(Probe)  # what is prepared once, before training
     callback.monitor.probe.student, callback.monitor.probe.teachers = lora_student("cpu"), callback.teachers
     trainer = SimpleNamespace(
-        global_step=0, is_global_zero=True, precision_plugin=SimpleNamespace(forward_context=None), optimizers=[]
+        global_step=0,
+        is_global_zero=True,
+        precision_plugin=SimpleNamespace(forward_context=None),
+        optimizers=[],
+        state=SimpleNamespace(fn="fit"),
     )
 
     def step() -> None:
