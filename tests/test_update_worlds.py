@@ -13,7 +13,7 @@ from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.functional import lora_parameters
-from odp_callbacks.functional.update_gain import leave_one_out_advantages, update_gain
+from odp_callbacks.functional.updates import leave_one_out_advantages, update_gain
 from tests.helpers.worlds import World, make_world
 
 PROMPTS = ("a b", "b")

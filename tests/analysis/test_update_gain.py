@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from odp_callbacks.analysis.update_gain import direction_cosine, update_alignment, update_contribution, update_gain
-from odp_callbacks.functional.update_gain import update_gain as gain_of_gradients
+from odp_callbacks.functional.updates import update_gain as gain_of_gradients
 from odp_callbacks.update_records import gram_of_rows
 
 ALL = (1.0, 1.0)

@@ -9,6 +9,7 @@ from odp_callbacks.functional.distillation_losses import (
 )
 from odp_callbacks.functional.gradients import lora_gradients, lora_parameters
 from odp_callbacks.functional.ideal_gradient import ideal_logit_gradient
+from odp_callbacks.functional.updates import leave_one_out_advantages, update_gain
 
 __all__ = [
     "Divergence",
@@ -16,7 +17,9 @@ __all__ = [
     "distillation_loss",
     "gradient_alignment",
     "ideal_logit_gradient",
+    "leave_one_out_advantages",
     "lora_gradients",
     "lora_parameters",
     "node_predictors",
+    "update_gain",
 ]

@@ -14,8 +14,8 @@ from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.update import measurement
 from odp_callbacks.engine.update.measurement import UpdateMeter
 from odp_callbacks.functional import lora_parameters
-from odp_callbacks.functional.update_gain import leave_one_out_advantages
-from odp_callbacks.functional.update_gain import update_gain as gain_of_gradients
+from odp_callbacks.functional.updates import leave_one_out_advantages
+from odp_callbacks.functional.updates import update_gain as gain_of_gradients
 from tests.engine.update.test_gradient_rows import make_gradients
 from tests.helpers.models import Snapshot, tiny, word_tokenizer
 

@@ -11,7 +11,7 @@ from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.update.gradient_rows import BatchDirections, UpdateGradients
 from odp_callbacks.functional.gradients import lora_parameters
-from odp_callbacks.functional.update_gain import leave_one_out_advantages
+from odp_callbacks.functional.updates import leave_one_out_advantages
 from odp_callbacks.records import Floats
 from odp_callbacks.update_records import CLASSES, TokenInfluence, UpdateGram, UpdateRecord, gram_of_rows
 

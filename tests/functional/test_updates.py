@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odp_callbacks.functional.update_gain import leave_one_out_advantages, sum_of_other_rows, update_gain
+from odp_callbacks.functional.updates import leave_one_out_advantages, sum_of_other_rows, update_gain
 
 
 def draw(count: int, size: int, seed: int) -> torch.Tensor:
