@@ -1,14 +1,18 @@
 """Does a gate help? On-policy distillation of SmolLM2-135M from the same teacher, with and without gates.
 
-Two reasoning-gym tasks, five arms, several seeds; the arms of one seed see the same questions in the same order and
-start from the same adapter. The teacher is the student itself with the worked solution in its context; the router may
-also choose the one that is only told the answer. Held-out accuracy (mean reward at the training's temperature, on
-questions that training never sees) is measured half way and at the end, with intervals over runs, paired with "no
-gate". Every run is kept as a line of `results/gating.jsonl`; the same command, started again, resumes. `--why` asks the
-library before any training, on more questions than a probe in a run has: in which class does which teacher help, and
-what would each rule have gained?
+Two reasoning-gym tasks, several arms and seeds; the arms of one seed see the same questions in the same order and start
+from the same adapter. The teacher is the student itself with the worked solution in its context; the router may also
+choose the one that is only told the answer. The gates act on update gain, from probes without continuations; the arms
+with "(tokens)" act on the predicted gain of single tokens. In the positive control the teacher harms on correct
+rollouts by construction (`harmful_teacher.py`): a gate must close that class, and accuracy must be saved.
 
-Run: python benchmarks/gating.py [--seeds 0 1 2] [--steps 16] [--arms ARM ...] [--report | --why]
+Held-out accuracy (mean reward at the training's temperature, on questions that training never sees) is measured half
+way and at the end, with intervals over runs, paired with the same teacher without a gate. Every run is kept as a line
+of `results/gating.jsonl`; the same command, started again, resumes. `--control` trains the arms of the positive control
+only. `--why` asks the library before any training, on more questions than a probe in a run has: in which class does
+which teacher help, and what would each rule have gained?
+
+Run: python benchmarks/gating.py [--seeds 0 1 2] [--steps 16] [--arms ARM ...] [--control] [--report | --why]
 """
 
 import argparse
@@ -17,12 +21,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harmful_teacher import HarmfulOnCorrect
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities import disable_possible_user_warnings
 from peft import LoraConfig, get_peft_model
@@ -36,6 +41,7 @@ from odp_callbacks.cli.models import load_student
 from odp_callbacks.cli.tasks import Task, make_task
 from odp_callbacks.engine import Probe, ProbeConfig
 from odp_callbacks.gates import TeacherRouter, score_rules
+from odp_callbacks.gates.class_evidence import ALL_DEPTHS, class_name
 from odp_callbacks.gates.rules import correct_rollouts
 from odp_callbacks.storage import save
 
@@ -43,15 +49,45 @@ RESULTS = Path(__file__).parent / "results"
 RUNS_FILE = "gating.jsonl"
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 TASKS = ("chain_sum", "products")
-ARMS: dict[str, Callable[[int], Any]] = {
-    "no gate": lambda seed: None,
-    "incorrect only": lambda seed: IncorrectRolloutGate(),
-    "correct only": lambda seed: correct_rollouts,
-    "AlignmentGate": lambda seed: AlignmentGate(),
-    "TeacherRouter": lambda seed: TeacherRouter(seed=seed),
-}
-"""From a seed to the gate of each arm."""
 TEACHERS = {"solution": "{solution}\n{prompt}", "answer": "The answer is {answer}.\n{prompt}"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is different between the runs of one seed.
+
+    Attributes:
+        gate: From a seed to the gate.
+        teachers: The teachers that the training distils from; "harmful" is that of the positive control.
+        probes: What the probes measure that the gate learns from: "updates", "tokens", or "" if it does not learn.
+    """
+
+    gate: Callable[[int], Any]
+    teachers: tuple[str, ...] = ("solution",)
+    probes: str = ""
+
+    @property
+    def baseline(self) -> str:
+        """The arm without a gate that this one is compared with."""
+        return "no gate, harmful" if self.teachers == ("harmful",) else "no gate"
+
+
+ARMS: dict[str, Arm] = {
+    "no gate": Arm(lambda seed: None),
+    "incorrect only": Arm(lambda seed: IncorrectRolloutGate()),
+    "correct only": Arm(lambda seed: correct_rollouts),
+    "AlignmentGate": Arm(lambda seed: AlignmentGate(), probes="updates"),
+    "TeacherRouter": Arm(lambda seed: TeacherRouter(seed=seed), tuple(TEACHERS), "updates"),
+    "AlignmentGate (tokens)": Arm(lambda seed: AlignmentGate("predicted_gain"), probes="tokens"),
+    "TeacherRouter (tokens)": Arm(
+        lambda seed: TeacherRouter(figure="predicted_gain", seed=seed), tuple(TEACHERS), "tokens"
+    ),
+    "no gate, harmful": Arm(lambda seed: None, ("harmful",)),
+    "AlignmentGate, harmful": Arm(lambda seed: AlignmentGate(), ("harmful",), "updates"),
+}
+"""All arms by name."""
+CONTROL = tuple(name for name, arm in ARMS.items() if arm.teachers == ("harmful",))
+"""The arms of the positive control."""
 EXAM_ROLLOUTS = 4
 Interval = tuple[float, float, float]
 """A value, and the low and high end of its interval."""
@@ -64,8 +100,10 @@ class TrainingSize:
     Attributes:
         questions: Questions that are made; repeated ones are dropped.
         held_out: Of them, those that training never sees.
-        probe_questions: Questions of a probe.
-        budget: Tokens of a probe's continuations.
+        probe_questions: Questions of a probe with continuations.
+        budget: Tokens of its continuations.
+        update_questions: Questions of a probe without continuations.
+        update_rollouts: Rollouts of each of them.
         max_new_tokens: Limit of a response.
     """
 
@@ -73,10 +111,14 @@ class TrainingSize:
     held_out: int = 24
     probe_questions: int = 8
     budget: int = 3000
+    update_questions: int = 16
+    update_rollouts: int = 4
     max_new_tokens: int = 24
 
 
-SMOKE_SIZE = TrainingSize(questions=12, held_out=1, probe_questions=1, budget=20, max_new_tokens=4)
+SMOKE_SIZE = TrainingSize(
+    questions=12, held_out=1, probe_questions=1, budget=20, update_questions=3, update_rollouts=2, max_new_tokens=4
+)
 
 
 class Exam(Callback):
@@ -116,17 +158,20 @@ def load_task(task_name: str, seed: int, questions: int) -> tuple[Any, Any, Task
     return student, tokenizer, task, rows, end_of_line(tokenizer)
 
 
-def train(task_name: str, arm: str, seed: int, steps: int, size: TrainingSize) -> dict[str, Any]:
+def train(task_name: str, arm_name: str, seed: int, steps: int, size: TrainingSize) -> dict[str, Any]:
     """Train once; what is worth keeping of it."""
     start = time.perf_counter()
+    arm = ARMS[arm_name]
     student, tokenizer, task, rows, stop_tokens = load_task(task_name, seed, size.questions)
     held_out, training = rows[: size.held_out], rows[size.held_out :]
-    teachers = {name: Teacher(context) for name, context in TEACHERS.items()}
-    gate = ARMS[arm](seed)
+    teachers: dict[str, Teacher] = {name: Teacher(context) for name, context in TEACHERS.items()}
+    if arm.teachers == ("harmful",):
+        teachers = {"harmful": HarmfulOnCorrect(tokenizer, rows, task.reward, TEACHERS["solution"])}
+    gate = arm.gate(seed)
     module = OnPolicyDistillation(
         student,
         tokenizer,
-        teachers if arm == "TeacherRouter" else {"solution": teachers["solution"]},
+        {name: teachers[name] for name in arm.teachers},
         max_new_tokens=size.max_new_tokens,
         rollouts_per_question=2,
         eos_token_ids=stop_tokens,
@@ -136,20 +181,23 @@ def train(task_name: str, arm: str, seed: int, steps: int, size: TrainingSize) -
     )
     exam = Exam(held_out, max(1, steps // 2))
     callbacks: list[Callback] = [exam]
-    learns_from_probes = arm in ("AlignmentGate", "TeacherRouter")
-    if learns_from_probes:
+    followed = Followed(gate)
+    if arm.probes:
         callbacks.append(
             GradientAlignmentCallback(
-                teachers,
+                module.teachers,
                 training,
                 task.reward,
                 every_n_steps=max(1, steps // 3),
                 at_start=True,
                 max_overhead=None,
-                questions_per_probe=size.probe_questions,
+                questions_per_probe=size.update_questions if arm.probes == "updates" else size.probe_questions,
                 seed=seed,
                 strict=True,
-                config=probe_config(size.budget, size.max_new_tokens, stop_tokens),
+                gate=followed,
+                config=update_config(size, stop_tokens)
+                if arm.probes == "updates"
+                else probe_config(size.budget, size.max_new_tokens, stop_tokens),
             )
         )
     trainer = Trainer(
@@ -166,14 +214,47 @@ def train(task_name: str, arm: str, seed: int, steps: int, size: TrainingSize) -
     trainer.fit(module, DataLoader(training, batch_size=4, shuffle=True, collate_fn=list))
     result = {
         "task": task_name,
-        "arm": arm,
+        "arm": arm_name,
         "seed": seed,
         "steps": steps,
         "marks": exam.marks,
         "seconds": time.perf_counter() - start,
         "seconds_exam": exam.seconds,
     }
-    return {**result, **learned(gate, callbacks[-1].last_report)} if learns_from_probes else result
+    return {**result, "probes": followed.probes, "weights": gate.scalars()} if arm.probes else result
+
+
+class Followed:
+    """Passes every probe on to a gate, and keeps what it measured and what the gate made of it."""
+
+    def __init__(self, gate: Any) -> None:
+        self.gate = gate
+        self.probes: list[dict[str, Any]] = []
+
+    def observe(self, report: Any) -> None:
+        """Learn from a probe."""
+        self.gate.observe(report)
+        figure = self.gate.figure
+        pooled = {
+            f"{teacher}/{class_name(token_class)}": interval_of(self.gate.evidence.estimate(token_class, teacher))
+            for teacher in report.teachers
+            for token_class in self.gate.evidence.classes()
+            if token_class[1] == ALL_DEPTHS
+        }
+        seconds = sum(report.stage_seconds.values())
+        kept = {"figure": figure, "gains": gains(report, figure), "pooled": pooled, "weights": self.gate.scalars()}
+        self.probes.append({**kept, "seconds": seconds})
+
+
+def update_config(size: TrainingSize, stop_tokens: tuple[int, ...]) -> ProbeConfig:
+    """How the benchmark's probes without continuations measure."""
+    return ProbeConfig(
+        rollouts_per_question=size.update_rollouts,
+        max_new_tokens=size.max_new_tokens,
+        budget=0,
+        influence=False,
+        eos_token_ids=stop_tokens,
+    )
 
 
 def probe_config(budget: int, max_new_tokens: int, stop_tokens: tuple[int, ...]) -> ProbeConfig:
@@ -186,42 +267,32 @@ def probe_config(budget: int, max_new_tokens: int, stop_tokens: tuple[int, ...])
         tail_draws=1,
         eos_token_ids=stop_tokens,
         step_alignment=False,
+        update=False,
     )
 
 
-def learned(gate: Any, report: Any) -> dict[str, Any]:
-    """What a gate learned from the last probe, and what each rule would have gained there."""
-    rules = [
-        {
-            "rule": score.rule,
-            "teacher": score.teacher,
-            "gain": score.predicted_gain.value,
-            "gained": interval_of(score.gained),
-            "harm_removed": score.harm_removed.value,
-            "help_kept": score.help_kept.value,
-            "token_share": score.token_share,
-        }
-        for score in score_rules(report)
-    ]
-    return {"weights": gate.scalars(), "probe": predicted_gains(report), "rules": rules}
-
-
 def explain(questions: int, budget: int, size: TrainingSize, results: Path) -> str:
-    """Predicted gain of each teacher by class, and what each rule would gain, on the student before training."""
-    gain_rows = ["| task | teacher | all | correct | incorrect | incorrect - correct |", "|---|---|---|---|---|---|"]
+    """Gains of each teacher by class, and what each rule would gain, on the student before training."""
+    gain_rows = [
+        "| task | teacher | figure | all | correct | incorrect | incorrect - correct |",
+        "|---|---|---|---|---|---|---|",
+    ]
     rule_rows = [
         "| task | teacher | rule | tokens | gained | help kept | harm removed |",
         "|---|---|---|---|---|---|---|",
     ]
     for task_name in TASKS:
         student, tokenizer, task, rows, stop_tokens = load_task(task_name, 0, size.questions)
-        probe = Probe(student, tokenizer, task.reward, TEACHERS, probe_config(budget, size.max_new_tokens, stop_tokens))
-        report = probe.run(rows[:questions], seed=0)
+        config = replace(probe_config(budget, size.max_new_tokens, stop_tokens), update=True, influence=False)
+        report = Probe(student, tokenizer, task.reward, TEACHERS, config).run(rows[:questions], seed=0)
         save(report, results / f"gating-why-{task_name}", overwrite=True)
-        gains = predicted_gains(report)
         for teacher in TEACHERS:
-            cells = [show(tuple(gains[f"{teacher}/{split}"]), sign=True) for split in (*SPLITS, "incorrect-correct")]
-            gain_rows.append(f"| {task_name} | {teacher} | " + " | ".join(cells) + " |")
+            for figure in ("update_gain", "predicted_gain"):
+                found = gains(report, figure)
+                cells = [
+                    show(tuple(found[f"{teacher}/{split}"]), sign=True) for split in (*SPLITS, "incorrect-correct")
+                ]
+                gain_rows.append(f"| {task_name} | {teacher} | {figure} | " + " | ".join(cells) + " |")
         rule_rows += [
             f"| {task_name} | {score.teacher} | {score.rule} | {score.token_share:.2f} "
             f"| {show(interval_of(score.gained), sign=True)} | {score.help_kept.value:.2f} "
@@ -235,10 +306,10 @@ def interval_of(estimate: Any) -> Interval:
     return estimate.value, estimate.low, estimate.high
 
 
-def predicted_gains(report: Any) -> dict[str, list[float]]:
-    """Predicted gain of each teacher in each class of a probe."""
+def gains(report: Any, figure: str) -> dict[str, list[float]]:
+    """A figure of each teacher in each class of a probe."""
     return {
-        f"{summary.teacher}/{summary.split}": list(interval_of(summary.figures["predicted_gain"]))
+        f"{summary.teacher}/{summary.split}": list(interval_of(summary.figures[figure]))
         for summary in Analysis(report).summaries()
     }
 
@@ -258,7 +329,7 @@ def mean_with_interval(values: list[float]) -> Interval:
 
 
 def results_table(steps: int, results: Path) -> str:
-    """End accuracy, mean accuracy along the way (step efficiency), and both against "no gate"."""
+    """End accuracy, mean accuracy along the way (step efficiency), and both against the same teacher without a gate."""
     runs = [run for run in kept_runs(results) if run["steps"] == steps]
     accuracy = {
         (run["task"], run["arm"], run["seed"]): {int(step): np.mean(marks) for step, marks in run["marks"].items()}
@@ -276,11 +347,11 @@ def results_table(steps: int, results: Path) -> str:
             pairs = [
                 (accuracy[key], accuracy[baseline])
                 for key in keys
-                if (baseline := (key[0], "no gate", key[2])) in accuracy
+                if (baseline := (key[0], ARMS[arm].baseline, key[2])) in accuracy
             ]
             before = np.mean([accuracy[key][0] for key in keys])
             cells = [f"{before:.3f}", show(mean_with_interval([accuracy[key][steps] for key in keys]))]
-            if arm == "no gate":
+            if arm == ARMS[arm].baseline:
                 cells += ["", ""]
             else:
                 at_end = [gated[steps] - ungated[steps] for gated, ungated in pairs]
@@ -323,9 +394,9 @@ def main(
 
 
 def smoke() -> None:
-    """Two arms of one step, into a folder that is thrown away."""
+    """Three arms of one step, into a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        main([0], 1, ["no gate", "TeacherRouter"], TASKS[:1], SMOKE_SIZE, Path(folder))
+        main([0], 1, ["TeacherRouter (tokens)", *CONTROL], TASKS[:1], SMOKE_SIZE, Path(folder))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -333,6 +404,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--control", action="store_true", help="only the positive control, on the first task")
     parser.add_argument("--report", action="store_true", help="print the table of what is done, and train nothing")
     parser.add_argument("--why", action="store_true", help="only ask the library about the untrained student")
     parser.add_argument("--questions", type=int, default=48, help="questions of `--why`")
@@ -355,5 +427,9 @@ if __name__ == "__main__":
             f"{given.questions} questions, at most {given.budget} continuations a task, 95 % intervals\n\n{table}\n"
         )
         print(table)
+    elif given.control:
+        main(
+            given.seeds, given.steps, [arm for arm in given.arms if arm in CONTROL], TASKS[:1], TrainingSize(), RESULTS
+        )
     else:
         main(given.seeds, given.steps, given.arms, TASKS, TrainingSize(), RESULTS)

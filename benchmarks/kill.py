@@ -28,8 +28,8 @@ from transformers import TrainerState
 
 from odp_callbacks.callbacks.transformers import state_from_text, state_to_text
 from odp_callbacks.cli.saved_records import load_reports
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.sampling.requests import Continuation
-from odp_callbacks.engine.tree.journal import Journal
 from odp_callbacks.files import read_json_object, write_atomically
 from odp_callbacks.records import ProbeReport, RolloutRecord
 from odp_callbacks.storage import load, save

@@ -34,14 +34,14 @@ callback = GradientAlignmentCallback(
     task.reward,
     divergence=cosine_loss,
     every_n_steps=2,
-    questions_per_probe=3,
-    rollouts_per_question=2,
-    continuations=2,
+    questions_per_probe=6,
+    rollouts_per_question=4,
+    budget=0,  # update gain and the influence of tokens only, without continuations
     max_new_tokens=20,
     eos_token_ids=newline,
 )
 trainer = Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], logger=TensorBoardLogger("odp-demo", "loss"))
 trainer.fit(module, DataLoader(task.rows, batch_size=4, collate_fn=list))
 for name, value in trainer.callback_metrics.items():
-    if name.startswith("odp/predicted_gain/"):
+    if name.startswith("odp/update_gain/"):
         print(name, round(float(value), 3))

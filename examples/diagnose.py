@@ -12,7 +12,7 @@ from odp_callbacks.cli.tasks import make_task
 from odp_callbacks.visualization.table import summary_table
 
 model, tokenizer = load_student(None, print)
-task = make_task("chain_sum", questions=3, lines=0, shots=2, seed=1)
+task = make_task("chain_sum", questions=8, lines=0, shots=2, seed=1)
 report = diagnose(
     get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM")),
     tokenizer,
@@ -23,8 +23,8 @@ report = diagnose(
         "solution": Teacher("{solution}\n{prompt}"),
         "careful": Teacher(lambda row: "Check every sum.\n" + row["prompt"]),
     },
-    rollouts_per_question=2,
-    continuations=2,
+    rollouts_per_question=4,
+    budget=0,  # update gain and the influence of tokens only, without continuations
     max_new_tokens=20,
     eos_token_ids=tuple(tokenizer("\n")["input_ids"]),
 )

@@ -38,9 +38,9 @@ callback = GradientAlignmentCallback(
     prompts=task.rows,
     reward=task.reward,
     every_n_steps=2,
-    questions_per_probe=2,
-    rollouts_per_question=2,
-    continuations=2,
+    questions_per_probe=6,
+    rollouts_per_question=4,
+    budget=0,  # update gain and the influence of tokens only, without continuations
     max_new_tokens=20,
     eos_token_ids=tuple(tokenizer("\n")["input_ids"]),
 )
@@ -48,5 +48,5 @@ student = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM")).train()
 trainer = Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], logger=TensorBoardLogger("odp-demo", "own"))
 trainer.fit(FineTuning(student, tokenizer), DataLoader(task.rows, batch_size=1, collate_fn=list))
 for name, value in trainer.callback_metrics.items():
-    if name.startswith("odp/predicted_gain/"):
+    if name.startswith("odp/update_gain/"):
         print(name, round(float(value), 3))

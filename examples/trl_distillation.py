@@ -39,6 +39,8 @@ callback = GradientAlignmentTrainerCallback(
     task.rows,
     task.reward,
     every_n_steps=2,
+    max_overhead=None,  # a run of two steps leaves too little time for both measurements
+    update_every_n_steps=1,  # the update gain of the training's own rollouts, which are those of the step just taken
     questions_per_probe=3,
     rollouts_per_question=2,
     continuations=2,
@@ -47,5 +49,6 @@ callback = GradientAlignmentTrainerCallback(
 )
 trainer.add_callback(callback)
 trainer.train()
+shown = ("gate/", "odp/alignment", "odp/training/update_gain", "odp/training/success_rate")
 for row in trainer.state.log_history:
-    print({name: round(float(value), 3) for name, value in row.items() if name.startswith(("gate/", "odp/alignment"))})
+    print({name: round(float(value), 3) for name, value in row.items() if name.startswith(shown)})

@@ -219,3 +219,37 @@ def test_a_response_without_a_reward_is_trained_without_the_gate() -> None:
     trainer = make_trainer(max_steps=1)
     trainer.fit(module, make_loader(ROWS, batch_size=4))
     assert trainer.callback_metrics["train/reward"] == pytest.approx(2 / 3)
+
+
+# --- what a callback sees of the rollouts
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log..`:UserWarning")
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_a_training_step_shows_its_rollouts(temperature: float) -> None:
+    def reward(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(completion) % 2) for completion in completions]
+
+    module = make_module(temperature=temperature, reward=reward, rollouts_per_question=2)
+    module.training_step(ROWS, 0)
+    assert len(module.last_rollouts) == 2 * len(ROWS)
+    for rollout in module.last_rollouts:
+        assert any(rollout.row is row for row in ROWS)
+        assert rollout.temperature == temperature
+        assert rollout.reward in (0.0, 1.0)
+        prompt = module.tokenizer(rollout.row["prompt"])["input_ids"]
+        logits = module.student(input_ids=torch.tensor([[*prompt, *rollout.response_ids]])).logits[0]
+        log_probs = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
+        expected = log_probs[range(len(rollout.response_ids)), list(rollout.response_ids)].detach()
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log..`:UserWarning")
+def test_with_dropout_the_forward_of_the_training_is_not_the_policy() -> None:
+    student = tiny("llama", dropout=0.1).float()
+    module = OnPolicyDistillation(student, word_tokenizer(), "base", max_new_tokens=4)
+    for training in (True, False):
+        student.train(training)
+        module.training_step(ROWS, 0)
+        assert all((rollout.log_probs is None) == training for rollout in module.last_rollouts)
+        assert all(rollout.reward is None for rollout in module.last_rollouts), "nothing scores them"

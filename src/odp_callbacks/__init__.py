@@ -13,7 +13,15 @@ if TYPE_CHECKING:  # type checkers and editors see plain imports; at run time a 
     from odp_callbacks.engine.config import ProbeConfig
     from odp_callbacks.engine.probe import Probe, diagnose
     from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
-    from odp_callbacks.engine.tree.nodes import EntropyNodes, UniformNodes, every_node, exponential_windows
+    from odp_callbacks.engine.training_rollouts import TrainingRollout
+    from odp_callbacks.engine.tree.nodes import (
+        BalancedNodes,
+        EntropyNodes,
+        UniformNodes,
+        every_node,
+        exponential_windows,
+    )
+    from odp_callbacks.functional.tokens import Tokens, tokens_of
     from odp_callbacks.gates.alignment import AlignmentGate
     from odp_callbacks.gates.correctness import IncorrectRolloutGate
     from odp_callbacks.gates.loss import gate_loss
@@ -30,7 +38,6 @@ if TYPE_CHECKING:  # type checkers and editors see plain imports; at run time a 
         teacher_margin,
     )
     from odp_callbacks.gates.scoring import score_rules
-    from odp_callbacks.gates.tokens import Tokens, tokens_of
     from odp_callbacks.gates.trl import gate_trainer
     from odp_callbacks.metrics import GradientAlignment
     from odp_callbacks.records import ProbeReport
@@ -43,7 +50,8 @@ _MODULES = {
     "engine.config": ["ProbeConfig"],
     "engine.probe": ["Probe", "diagnose"],
     "engine.teachers": ["AdapterTeacher", "BaseTeacher", "EMATeacher", "ModelTeacher", "Teacher"],
-    "engine.tree.nodes": ["EntropyNodes", "UniformNodes", "every_node", "exponential_windows"],
+    "engine.training_rollouts": ["TrainingRollout"],
+    "engine.tree.nodes": ["BalancedNodes", "EntropyNodes", "UniformNodes", "every_node", "exponential_windows"],
     "gates.alignment": ["AlignmentGate"],
     "gates.correctness": ["IncorrectRolloutGate"],
     "gates.loss": ["gate_loss"],
@@ -60,7 +68,7 @@ _MODULES = {
         "teacher_margin",
     ],
     "gates.scoring": ["score_rules"],
-    "gates.tokens": ["Tokens", "tokens_of"],
+    "functional.tokens": ["Tokens", "tokens_of"],
     "gates.trl": ["gate_trainer"],
     "metrics": ["GradientAlignment"],
     "records": ["ProbeReport"],
@@ -70,6 +78,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "AdapterTeacher",
     "AlignmentGate",
+    "BalancedNodes",
     "BaseTeacher",
     "EMATeacher",
     "EntropyNodes",
@@ -86,6 +95,7 @@ __all__ = [
     "Teacher",
     "TeacherRouter",
     "Tokens",
+    "TrainingRollout",
     "UniformNodes",
     "__version__",
     "correct_rollouts",

@@ -15,19 +15,21 @@ from torch.nn.utils.rnn import pad_sequence
 from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.gradients.logits import node_logits
 from odp_callbacks.engine.gradients.loss_directions import UserLoss
-from odp_callbacks.engine.prompts import Row, as_questions, rows_from_batch, text_tokenizer
+from odp_callbacks.engine.prompts import as_questions, rows_from_batch, text_tokenizer
 from odp_callbacks.engine.rewards import RewardFunction, check_reward
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
 from odp_callbacks.engine.teachers import as_teachers, teacher_logits, teacher_prompt_ids
 from odp_callbacks.engine.teachers.saved_states import load_or_keep, restore_teachers
+from odp_callbacks.engine.training_rollouts import TrainingRollout
 from odp_callbacks.engine.user_defaults import UserDefaults
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.distillation_losses import Divergence, check_divergence, distillation_loss
-from odp_callbacks.functional.gradients import evaluation_mode
+from odp_callbacks.functional.gradients import drops_out, evaluation_mode
+from odp_callbacks.functional.policies import token_log_probs
+from odp_callbacks.functional.tokens import Tokens, policy_features, tokens_of
 from odp_callbacks.gates.loss import check_gate, gate_loss, route
 from odp_callbacks.gates.protocols import Gate, Router, Stateful
 from odp_callbacks.gates.rules import everything
-from odp_callbacks.gates.tokens import Tokens, policy_features, tokens_of
 
 SAMPLING_BATCH_SIZE = 256
 """Largest number of responses that are sampled at a time."""
@@ -41,11 +43,14 @@ class TokenLosses:
         losses: ``(B, T)``, in nats; 0 on padding.
         mask: ``(B, T)``, 1 where there is a token.
         tokens: The tokens as a gate sees them, in the order of ``losses[mask]``.
+        log_probs: ``(N,)`` float32 or wider, of the response tokens one rollout after the other, at the temperature of
+            the sampling; None if dropout is active, so that the forward pass is not that of the student which sampled.
     """
 
     losses: Tensor
     mask: Tensor
     tokens: Tokens
+    log_probs: Tensor | None = None
 
 
 class OnPolicyDistillation(LightningModule):
@@ -139,13 +144,13 @@ class OnPolicyDistillation(LightningModule):
         self.chat_template, self.chat_template_kwargs, self.tools = chat_template, chat_template_kwargs, tools
         self._user_defaults: UserDefaults | None = None
         # The callback measures the update on them.
-        self.last_rollouts: list[tuple[Row, tuple[int, ...]]] = []
+        self.last_rollouts: list[TrainingRollout] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sample rollouts, compare them with the teacher, and return the loss."""
         rollouts = self.sample(batch)
-        self.last_rollouts = [(rollout.question.row, rollout.response_ids) for rollout in rollouts]
         batch_losses = self.token_losses(rollouts)
+        self.last_rollouts = self._training_rollouts(rollouts, batch_losses.log_probs)
         gate = everything if self.gate is None else self.gate
         gated = gate_loss(gate, batch_losses.losses, batch_losses.mask, batch_losses.tokens)
         count = len(rollouts)
@@ -194,12 +199,15 @@ class OnPolicyDistillation(LightningModule):
             [rollout.sequence for rollout in rollouts],
             [rollout.positions(response_depths) for rollout, response_depths in zip(rollouts, depths, strict=True)],
         )
-        losses, features = [], []
+        losses, features, log_probs = [], [], []
+        has_dropout = drops_out(self.student)
         for student_logits, target_logits, response in zip(
             all_student_logits, all_teacher_logits, responses, strict=True
         ):
-            student_logits = student_logits[:, : target_logits.shape[-1]]
             token_ids = torch.tensor(response, device=student_logits.device)
+            if not has_dropout:
+                log_probs.append(token_log_probs(student_logits.detach(), token_ids, self.temperature))
+            student_logits = student_logits[:, : target_logits.shape[-1]]
             losses.append(self._loss(student_logits, target_logits, token_ids))
             if self.gate is not None:
                 features.append(
@@ -210,8 +218,26 @@ class OnPolicyDistillation(LightningModule):
             for name in (features[0] if features else ())
         }
         return TokenLosses(
-            pad_sequence(losses, batch_first=True), self._response_mask(rollouts), replace(tokens, **joined)
+            pad_sequence(losses, batch_first=True),
+            self._response_mask(rollouts),
+            replace(tokens, **joined),
+            torch.cat(log_probs) if log_probs else None,
         )
+
+    def _training_rollouts(self, rollouts: Sequence[Rollout], log_probs: Tensor | None) -> list[TrainingRollout]:
+        """The rollouts as a callback sees them."""
+        lengths = [len(rollout.response_ids) for rollout in rollouts]
+        of_rollouts = [None] * len(rollouts) if log_probs is None else log_probs.cpu().split(lengths)
+        return [
+            TrainingRollout(
+                rollout.question.row,
+                rollout.response_ids,
+                None if self.reward is None else rollout.reward,
+                None if of_tokens is None else of_tokens.tolist(),
+                self.temperature,
+            )
+            for rollout, of_tokens in zip(rollouts, of_rollouts, strict=True)
+        ]
 
     def _response_mask(self, rollouts: Sequence[Rollout]) -> Tensor:
         """``(B, T)``, 1 where there is a response token."""

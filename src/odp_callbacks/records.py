@@ -188,7 +188,9 @@ class ProbeReport:
         return summarise(self, confidence, by)
 
     def ranking(self, confidence: float = 0.95) -> "Ranking":
-        """Rank the teachers by predicted gain, over all rollouts, by class and by question.
+        """Rank the teachers by update gain, or by predicted gain where no update was measured.
+
+        They are ranked over all rollouts, by class and by question.
 
         Args:
             confidence: Level of the intervals, in (0, 1).
@@ -268,7 +270,9 @@ class ProbeReport:
             A table with the columns ``teacher``, ``split``, ``figure``, ``value``, ``low`` and ``high``, followed by
             ``uncorrected``, ``questions``, ``nodes``, ``note`` and ``geometry``. The splits are ``"all"``,
             ``"correct"``, ``"incorrect"`` and, for the difference between the last two, ``"incorrect-correct"``. Rows
-            for the difference between two teachers have ``"a - b"`` as their teacher.
+            for the difference between two teachers have ``"a - b"`` as their teacher. Rows of the figure
+            ``"contribution"`` have a part of the update as their split: ``"correct depth 4-7"``, ``"layer 3"``,
+            ``"module q_proj"`` for a kind of module, or a module's full name.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.

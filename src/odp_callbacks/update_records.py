@@ -13,6 +13,20 @@ CLASSES = ("correct", "incorrect")
 
 
 @dataclass(frozen=True)
+class ModuleProducts:
+    """Inner products of success gradients and directions on the parameters of each of ``M`` LoRA modules alone.
+
+    Attributes:
+        names: The modules.
+        cross: ``(F, F, K, M)``, of success gradients (first axis) and directions of all classes (second axis). Summed
+            over modules it is that of :attr:`UpdateGram.cross` over classes.
+    """
+
+    names: tuple[str, ...]
+    cross: Floats
+
+
+@dataclass(frozen=True)
 class UpdateGram:
     """Inner products of the gradients of ``F`` groups of questions, ``K`` teachers and ``C`` classes of rollouts.
 
@@ -23,6 +37,9 @@ class UpdateGram:
         cross: ``(F, F, K, C)``, of success gradients (first axis) and directions (second axis).
         directions: ``(F, F, K, C, C)``, of the directions of one teacher.
         between: ``(F, F, K, K)``, of the directions of two teachers, all classes together.
+        modules: The same as ``cross`` by module; None if it was not measured.
+        folds: ``(F,)``, the fold of each group: contributions multiply a direction only with success gradients of other
+            folds, as influences of tokens do, so that these add up to them. None: every group is a fold of its own.
     """
 
     questions: Floats
@@ -31,6 +48,8 @@ class UpdateGram:
     cross: Floats
     directions: Floats
     between: Floats
+    modules: ModuleProducts | None = None
+    folds: NDArray[np.int64] | None = None
 
     @property
     def groups(self) -> int:
@@ -89,34 +108,89 @@ class TokenInfluence:
 
 
 @dataclass(frozen=True)
+class TokenFeatures:
+    """What rules for where to distil may ask about ``N`` response tokens and ``K`` teachers.
+
+    Attributes:
+        rollout: ``(N,)``, index of the rollout.
+        depth: ``(N,)``, position in the response.
+        student_entropy: ``(N,)``, in nats.
+        student_log_prob: ``(N,)``, log-probability that the student gives the token, in nats.
+        teacher_entropy: ``(N, K)``, in nats.
+        teacher_log_prob: ``(N, K)``, log-probability that each teacher gives the token, in nats.
+        reverse_kl: ``(N, K)``, divergence ``KL(student || teacher)``, in nats.
+    """
+
+    rollout: NDArray[np.int64]
+    depth: NDArray[np.int64]
+    student_entropy: Floats32
+    student_log_prob: Floats32
+    teacher_entropy: Floats32
+    teacher_log_prob: Floats32
+    reverse_kl: Floats32
+
+
+@dataclass(frozen=True)
+class RuleProducts:
+    """Inner products of the directions of ``R`` rules; a rule gives each token a weight in the distillation gradient.
+
+    Attributes:
+        names: The rules.
+        weight: ``(R, K)``, sum of the weights of all tokens.
+        tokens: ``(R, F, K)``, tokens with a weight above 0.
+        cross: ``(R, F, F, K)``, of success gradients (first group) and the rule's directions (second group).
+        own: ``(R, F, F, K)``, of the rule's directions.
+        whole: ``(R, F, F, K)``, of the rule's directions (first group) and those of all tokens (second group).
+    """
+
+    names: tuple[str, ...]
+    weight: Floats
+    tokens: Floats
+    cross: Floats
+    own: Floats
+    whole: Floats
+
+
+@dataclass(frozen=True)
 class UpdateRecord:
     """One measurement of an update.
 
     Attributes:
         gram: Inner products of success gradients and distillation gradients.
         influence: Of every response token; None if it was not measured.
+        features: Of every response token, for rules; None if neither influences nor rules were measured.
+        rules: Inner products of the directions of rules; None if there were none.
     """
 
     gram: UpdateGram
     influence: TokenInfluence | None = None
+    features: TokenFeatures | None = None
+    rules: RuleProducts | None = None
 
     def with_rollout_offset(self, offset: int) -> "UpdateRecord":
         """The same record where ``offset`` rollouts stand before its own."""
-        if self.influence is None:
-            return self
-        return replace(self, influence=replace(self.influence, rollout=self.influence.rollout + offset))
+        influence, features = self.influence, self.features
+        return replace(
+            self,
+            influence=None if influence is None else replace(influence, rollout=influence.rollout + offset),
+            features=None if features is None else replace(features, rollout=features.rollout + offset),
+        )
 
     def with_rollouts(self, new_index: NDArray[np.int64]) -> "UpdateRecord":
         """The same record where rollout ``i`` is called ``new_index[i]``; tokens whose rollout is -1 are dropped."""
-        if self.influence is None:
-            return self
-        rollout = new_index[self.influence.rollout]
-        kept = rollout >= 0
-        influence = replace(
-            self.influence,
-            rollout=rollout[kept],
-            depth=self.influence.depth[kept],
-            by_fold=self.influence.by_fold[:, kept],
-            logit_norm=self.influence.logit_norm[kept],
-        )
-        return replace(self, influence=influence)
+        influence, features = self.influence, self.features
+        if influence is not None:
+            rollout = new_index[influence.rollout]
+            kept = rollout >= 0
+            influence = replace(
+                influence,
+                rollout=rollout[kept],
+                depth=influence.depth[kept],
+                by_fold=influence.by_fold[:, kept],
+                logit_norm=influence.logit_norm[kept],
+            )
+        if features is not None:
+            rollout = new_index[features.rollout]
+            columns = {name: values[rollout >= 0] for name, values in vars(features).items()}
+            features = TokenFeatures(**{**columns, "rollout": rollout[rollout >= 0]})
+        return replace(self, influence=influence, features=features)

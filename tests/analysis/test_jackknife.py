@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from odp_callbacks.analysis.jackknife import Estimator, jackknife
+from odp_callbacks.analysis.skewness import skewed_interval
 
 RNG = np.random.default_rng(0)
 
@@ -131,3 +132,30 @@ def test_a_withheld_figure_keeps_its_uncorrected_value():
     estimate = jackknife(estimator)
     assert math.isnan(estimate.value)
     assert (estimate.note, estimate.uncorrected) == ("too noisy", 0.3)
+
+
+def pairs_of(values, **options):
+    """A mean, said to be a figure over pairs of questions; it has no part of pairs."""
+    return weighted_mean(values, np.ones(len(values)), np.arange(len(values)), pairs=True, **options)
+
+
+def test_a_figure_over_pairs_has_halls_interval_with_the_degrees_of_what_tells_something():
+    values = np.array([0.0, 0.0, 0.3, 0.0, 1.0, 0.1, 0.0, 0.0])
+    estimate = jackknife(pairs_of(values, informative=3))
+    assert estimate.value == pytest.approx(values.mean())
+    quantile, skewness = stats.t.ppf(0.975, 3), stats.skew(values)
+    expected = skewed_interval(values.mean(), stats.sem(values), skewness, 8, quantile)
+    assert (estimate.low, estimate.high) == pytest.approx(expected)
+    all_tell = jackknife(pairs_of(values, informative=8))
+    assert all_tell.half_width < estimate.half_width
+    assert pairs_of(values, informative=8).degrees_of_freedom == 7
+
+
+def test_two_questions_that_tell_something_give_a_value_and_say_why_no_interval():
+    values = np.array([0.0, 0.0, 0.3, 0.0, 1.0, 0.0])
+    estimate = jackknife(pairs_of(values, informative=2))
+    assert estimate.value == pytest.approx(values.mean())
+    assert math.isnan(estimate.low)
+    assert estimate.note == "few unequal rewards"
+    difference = pairs_of(values, informative=2) - pairs_of(values, informative=5)
+    assert difference.informative == 2

@@ -100,3 +100,13 @@ def test_one_group_or_one_class_alone_is_said():
     gram = gram_of_rows(questions, tokens, success, directions)
     assert update_gain([gram], 0, (1.0, 0.0)).withheld == "too few rollouts of this class"
     assert update_gain([gram], 0, (0.0, 1.0)).nodes == 9
+
+
+def test_questions_with_equal_rewards_or_without_rollouts_of_the_class_tell_nothing():
+    questions, success, directions = draw(6, 0)
+    success[:2] = 0.0
+    tokens = np.full((6, 2), 4.0)
+    tokens[1:5, 0] = 0.0
+    gram = gram_of_rows(questions, tokens, success, directions)
+    found = [update_gain([gram], 0, classes).informative for classes in (ALL, (1.0, 0.0), (0.0, 1.0))]
+    assert found == [4, 2, 4]

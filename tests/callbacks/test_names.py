@@ -44,8 +44,8 @@ def test_each_logs_under_its_own_names(tmp_path: Path) -> None:
     tags = events.Tags()
     for callback in callbacks:
         root = f"odp-{callback.monitor.schedule.name}"
-        expected = scalars(callback.last_report)["odp/alignment/answer/all"]
-        logged = events.Scalars(f"{root}/alignment/answer/all")[-1].value
+        expected = scalars(callback.last_report)["odp/predicted_gain/answer/all"]
+        logged = events.Scalars(f"{root}/predicted_gain/answer/all")[-1].value
         np.testing.assert_allclose(logged, expected, rtol=1e-6)
         assert any(tag.startswith(f"{root}/rollout/") for tag in tags["images"])
         assert any(tag.startswith(f"{root}/alignment_histogram/") for tag in tags["histograms"])
@@ -150,7 +150,7 @@ def test_two_callbacks_in_a_transformers_trainer(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"odp-every", "odp-some"}
     (folder,) = {path.parent for path in (tmp_path / "whole").rglob("events.out.tfevents*")}
     tags = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload().Tags()
-    assert "train/odp-some/alignment/answer/all" in tags["scalars"]
+    assert "train/odp-some/predicted_gain/answer/all" in tags["scalars"]
     assert {tag.split("/")[0] for tag in tags["images"]} == {"odp-every", "odp-some"}
 
 

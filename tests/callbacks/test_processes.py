@@ -1,15 +1,15 @@
 """Two processes that share each probe, over gloo."""
 
 import os
-import socket
-from collections.abc import Callable
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from odp_callbacks import AlignmentGate
@@ -25,6 +25,7 @@ from tests.helpers.training import (
     odd_length_reward,
     states_equal,
 )
+from tests.helpers.two_processes import run_in_two_processes
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -35,23 +36,40 @@ def test_shares_are_disjoint_complete_and_even(size: int, count: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def free_port() -> int:
-    with socket.socket() as free_socket:
-        free_socket.bind(("127.0.0.1", 0))
-        return int(free_socket.getsockname()[1])
+class Threads(Processes):
+    """Processes that are threads of this one, and wait a few seconds for each other."""
+
+    barrier = threading.Barrier(2)
+    objects: ClassVar[dict[int, Any]] = {}
+
+    def gather(self, value: Any) -> list[Any]:
+        self.objects[self.rank] = value
+        self.barrier.wait(timeout=10)
+        gathered = [self.objects[rank] for rank in range(2)]
+        self.barrier.wait(timeout=10)
+        return gathered
 
 
-def _start(rank: int, work: Callable[..., None], port: int, folder: str, arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "TOKENIZERS_PARALLELISM": "false"}
-    torch.set_num_threads(1)
-    work(rank, Path(folder), *arguments)
+@pytest.mark.parametrize("failing", [None, 0, 1])
+def test_what_fails_in_one_process_is_raised_in_all_and_none_waits(failing: int | None) -> None:
+    def work(rank: int) -> Any:
+        def function() -> int:
+            if rank == failing:
+                raise KeyError("lost")
+            return 10 * rank
 
+        try:
+            return Threads(rank, 2).gather_results(function)
+        except Exception as error:
+            return type(error), str(error)
 
-def run_in_two_processes(work: Callable[..., None], folder: Path, *arguments: Any) -> list[Any]:
-    """Run ``work`` in two processes, and return what each of them saved in ``folder``."""
-    mp.spawn(_start, args=(work, free_port(), str(folder), arguments), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(work, range(2)))
+    if failing is None:
+        assert results == [[0, 10], [0, 10]]
+    else:
+        assert results[failing] == (KeyError, "'lost'")
+        assert results[1 - failing] == (RuntimeError, f"in process {failing}: KeyError: 'lost'")
 
 
 def _ddp_trainer(callback: Any = None, **changes: Any) -> Any:
@@ -163,6 +181,39 @@ def test_a_failure_in_one_process_does_not_stop_the_others(strict: bool, tmp_pat
         else:
             assert (step, message) == (4, "")
             assert len({rollout.question for rollout in report.rollouts}) == 1, "the other process's question counts"
+
+
+def _copy_fails(rank: int, folder: Path) -> None:
+    from odp_callbacks.callbacks import processes
+    from odp_callbacks.engine.update.taken_step import KeptParameters
+
+    processes.TIMEOUT = timedelta(seconds=60)
+    copy = KeptParameters.of
+
+    def failing_copy(student: Any, step: int) -> KeptParameters:
+        if rank == 1 and step == 3:
+            raise MemoryError("no room for a copy")
+        return copy(student, step)
+
+    KeptParameters.of = failing_copy
+    callback = make_watching_callback(every_n_steps=100, strict=False)
+    logged, log = [], callback._log
+
+    def recording_log(trainer: Any, metrics: dict[str, float], report: Any) -> None:
+        logged.append((trainer.global_step, "odp/step/gain" in metrics))
+        log(trainer, metrics, report)
+
+    callback._log = recording_log
+    module = make_module(reward=odd_length_reward, rollouts_per_question=4)
+    _ddp_trainer(callback, max_steps=7, max_epochs=-1).fit(module, make_loader())
+    torch.save(logged, folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_a_copy_that_fails_in_one_process_does_not_hang_the_others(tmp_path: Path) -> None:
+    first, second = run_in_two_processes(_copy_fails, tmp_path)
+    assert first == second
+    assert [step for step, has_gain in first if has_gain] == [2, 6, 7], "at step 5 the curves begin anew"
 
 
 def _undefined(rank: int, folder: Path) -> None:

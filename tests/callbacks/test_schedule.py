@@ -40,6 +40,7 @@ def test_a_misspelt_argument_is_answered_with_the_closest_and_all_valid_ones(mis
     [
         ({"every_n_steps": True}, "`every_n_steps` must be a positive integer, but True was given"),
         ({"update_every_n_steps": 0}, "`update_every_n_steps` must be a positive integer, but 0 was given"),
+        ({"step_gain_every_n_steps": -1}, "`step_gain_every_n_steps` must be a positive integer, but -1 was given"),
         ({"questions_per_probe": 2.0}, r"`questions_per_probe` must be a positive integer, but 2\.0 was given"),
         ({"max_overhead": 1.0}, r"`max_overhead` must lie in \(0, 1\) or be None"),
         ({"confidence": 0.0}, r"`confidence` must lie in \(0, 1\)"),
@@ -55,3 +56,6 @@ def test_a_multiple_that_is_jumped_over_counts() -> None:
     assert [step for step in (2, 4, 6, 8) if schedule.probe_is_due(step, step - 2)] == [4, 6]
     assert schedule.update_is_due(4, 3)
     assert not ProbeSchedule().update_is_due(4, 3)
+    assert ProbeSchedule().step_gain_is_due(4, 3)
+    assert not ProbeSchedule(step_gain_every_n_steps=3).step_gain_is_due(5, 3)
+    assert not ProbeSchedule(step_gain_every_n_steps=None).step_gain_is_due(4, 3)

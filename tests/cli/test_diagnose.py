@@ -38,7 +38,7 @@ def test_diagnose_ranks_and_writes_records_and_report(
     assert "Does the teacher push towards success?" in capsys.readouterr().out
 
 
-def test_an_interrupted_diagnosis_resumes_and_repeats_no_question(
+def test_an_interrupted_diagnosis_resumes_and_repeats_no_part(
     student_folder: str,
     dataset: str,
     tmp_path: Path,
@@ -48,19 +48,20 @@ def test_an_interrupted_diagnosis_resumes_and_repeats_no_question(
     assert main([*diagnose_arguments(student_folder, dataset, tmp_path / "whole"), "--json"]) == 0
     uninterrupted, calls = printed_json(capsys), len(odd_reward.calls)
     odd_reward.calls.clear()
-    odd_reward.interrupt_after = calls // 2
+    odd_reward.interrupt_after = 2  # the first two are a trial and the rollouts of the update
     assert main(diagnose_arguments(student_folder, dataset, tmp_path / "out")) == 130
     assert "resumes from here" in capsys.readouterr().err
     odd_reward.interrupt_after = None
-    questions_done = len(list((tmp_path / "out" / "questions").iterdir()))
-    assert 0 < questions_done < 4
+    assert (tmp_path / "out" / "update").exists()
+    assert (tmp_path / "out" / "journal").exists()
+    assert not (tmp_path / "out" / "records").exists()
     odd_reward.calls.clear()
     assert main([*diagnose_arguments(student_folder, dataset, tmp_path / "out"), "--json"]) == 0
     assert printed_json(capsys)["classes"] == uninterrupted["classes"]
     assert len(odd_reward.calls) < calls
     odd_reward.calls.clear()
     assert main([*diagnose_arguments(student_folder, dataset, tmp_path / "out"), "--json"]) == 0
-    assert len(odd_reward.calls) <= 2, "the reward function is only tried, and no question is measured again"
+    assert len(odd_reward.calls) <= 2, "the reward function is only tried, and nothing is measured again"
     assert main(diagnose_arguments(student_folder, dataset, tmp_path / "out", seed=3)) == 2
     assert "another `seed`" in capsys.readouterr().err
 

@@ -127,6 +127,33 @@ def world_truth(world, teacher):
     return truth, sum(float(n.reach) * truth[p] for p, n in nodes.items())
 
 
+def test_rewards_that_exist_are_taken_whatever_their_range(student):
+    scored = []
+
+    def reward(completions, **columns):
+        scored.extend(completions)
+        return [1.0] * len(completions)
+
+    responses = [[[7, 8, EOS], [9, 10]], [[6, 7]], [[8, EOS], [9]]]
+    probe = Probe(student, word_tokenizer(), reward, "base", ProbeConfig(max_new_tokens=8, budget=0))
+    report = probe.run(ROWS, responses=responses, rewards=[[3.5, -2.0], [None], [float("nan"), 0.25]])
+    assert scored == ["a b"], "only the one without a reward"
+    assert [rollout.reward for rollout in report.rollouts] == [3.5, -2.0, 1.0, 0.25]
+    assert [rollout.correct for rollout in report.rollouts] == [True, False, True, False]
+    assert report.left_out["responses"] == 1
+    expected = probe.run(ROWS, responses=responses, rewards=[[5.5, 0.0], [0.0], [float("nan"), 0.0]])
+    shifted = probe.run(ROWS, responses=responses, rewards=[[6.5, 1.0], [1.0], [float("nan"), 1.0]])
+    np.testing.assert_allclose(
+        expected.updates[0].gram.success, shifted.updates[0].gram.success, rtol=1e-5
+    )  # a constant is no gradient
+    for rewards, message in (
+        ([[1.0], [1.0], [1.0, 1.0]], r"one reward for each response, \[2, 1, 2\] by question, but holds \[1, 1, 2\]"),
+        ([[1.0, float("inf")], [1.0], [1.0, 1.0]], "must be finite, NaN or None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probe.run(ROWS, responses=responses, rewards=rewards)
+
+
 def test_rollouts_that_exist_are_taken(student):
     responses = [[[7, 8, EOS, 9], [9, 10, 11]], [[6, 7]], [[8, EOS]]]
     probe = Probe(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from odp_callbacks.functional.updates import leave_one_out_advantages, sum_of_other_rows, update_gain
+from odp_callbacks.functional.updates import leave_one_out_advantages, step_gain, sum_of_other_rows, update_gain
 
 
 def draw(count: int, size: int, seed: int) -> torch.Tensor:
@@ -71,3 +71,34 @@ def test_a_rollout_is_compared_with_its_siblings_and_a_lone_one_with_the_other_q
     assert found.tolist() == pytest.approx([1.0, -1.0, 0.5 - 1.25 / 3, 0.25 - 0.5])
     assert leave_one_out_advantages(torch.tensor([0.5]), torch.tensor([0])).tolist() == [0.5]
     assert leave_one_out_advantages(torch.ones(4), torch.tensor([0, 0, 1, 1])).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("questions", [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 2], [0, 1, 2, 3, 4, 5, 6]], ids=str)
+def test_equal_rewards_of_any_size_give_exactly_zero(questions: list[int], dtype: torch.dtype) -> None:
+    for reward in (0.1, 0.7, -2.3):
+        found = leave_one_out_advantages(torch.full((7,), reward, dtype=dtype), torch.tensor(questions))
+        assert found.tolist() == [0.0] * 7
+    rewards = torch.where(torch.tensor(questions) == 0, 0.1, 0.7).to(dtype)
+    if questions.count(2) == 0:  # nothing is compared between questions
+        assert leave_one_out_advantages(rewards, torch.tensor(questions)).tolist() == [0.0] * 7
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(0, 1000))
+def test_the_gain_of_a_step_by_plain_loops(questions, seed):
+    rewards, after, before = draw(3, len(questions), seed)
+    gains = step_gain(rewards, torch.tensor(questions), after, before)
+    for i, question in enumerate(questions):
+        siblings = [rewards[j] for j in range(len(questions)) if questions[j] == question and j != i]
+        others = [rewards[j] for j in range(len(questions)) if questions[j] != question]
+        compared = siblings or others
+        baseline = sum(compared) / len(compared) if compared else 0.0
+        torch.testing.assert_close(gains[i], (rewards[i] - baseline) * (after[i] - before[i]))
+
+
+def test_a_step_needs_a_number_for_each_rollout():
+    rewards, questions = torch.ones(2), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"`log_probs_before` must have one number for each rollout, \(2,\)"):
+        step_gain(rewards, questions, torch.zeros(2), torch.zeros(3))
+    with pytest.raises(TypeError, match="`log_probs_after` must be a floating-point tensor"):
+        step_gain(rewards, questions, torch.zeros(2, dtype=torch.long), torch.zeros(2))

@@ -113,7 +113,7 @@ def test_every_published_rule_can_be_scored(make_report: MakeReport) -> None:
 
 
 def test_a_gate_that_learned_elsewhere_is_scored_like_a_rule(make_report: MakeReport) -> None:
-    gate = AlignmentGate()
+    gate = AlignmentGate("predicted_gain")
     gate.observe(make_report(gains))
     near, far = score_rules(make_report(gains, seed=1, first=10), {"learned": gate})
     for score in (near, far):

@@ -58,7 +58,8 @@ def chat_rows() -> Dataset:
 
 
 def gkd_trainer(folder: Path, dropout: float = 0.0, **changes: Any) -> GKDTrainer:
-    args = GKDConfig(output_dir=str(folder), max_new_tokens=5, max_length=32, lmbda=1.0, **(COMMON | changes))
+    options = {"max_new_tokens": 5, "max_length": 32, "lmbda": 1.0}
+    args = GKDConfig(output_dir=str(folder), **(COMMON | options | changes))
     return GKDTrainer(
         model=trainer_student(dropout),
         teacher_model=tiny_base(seed=5).float(),

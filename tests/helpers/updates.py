@@ -1,12 +1,12 @@
 """Measurements of an update with known gains, without a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.update_records import TokenInfluence, UpdateRecord, gram_of_rows
+from odp_callbacks.update_records import ModuleProducts, TokenFeatures, TokenInfluence, UpdateRecord, gram_of_rows
 
 
 def with_update(
@@ -67,6 +67,44 @@ def with_update(
 def update_only(report: ProbeReport, gains: Callable[[bool], tuple[float, ...]], **options: object) -> ProbeReport:
     """The same without nodes, as a diagnosis without continuations leaves it behind."""
     return replace(with_update(report, gains, **options), nodes=(), continuations=0)  # type: ignore[arg-type]
+
+
+def with_module_products(report: ProbeReport, shares: Mapping[str, float]) -> ProbeReport:
+    """The same measurements, of which each module has a share of all inner products.
+
+    Args:
+        report: With measurements of an update.
+        shares: Share of each module, by its name; they add up to 1.
+    """
+
+    def of_modules(record: UpdateRecord) -> UpdateRecord:
+        cross = record.gram.cross.sum(axis=-1)[..., None] * np.array(list(shares.values()))
+        return replace(record, gram=replace(record.gram, modules=ModuleProducts(tuple(shares), cross)))
+
+    return replace(report, updates=tuple(of_modules(update) for update in report.updates))
+
+
+def with_features(report: ProbeReport, seed: int = 0) -> ProbeReport:
+    """The same measurements with random features of all tokens, which rules may ask about."""
+    generator, teachers = np.random.default_rng(seed), len(report.teachers)
+
+    def of_record(record: UpdateRecord) -> UpdateRecord:
+        assert record.influence is not None
+        tokens = len(record.influence.depth)
+        of_student = -generator.random((2, tokens)).astype(np.float32)
+        of_teachers = -generator.random((3, tokens, teachers)).astype(np.float32)
+        features = TokenFeatures(
+            record.influence.rollout,
+            record.influence.depth,
+            -of_student[0],
+            of_student[1],
+            -of_teachers[0],
+            of_teachers[1],
+            -of_teachers[2],
+        )
+        return replace(record, features=features)
+
+    return replace(report, updates=tuple(of_record(update) for update in report.updates))
 
 
 def with_texts(report: ProbeReport, length: int) -> ProbeReport:

@@ -5,9 +5,11 @@ import pytest
 
 from odp_callbacks.analysis.contributions import contributions
 from odp_callbacks.analysis.summaries import Analysis
-from odp_callbacks.visualization.contribution_plots import plot_contributions
+from odp_callbacks.records import ProbeReport
+from odp_callbacks.visualization.contribution_plots import PALE, plot_contributions, plot_module_contributions
+from odp_callbacks.visualization.module_maps import plot_contribution_maps
 from tests.helpers.records import MakeReport, many_teachers, split
-from tests.helpers.updates import update_only, with_texts
+from tests.helpers.updates import update_only, with_module_products, with_texts
 
 
 def test_bars_begin_where_the_one_before_ends_and_add_up(make_report: MakeReport) -> None:
@@ -62,3 +64,58 @@ def test_many_teachers_and_long_responses_fit() -> None:
     assert plot is not None
     assert plot.get_size_inches()[1] < 12
     assert len(plot.axes) == 8
+
+
+@pytest.fixture
+def of_modules(make_report: MakeReport) -> ProbeReport:
+    report = update_only(make_report(split), lambda correct: (0.6, -0.4 if correct else 0.1))
+    return with_module_products(report, {"layers.0.q_proj": 0.7, "layers.0.v_proj": 0.5, "layers.1.q_proj": -0.2})
+
+
+def test_layers_and_kinds_both_end_at_the_whole(of_modules: ProbeReport) -> None:
+    plot = plot_module_contributions(Analysis(of_modules))
+    assert plot is not None
+    labels = [label.get_text() for label in plot.axes[-1].get_xticklabels()]
+    assert labels == ["0", "1", "q_proj", "v_proj", "whole update"]
+    for summary, axes in zip(Analysis(of_modules).summaries()[::4], plot.axes, strict=True):
+        whole = summary.figures["update_contribution"].value
+        bars = [container[0] for container in axes.containers]
+        np.testing.assert_allclose([bar.get_height() / whole for bar in bars], [1.2, -0.2, 0.5, 0.5, 1.0])
+        np.testing.assert_allclose([bar.get_y() / whole for bar in bars], [0, 1.2, 0, 0.5, 0])
+
+
+def test_bars_are_pale_unless_the_interval_excludes_0(of_modules: ProbeReport) -> None:
+    analysis = Analysis(of_modules)
+    plot = plot_module_contributions(analysis)
+    assert plot is not None
+    assert analysis.module_contributions is not None
+    layers = analysis.module_contributions.layers
+    for teacher_index, axes in enumerate(plot.axes):
+        for part, container in zip(layers, axes.containers, strict=False):
+            estimate = part.estimates[teacher_index]
+            is_sure = estimate.low > 0 or estimate.high < 0
+            assert container[0].get_facecolor()[3] == (1.0 if is_sure else PALE)
+
+
+def test_of_many_layers_only_some_have_a_label(make_report: MakeReport) -> None:
+    report = update_only(make_report(split), lambda correct: (0.6, 0.1))
+    many = with_module_products(report, {f"layers.{layer}.q_proj": 1 / 80 for layer in range(80)})
+    plot = plot_module_contributions(Analysis(many))
+    assert plot is not None
+    assert len(plot.axes[0].containers) == 82
+    assert 5 < len(plot.axes[0].get_xticks()) < 25
+
+
+def test_the_map_has_each_module_s_contribution(of_modules: ProbeReport) -> None:
+    analysis = Analysis(of_modules)
+    plot = plot_contribution_maps(analysis)
+    assert plot is not None
+    whole = analysis.summaries()[0].figures["update_contribution"].value
+    cells = plot.axes[0].collections[0].get_array()
+    np.testing.assert_allclose(cells.filled(np.nan), np.array([[0.7, -0.2], [0.5, np.nan]]) * whole)
+
+
+def test_without_products_by_module_there_is_no_picture(make_report: MakeReport) -> None:
+    analysis = Analysis(update_only(make_report(split), lambda correct: (0.6, 0.1)))
+    assert plot_module_contributions(analysis) is None
+    assert plot_contribution_maps(analysis) is None

@@ -15,7 +15,7 @@ from odp_callbacks.records import ProbeReport
 from odp_callbacks.visualization.table import rules_table, summary_table
 from tests.helpers.models import tiny, word_tokenizer
 from tests.helpers.records import MakeReport, split
-from tests.helpers.updates import update_only, with_update
+from tests.helpers.updates import update_only, with_features, with_update
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,18 @@ def test_rules_are_ranked_by_predicted_gain_in_eighty_columns(make_report: MakeR
     near, far = (text[text.index(teacher) :] for teacher in ("near", "far "))
     assert near.index("incorrect rollouts") < near.index("everything") < near.index("correct rollouts", 300)
     assert far.index("correct rollouts") < far.index("everything") < far.index("incorrect rollouts")
+
+
+def test_rules_are_ranked_by_update_gain_in_eighty_columns(make_report: MakeReport) -> None:
+    nodes = make_report(lambda correct, depth: (-0.4, 0.6) if correct else (0.8, -0.2), noise=0.3)
+    both = with_features(with_update(nodes, lambda correct: (-0.6, 0.6) if correct else (0.8, 0.3)))
+    for report in (both, replace(both, nodes=())):
+        text = printed(rules_table(score_rules(report)))
+        assert "…" not in text
+        assert "needs `rules=`" in text  # no rule but those by correctness was measured
+        near, far = (text[text.index(teacher) :] for teacher in ("near", "far "))
+        assert near.index("incorrect rollouts") < near.index("everything") < near.index("correct rollouts", 300)
+        assert far.index("correct rollouts") < far.index("everything")
 
 
 def test_no_note_is_cut_off(report: ProbeReport) -> None:

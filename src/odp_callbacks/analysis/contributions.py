@@ -6,7 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from odp_callbacks.analysis.classes import depth_windows
+from odp_callbacks.analysis.fold_contributions import contribution_of_tokens
+from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.token_influence import influence_intervals
+from odp_callbacks.analysis.update_gain import withheld_because
 from odp_callbacks.records import Floats, ProbeReport
 from odp_callbacks.update_records import CLASSES
 
@@ -57,14 +60,19 @@ class Contribution:
     Attributes:
         split: Class of the rollouts, ``"correct"`` or ``"incorrect"``.
         window: Depths, such as ``"4-7"``.
-        value: ``(K,)``, sum of the tokens' influences.
+        estimates: ``K`` sums of the tokens' influences, each with its interval.
         tokens: Number of tokens.
     """
 
     split: str
     window: str
-    value: Floats
+    estimates: tuple[Estimate, ...]
     tokens: int
+
+    @property
+    def value(self) -> Floats:
+        """The sums, ``(K,)``."""
+        return np.array([estimate.value for estimate in self.estimates])
 
 
 def report_influence(report: ProbeReport, confidence: float = 0.95) -> ReportInfluence | None:
@@ -80,31 +88,36 @@ def report_influence(report: ProbeReport, confidence: float = 0.95) -> ReportInf
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     value, low, high = np.full((3, starts[-1], len(report.teachers)), np.nan)
     weight = np.ones(starts[-1])
-    questions = sum(float(update.gram.questions.sum()) for update in report.updates)
+    # Of a single group of questions there is no contribution, so that it has no weight either.
+    questions = sum(float(update.gram.questions.sum()) for update in report.updates if update.gram.groups > 1)
     for update in report.updates:
         if update.influence is not None:
             places = starts[update.influence.rollout] + update.influence.depth
-            value[places], low[places], high[places] = influence_intervals(update.influence, confidence)
+            intervals = influence_intervals(update.influence, confidence)
+            told = np.array([not withheld_because([update.gram], teacher) for teacher in range(len(report.teachers))])
+            value[places], low[places], high[places] = (np.where(told, part, np.nan) for part in intervals)
             weight[places] = float(update.gram.questions.sum()) / questions if questions else 1.0
     depth = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     return ReportInfluence(starts, depth, value, low, high, weight)
 
 
-def contributions(report: ProbeReport, influence: ReportInfluence) -> list[Contribution]:
+def contributions(report: ProbeReport, influence: ReportInfluence, confidence: float = 0.95) -> list[Contribution]:
     """Sum influences by class and window of depth; together they make the contribution of the whole update.
 
     Args:
         report: A probe's report.
         influence: Of its tokens.
+        confidence: Level of the intervals, in (0, 1).
 
     Returns:
         Those of correct rollouts by depth, then those of incorrect ones; windows without tokens are left out.
     """
     correct = np.repeat([rollout.correct for rollout in report.rollouts], np.diff(influence.starts))
-    weighted = np.nan_to_num(influence.value) * influence.weight[:, None]
     measured = np.isfinite(influence.value).any(axis=1)
     return [
-        Contribution(split, window, weighted[chosen].sum(axis=0), int(chosen.sum()))
+        Contribution(
+            split, window, contribution_of_tokens(report, influence.starts, chosen, confidence), int(chosen.sum())
+        )
         for split in CLASSES
         for window, in_window in depth_windows(influence.depth)
         if (chosen := in_window & measured & (correct == (split == "correct"))).any()

@@ -227,7 +227,10 @@ def success_rate(report: ProbeReport, confidence: float = 0.95) -> Estimate:
         return np.asarray(total[..., 0] / total[..., 1])
 
     has_rollouts = np.ones(len(questions), bool)
-    return jackknife(Estimator(mean_reward, has_rollouts, len(report.rollouts), bounds=(0.0, 1.0)), confidence)
+    # Rewards that a training gave may have any range.
+    is_share = all(0 <= rollout.reward <= 1 for rollout in report.rollouts)
+    bounds = (0.0, 1.0) if is_share else None
+    return jackknife(Estimator(mean_reward, has_rollouts, len(report.rollouts), bounds=bounds), confidence)
 
 
 def undefined_figure(weights: Floats) -> Floats:

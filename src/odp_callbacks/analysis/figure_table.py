@@ -11,6 +11,8 @@ COLUMNS = (
     "teacher", "split", "figure", "value", "low", "high", "uncorrected", "questions", "nodes", "note", "geometry",
 )  # fmt: skip
 """Names of the columns, in their order."""
+CONTRIBUTION = "contribution"
+"""Figure of the rows on what depths, layers and modules contribute to the update."""
 
 
 def figure_rows(report: ProbeReport, confidence: float = 0.95) -> list[dict[str, Any]]:
@@ -31,7 +33,7 @@ def figure_rows(report: ProbeReport, confidence: float = 0.95) -> list[dict[str,
         rows += [
             _row(teacher, split, figure, estimate, other)
             for (teacher, split, figure), estimate in _estimates(other, confidence)
-            if figure in GEOMETRY_DEPENDENT
+            if figure in (*GEOMETRY_DEPENDENT, CONTRIBUTION)
         ]
     return rows
 
@@ -41,6 +43,9 @@ def _estimates(report: ProbeReport, confidence: float) -> Iterator[tuple[tuple[s
     for summary in [*analysis.summaries(), *analysis.contrasts()]:
         for figure, estimate in summary.figures.items():
             yield (summary.teacher, summary.split, figure), estimate
+    for split, estimates in analysis.contributions():
+        for teacher, estimate in zip(report.teachers, estimates, strict=True):
+            yield (teacher, split, CONTRIBUTION), estimate
 
 
 def _row(teacher: str, split: str, figure: str, estimate: Estimate, report: ProbeReport) -> dict[str, Any]:

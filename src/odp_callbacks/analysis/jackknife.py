@@ -5,10 +5,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from odp_callbacks.analysis.skewness import skewed_interval
 from odp_callbacks.records import Floats
 
 MINIMUM_QUESTIONS = 3
 """With fewer questions an interval would not reach its stated coverage, so none is given."""
+FEW_INFORMATIVE = "few unequal rewards"
+"""Why there is no interval: too few questions have rewards that differ, and rollouts of the class."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Estimator:
         bounds: Smallest and largest possible value, if the figure has them.
         parts: For a difference, the two figures that it is the difference of.
         pairs: Whether the figure is a sum over pairs of questions. Its variance then gets a correction, see
-            :attr:`variance`.
+            :attr:`variance`, and its interval is one for skewed figures.
+        informative: For a figure over pairs, how many questions tell something: those with a success gradient and with
+            rollouts of the class. None: all of them.
     """
 
     statistic: Callable[[Floats], Floats]
@@ -64,11 +69,18 @@ class Estimator:
     bounds: tuple[float, float] | None = None
     parts: tuple["Estimator", ...] = ()
     pairs: bool = False
+    informative: int | None = None
 
     @property
     def question_count(self) -> int:
         """Number of questions behind the figure; for a difference, the smaller of its parts' numbers."""
         return min((part.question_count for part in self.parts), default=int(self.questions.sum()))
+
+    @property
+    def value(self) -> float:
+        """The figure of all questions."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(self.statistic(np.ones(len(self.questions))))
 
     @property
     def variance(self) -> float:
@@ -104,12 +116,24 @@ class Estimator:
         return float(((interactions - interactions.mean()) ** 2).sum() / (count * (count - 1)))
 
     @property
+    def skewness(self) -> float:
+        """Skewness of the questions' influences on the figure, which the jackknife measures."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            leave_one_out = self.statistic(1 - np.eye(len(self.questions))[self.questions])
+            influences = leave_one_out.mean() - leave_one_out
+            return float((influences**3).mean() / (influences**2).mean() ** 1.5)
+
+    @property
     def degrees_of_freedom(self) -> float:
         """Degrees of freedom of Student's t.
 
-        One less than the number of questions. A difference takes those of Welch and Satterthwaite if they are fewer.
+        One less than the number of questions. A figure over pairs has at most one for each question that tells
+        something: the others add nothing to the sum of squares. Any other difference takes those of Welch and
+        Satterthwaite if they are fewer.
         """
         maximum = float(self.questions.sum()) - 1
+        if self.pairs:
+            return maximum if self.informative is None else min(maximum, float(self.informative))
         if not self.parts:
             return maximum
         variances = [part.variance for part in self.parts]
@@ -132,6 +156,7 @@ class Estimator:
             bounds,
             (self, other),
             self.pairs or other.pairs,
+            min((n for n in (self.informative, other.informative) if n is not None), default=None),
         )
 
 
@@ -173,13 +198,14 @@ def jackknife(estimator: Estimator, confidence: float = 0.95) -> Estimate:
         return replace(blank, note=estimator.withheld)
     if estimator.nodes == 0 or question_count == 0:
         return replace(blank, note="no node")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(estimator.statistic(np.ones(len(estimator.questions))))
+    value = estimator.value
     if not np.isfinite(value):
         return replace(blank, note="too noisy")
     if question_count < MINIMUM_QUESTIONS:
         note = "one question" if question_count == 1 else f"{question_count} questions"
         return _clip(replace(blank, value=value, note=note), estimator.bounds)
+    if estimator.informative is not None and estimator.informative < MINIMUM_QUESTIONS:
+        return _clip(replace(blank, value=value, note=FEW_INFORMATIVE), estimator.bounds)
     variance = estimator.variance
     if not np.isfinite(variance):
         note = "too noisy" if estimator.pairs else "one question"
@@ -187,8 +213,11 @@ def jackknife(estimator: Estimator, confidence: float = 0.95) -> Estimate:
     from scipy import stats  # importing it takes most of a second
 
     quantile = stats.t.ppf((1 + confidence) / 2, estimator.degrees_of_freedom)
-    half_width = float(quantile * np.sqrt(variance))
-    return _clip(replace(blank, value=value, low=value - half_width, high=value + half_width), estimator.bounds)
+    standard_error = float(np.sqrt(variance))
+    low, high = value - quantile * standard_error, value + quantile * standard_error
+    if estimator.pairs and variance > 0:
+        low, high = skewed_interval(value, standard_error, estimator.skewness, question_count, quantile)
+    return _clip(replace(blank, value=value, low=float(low), high=float(high)), estimator.bounds)
 
 
 def _clip(estimate: Estimate, bounds: tuple[float, float] | None) -> Estimate:

@@ -1,10 +1,12 @@
 """Ranking of the teachers by update gain or predicted gain, over all rollouts, by class and by question."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.summaries import SPLITS, Analysis, ClassSummary
+from odp_callbacks.analysis.update_gain import EQUAL_REWARDS, EQUAL_TEACHER, ONE_QUESTION
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import displayable
 
@@ -62,6 +64,33 @@ def rank_analysis(analysis: Analysis) -> Ranking:
     return Ranking(classes, _answer_without_differences(analysis.report) or _answer(classes["all"]))
 
 
+NO_GAIN = {
+    ONE_QUESTION: "Nothing can be told of one question, because the gain is that of other questions; give several.",
+    EQUAL_REWARDS: "Nothing can be told, because all rollouts of a question have equal rewards, for every question; "
+    "give questions that the student sometimes solves.",
+    EQUAL_TEACHER: "{teachers} {differ} from the student on its rollouts, so there is no update to measure.",
+}
+"""Why no update gain exists, by the note of its estimate; other notes say that the data are not enough."""
+
+
+def missing_gains(notes: Mapping[str, str]) -> str:
+    """Say why teachers have no update gain; empty if they have one, or if the data are just not enough.
+
+    Args:
+        notes: Note of the update gain of each teacher.
+
+    Examples:
+        >>> missing_gains({"base": "teacher equals student", "answer": ""})
+        '“base” does not differ from the student on its rollouts, so there is no update to measure.'
+    """
+    sentences = []
+    for note, reason in NO_GAIN.items():
+        if teachers := [teacher for teacher, of_teacher in notes.items() if of_teacher == note]:
+            differ = "does not differ" if len(teachers) == 1 else "do not differ"
+            sentences.append(reason.format(teachers=_enumerate(teachers), differ=differ))
+    return " ".join(sentences)
+
+
 def _gain(summary: ClassSummary) -> Estimate:
     """The figure that teachers are ranked by: update gain where it was measured, otherwise predicted gain."""
     return summary.figures["update_gain" if "update_gain" in summary.figures else "predicted_gain"]
@@ -113,6 +142,8 @@ def _answer_without_differences(report: ProbeReport) -> str:
 
 
 def _answer(ranked: list[RankedTeacher]) -> str:
+    missing = missing_gains({place.teacher: place.gain.note for place in ranked})
+    ranked = [place for place in ranked if place.gain.note not in NO_GAIN]
     by_verdict: dict[str, list[str]] = {"helps": [], "harms": [], "undecided": []}
     for place in ranked:
         by_verdict[place.verdict].append(place.teacher)
@@ -124,7 +155,9 @@ def _answer(ranked: list[RankedTeacher]) -> str:
         clauses.append(f"{_enumerate(harming)} measurably {_conjugate('harm', harming)}")
     if undecided:
         clauses.append(f"the evidence does not show whether {_enumerate(undecided)} {_conjugate('help', undecided)}")
-    answer = "; ".join(clauses) + "." if clauses else "Nothing was measured."
+    if not clauses:
+        return missing or "Nothing was measured."
+    answer = "; ".join(clauses) + "."
     if len(ranked) > 1 and helping:
         best, equally_good = [ranked[0].teacher], [place.teacher for place in ranked[1:] if not place.worse]
         answer += (
@@ -132,6 +165,7 @@ def _answer(ranked: list[RankedTeacher]) -> str:
             if equally_good
             else f" {_enumerate(best)} measurably helps most."
         )
+    answer = f"{answer} {missing}".strip()
     return answer[0].upper() + answer[1:]  # names are quoted, so a name's own first letter does not change
 
 

@@ -1,5 +1,6 @@
 """All figures of a report, by teacher and class of nodes, each with its interval."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -9,10 +10,11 @@ from numpy.typing import NDArray
 
 from odp_callbacks.analysis.alignment_intervals import alignment_intervals
 from odp_callbacks.analysis.classes import node_classes
-from odp_callbacks.analysis.contributions import ReportInfluence, report_influence
+from odp_callbacks.analysis.contributions import Contribution, ReportInfluence, contributions, report_influence
 from odp_callbacks.analysis.estimators import gradient_figures, token_mean
 from odp_callbacks.analysis.evidence import gather
 from odp_callbacks.analysis.jackknife import Estimate, Estimator, check_confidence, jackknife
+from odp_callbacks.analysis.module_contributions import ModuleContributions, module_contributions
 from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED, UNDETERMINED, statuses, teacher_advantage
 from odp_callbacks.analysis.noise_correction import correct_for_noise
 from odp_callbacks.analysis.step_alignment import step_alignment
@@ -135,6 +137,27 @@ class Analysis:
     def influence(self) -> ReportInfluence | None:
         """Influence of every response token with its interval; None if none was measured."""
         return report_influence(self.report, self.confidence)
+
+    @cached_property
+    def depth_contributions(self) -> list[Contribution]:
+        """What each class and window of depth contributes to the update; empty if no influence was measured."""
+        return [] if self.influence is None else contributions(self.report, self.influence, self.confidence)
+
+    @cached_property
+    def module_contributions(self) -> ModuleContributions | None:
+        """What each layer and module contributes to the update; None if that was not measured."""
+        return module_contributions(self.report, self.confidence)
+
+    def contributions(self) -> Iterator[tuple[str, tuple[Estimate, ...]]]:
+        """Yield the name of each part of the update, and its contribution for each teacher.
+
+        Parts are ``"correct depth 4-7"``, ``"layer 3"``, ``"module q_proj"`` for a kind of module, and modules by their
+        full names. Those of each sort add up to the contribution of the whole update.
+        """
+        for part in self.depth_contributions:
+            yield f"{part.split} depth {part.window}", part.estimates
+        for of_modules in self.module_contributions or ():
+            yield of_modules.split, of_modules.estimates
 
     def token_alignment(self) -> Floats:
         """Alignment of each token with each teacher as pictures show it, ``(N, K)``: clipped to the token's interval.

@@ -20,7 +20,11 @@ from odp_callbacks.update_records import TokenInfluence
 
 
 class InfluenceIntervals(NamedTuple):
-    """Influences with their intervals, ``(N, K)`` each; ends are NaN where there are fewer than two other folds."""
+    """Influences with their intervals, ``(N, K)`` each.
+
+    Ends are NaN where fewer than two other folds have a success gradient: a fold in which all rewards of every question
+    are equal tells nothing.
+    """
 
     value: Floats
     low: Floats
@@ -54,6 +58,8 @@ def influence_intervals(influence: TokenInfluence, confidence: float = 0.95) -> 
         variance = squares / np.where(freedom > 0, freedom, np.nan) / total
         scale = np.square(influence.logit_norm, dtype=float)
         moderated, degrees = _moderate(variance, freedom, scale)
+        tells = (values != 0).any(axis=(1, 2))[:, None, None] & present
+        moderated = np.where(tells.sum(axis=0) > 1, moderated, np.nan)
         half = stats.t.ppf((1 + confidence) / 2, degrees) * np.sqrt(moderated)
         norm = np.where(influence.direction_norm > 0, influence.direction_norm, np.nan)
         return InfluenceIntervals(mean / norm, (mean - half) / norm, (mean + half) / norm)

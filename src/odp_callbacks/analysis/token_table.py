@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+
+from odp_callbacks.analysis.contributions import report_influence
 from odp_callbacks.analysis.jackknife import check_confidence
-from odp_callbacks.analysis.token_influence import influence_intervals
 from odp_callbacks.records import ProbeReport
 
 TOKEN_COLUMNS = ("question", "rollout", "depth", "text", "reward")
@@ -28,18 +30,13 @@ def token_rows(report: ProbeReport, confidence: float = 0.95) -> list[dict[str, 
         ValueError: If ``confidence`` is not in (0, 1).
     """
     check_confidence(confidence)
-    influences: dict[tuple[int, int], dict[str, float]] = {}
-    for update in report.updates:
-        if update.influence is None:
-            continue
-        intervals = influence_intervals(update.influence, confidence)
-        for place, key in enumerate(zip(update.influence.rollout.tolist(), update.influence.depth.tolist())):
-            influences[key] = {
-                f"influence_{teacher}{end}": float(values[place, teacher_index])
-                for teacher_index, teacher in enumerate(report.teachers)
-                for end, values in zip(("", "_low", "_high"), intervals, strict=True)
-            }
-    missing = dict.fromkeys(token_columns(report)[len(TOKEN_COLUMNS) :], float("nan"))
+    influence = report_influence(report, confidence)
+    columns = token_columns(report)[len(TOKEN_COLUMNS) :]
+    token_count = sum(len(rollout.pieces) for rollout in report.rollouts)
+    values = np.full((token_count, len(columns)), np.nan)
+    if influence is not None:
+        values = np.stack([influence.value, influence.low, influence.high], axis=-1).reshape(values.shape)
+    of_tokens = iter(values.tolist())
     return [
         {
             "question": rollout.question,
@@ -47,7 +44,7 @@ def token_rows(report: ProbeReport, confidence: float = 0.95) -> list[dict[str, 
             "depth": depth,
             "text": piece,
             "reward": rollout.reward,
-            **influences.get((rollout_index, depth), missing),
+            **dict(zip(columns, next(of_tokens), strict=True)),
         }
         for rollout_index, rollout in enumerate(report.rollouts)
         for depth, piece in enumerate(rollout.pieces)

@@ -18,6 +18,12 @@ from odp_callbacks.records import Floats
 from odp_callbacks.update_records import UpdateGram
 
 ALL_CLASSES = (1.0, 1.0)
+ONE_QUESTION, FEW_ROLLOUTS = "one question", "too few rollouts of this class"
+EQUAL_REWARDS, EQUAL_TEACHER = "equal rewards", "teacher equals student"
+"""Why a figure is withheld: there is no other question; no other question has rollouts of the class; no reward of a
+question differs from the others', so that every success gradient is zero; and the direction is zero or rounding."""
+ROUNDING = 1e-4
+"""Length of a direction, relative to that of the success gradients, up to which it is taken for rounding."""
 Statistic = Callable[[Floats], Floats]
 
 
@@ -34,7 +40,8 @@ def update_gain(grams: Sequence[UpdateGram], teacher: int, classes: Sequence[flo
         teacher: Index of the teacher.
         classes: ``C`` weights of the classes in the direction.
     """
-    return _estimator(grams, classes, [_gain_statistic(gram, teacher, np.asarray(classes, float)) for gram in grams])
+    statistics = [_gain_statistic(gram, teacher, np.asarray(classes, float)) for gram in grams]
+    return _estimator(grams, teacher, classes, statistics)
 
 
 def update_contribution(grams: Sequence[UpdateGram], teacher: int, classes: Sequence[float]) -> Estimator:
@@ -42,8 +49,9 @@ def update_contribution(grams: Sequence[UpdateGram], teacher: int, classes: Sequ
 
     .. math:: C_c = \frac{\sum_h \langle \bar g_{-h}, D_{h,c} \rangle}{\|D\|}
 
-    with :math:`\bar g_{-h}` the mean success gradient of the questions of the other groups, and :math:`D` the
-    direction of all classes and groups. The whole is the update gain up to the norm, which here includes all groups.
+    with :math:`\bar g_{-h}` the mean success gradient of the questions of the other folds, and :math:`D` the direction
+    of all classes and groups. Folds are those of the tokens' influences, whose sum this is. The whole differs from the
+    update gain in two ways: the norm includes all groups, and the gradient leaves out a fold and not only a question.
 
     Args:
         grams: One for each measurement.
@@ -51,7 +59,29 @@ def update_contribution(grams: Sequence[UpdateGram], teacher: int, classes: Sequ
         classes: ``C`` weights: 1 for the classes that are meant.
     """
     statistics = [_contribution_statistic(gram, teacher, np.asarray(classes, float)) for gram in grams]
-    return _estimator(grams, classes, statistics)
+    return _estimator(grams, teacher, classes, statistics)
+
+
+def module_contribution(grams: Sequence[UpdateGram], teacher: int, modules: Floats) -> Estimator:
+    r"""Part of the update's gain that comes from the parameters of some LoRA modules; the parts of all add up.
+
+    It is :func:`update_contribution` of all classes, with inner products on the parameters of these modules alone.
+
+    Args:
+        grams: One for each measurement; all with products by module, of the same modules.
+        teacher: Index of the teacher.
+        modules: ``(M,)`` weights: 1 for the modules that are meant.
+
+    Raises:
+        ValueError: If ``grams`` has no products by module.
+    """
+    statistics = []
+    for gram in grams:
+        if gram.modules is None:
+            raise ValueError("`grams` has no products by module; measure again, with this release.")
+        cross = gram.modules.cross[:, :, teacher] @ np.asarray(modules, float)
+        statistics.append(_share_statistic(gram, teacher, cross))
+    return _estimator(grams, teacher, ALL_CLASSES, statistics)
 
 
 def update_alignment(grams: Sequence[UpdateGram], teacher: int, classes: Sequence[float] = ALL_CLASSES) -> Estimator:
@@ -75,7 +105,7 @@ def update_alignment(grams: Sequence[UpdateGram], teacher: int, classes: Sequenc
         cosines: Floats = gain(chosen) / np.sqrt(np.where(square_norm > 0, square_norm, np.nan))
         return cosines
 
-    return _estimator(grams, classes, [statistic], bounds=(-1.0, 1.0), pooled=True)
+    return _estimator(grams, teacher, classes, [statistic], bounds=(-1.0, 1.0), pooled=True)
 
 
 def direction_cosine(grams: Sequence[UpdateGram], first: int, second: int) -> float:
@@ -87,8 +117,32 @@ def direction_cosine(grams: Sequence[UpdateGram], first: int, second: int) -> fl
     return inner / np.sqrt(left * right) if left > 0 and right > 0 else float("nan")
 
 
+def withheld_because(grams: Sequence[UpdateGram], teacher: int, classes: Sequence[float] = ALL_CLASSES) -> str:
+    """Why no figure of an update exists, such as :data:`EQUAL_REWARDS`; empty if one does.
+
+    Args:
+        grams: One for each measurement.
+        teacher: Index of the teacher.
+        classes: ``C`` weights of the classes in the direction.
+    """
+    usable = [gram for gram in grams if gram.groups > 1]
+    if not usable:
+        return ONE_QUESTION
+    success = sum(float(np.trace(gram.success)) for gram in usable)
+    if success == 0:
+        return EQUAL_REWARDS
+    squares = sum(float(np.einsum("ffcc->", gram.directions[:, :, teacher])) for gram in usable)
+    if squares <= ROUNDING**2 * success:
+        return EQUAL_TEACHER
+    tokens = [gram.tokens * (np.asarray(classes) != 0) for gram in usable]
+    if not any((of_gram.sum(axis=1) > 0).sum() > 1 for of_gram in tokens):
+        return FEW_ROLLOUTS
+    return ""
+
+
 def _estimator(
     grams: Sequence[UpdateGram],
+    teacher: int,
     classes: Sequence[float],
     statistics: Sequence[Statistic],
     bounds: tuple[float, float] | None = None,
@@ -97,19 +151,23 @@ def _estimator(
 ) -> Estimator:
     groups = sum(gram.groups for gram in grams)
     tokens = [gram.tokens * (np.asarray(classes) != 0) for gram in grams]
-    withheld = ""
-    if not any(gram.groups > 1 for gram in grams):
-        withheld = "one question"
-    elif not any((of_gram.sum(axis=1) > 0).sum() > 1 for of_gram in tokens):
-        withheld = "too few rollouts of this class"
     return Estimator(
         statistics[0] if pooled else _pooled(grams, statistics),
         np.ones(groups, bool),
         int(sum(of_gram.sum() for of_gram in tokens)),
-        withheld=withheld,
+        withheld=withheld_because(grams, teacher, classes),
         bounds=bounds,
         pairs=True,
+        informative=_informative(grams, classes),
     )
+
+
+def _informative(grams: Sequence[UpdateGram], classes: Sequence[float]) -> int:
+    """How many groups tell something: the fewer of those with a success gradient and those with rollouts."""
+    chosen = np.asarray(classes) != 0
+    with_gradient = sum(int((np.diag(gram.success) > 0).sum()) for gram in grams)
+    with_rollouts = sum(int((gram.tokens[:, chosen].sum(axis=1) > 0).sum()) for gram in grams)
+    return min(with_gradient, with_rollouts)
 
 
 def _pooled(grams: Sequence[UpdateGram], statistics: Sequence[Statistic]) -> Statistic:
@@ -146,11 +204,19 @@ def _gain_statistic(gram: UpdateGram, teacher: int, classes: Floats) -> Statisti
 
 
 def _contribution_statistic(gram: UpdateGram, teacher: int, classes: Floats) -> Statistic:
-    cross = _without_diagonal(np.einsum("fhc,c->fh", gram.cross[:, :, teacher], classes))
+    return _share_statistic(gram, teacher, np.einsum("fhc,c->fh", gram.cross[:, :, teacher], classes))
+
+
+def _share_statistic(gram: UpdateGram, teacher: int, cross: Floats) -> Statistic:
+    """Mean success gradients times parts of directions, ``(F, F)``, over the norm of the whole direction."""
+    folds = np.arange(gram.groups) if gram.folds is None else gram.folds
+    same_fold = folds[:, None] == folds
+    cross = np.where(same_fold, 0.0, cross)
     products = gram.directions[:, :, teacher].sum(axis=(2, 3))
 
     def statistic(chosen: Floats) -> Floats:
-        other_questions = (chosen @ gram.questions)[..., None] - chosen * gram.questions
+        counted = chosen * gram.questions
+        other_questions = counted.sum(axis=-1, keepdims=True) - counted @ same_fold
         means = chosen @ cross / np.where(other_questions > 0, other_questions, np.nan)
         norm = np.sqrt(np.einsum("...f,...f->...", chosen, chosen @ products).clip(min=0))
         total = np.where(chosen > 0, means * chosen, 0.0).sum(axis=-1)

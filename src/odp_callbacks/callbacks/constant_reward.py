@@ -1,4 +1,4 @@
-"""Warns if the reward function gives the same reward to everything, because alignment is not defined then."""
+"""Warns if the reward function gives the same reward to everything, because no figure is defined then."""
 
 from odp_callbacks.callbacks.failures import FailureHandler
 from odp_callbacks.callbacks.trainer_context import TrainerContext
@@ -21,6 +21,6 @@ def warn_of_constant_reward(context: TrainerContext, failures: FailureHandler, r
     if len(rewards) == 1:
         failures.warn_once(
             context,
-            f"`reward` gave {rewards.pop()} to every rollout and continuation of a probe, so alignment is not defined "
-            "(NaN); use questions that the student sometimes solves, or more of them.",
+            f"`reward` gave {rewards.pop()} to every rollout and continuation of a probe, so neither update gain nor "
+            "alignment is defined (NaN); use questions that the student sometimes solves, or more of them.",
         )

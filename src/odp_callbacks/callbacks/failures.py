@@ -47,3 +47,9 @@ class FailureHandler:
             self._warnings_issued.add(message)
             warn = warnings.warn if context is None else context.warn
             warn(f"odp-callbacks: {message}")
+
+    def inform_once(self, context: TrainerContext, message: str) -> None:
+        """Write a message to the log unless the same one was issued before."""
+        if message not in self._warnings_issued:
+            self._warnings_issued.add(message)
+            context.inform(f"odp-callbacks: {message}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from odp_callbacks.analysis.summaries import SPLITS
 
 HEADLINE_FIGURES = ("predicted_gain", "alignment", "update_gain", "training/update_gain")
+OF_STEPS = ("gain", "gain_sum", "reward", "reward_change")
 OF_PROBES = ("success_rate", "nodes", "seconds", "time_share", "left_out")
 MOST_BYTES = 32 * 1024
 """About how much the headlines may take: Lightning's launchers hand them over through a pipe of twice that size. With
@@ -27,7 +28,7 @@ BYTES_FOR_EACH = 64
 WORST = 1e9
 """Stands for a monitored figure that no probe has determined yet, with the sign of the worse direction. It is finite,
 because ``EarlyStopping`` stops at anything else."""
-LATER_FIGURES = ("training/", "adam/", "gate/")
+LATER_FIGURES = ("training/", "step/", "adam/", "gate/")
 """Figures that the first probe need not have."""
 
 
@@ -56,7 +57,8 @@ class Headlines:
         of_teachers = [
             f"{figure}/{teacher}/{split}" for split in SPLITS for figure in HEADLINE_FIGURES for teacher in teachers
         ]
-        names = [f"{root}/probe/{name}" for name in OF_PROBES] + [f"{root}/{name}" for name in of_teachers]
+        names = [f"{root}/probe/{name}" for name in OF_PROBES] + [f"{root}/step/{name}" for name in OF_STEPS]
+        names += [f"{root}/{name}" for name in of_teachers]
         sizes = accumulate(len(name) + BYTES_FOR_EACH for name in names)
         self.root = root
         self.names = {name for name, size in zip(names, sizes, strict=True) if size <= MOST_BYTES}

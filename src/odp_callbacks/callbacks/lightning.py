@@ -10,6 +10,7 @@ from typing_extensions import Unpack, override
 from odp_callbacks.callbacks.headlines import Headlines, monitored_figures
 from odp_callbacks.callbacks.monitor import Monitor
 from odp_callbacks.callbacks.names import named_metrics, refuse_equal_names, root_of
+from odp_callbacks.callbacks.number_cards import NumberCards
 from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import ProbeProgress, display_beside
 from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
@@ -21,7 +22,7 @@ from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.visualization.loggers import ReportLogger
+from odp_callbacks.visualization.loggers import ReportLogger, is_tensorboard
 
 SHARDED_STRATEGIES = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy"}
 """Strategies that spread parameters over processes, or whose processes torch.distributed does not know."""
@@ -31,14 +32,15 @@ HOOK_MODULES = {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}
 
 
 class GradientAlignmentCallback(Callback):
-    r"""Measure during training how well each teacher's gradient agrees with the gradient that raises success.
+    r"""Measure during training what each teacher's update gains, and on which tokens.
 
-    Every ``every_n_steps`` optimizer steps, a probe takes some questions, samples the student's own rollouts, and
-    estimates the ideal gradient at selected tokens by targeted continuations. It compares this gradient with each
-    teacher's distillation gradient on the LoRA parameters.
+    Every ``every_n_steps`` optimizer steps, a probe takes some questions and samples the student's own rollouts. From
+    their rewards it measures the update gain of each teacher and the influence of every response token. Unless
+    ``budget=0``, it also estimates the ideal gradient at selected tokens by targeted continuations, and compares it
+    with each teacher's distillation gradient on the LoRA parameters.
 
     The results are logged at the optimizer's step through the trainer's own loggers, as
-    ``odp/alignment/<teacher>/<all|correct|incorrect>``, likewise for the other figures of
+    ``odp/update_gain/<teacher>/<all|correct|incorrect>``, likewise for the other figures of
     :mod:`odp_callbacks.analysis.summaries`, each with the ends ``_low`` and ``_high`` of its interval, and as
     ``odp/probe/…`` about the probe itself. A TensorBoard logger also gets histograms and coloured rollouts.
 
@@ -73,8 +75,17 @@ class GradientAlignmentCallback(Callback):
             runs in full.
         update_every_n_steps: Number of optimizer steps between measurements on the training's own rollouts:
             update gain at the cost of the gradients, without continuations. The rollouts are taken from the
-            LightningModule's ``last_rollouts``, a list of ``(row, response token ids)`` that it sets in each training
-            step, as :class:`~odp_callbacks.OnPolicyDistillation` does. None (the default): no such measurements.
+            LightningModule's ``last_rollouts``, a list of :class:`~odp_callbacks.TrainingRollout` that it sets in each
+            training step, as :class:`~odp_callbacks.OnPolicyDistillation` does. None (the default): no such
+            measurements.
+        step_gain_every_n_steps: Number of optimizer steps between the figures ``odp/step/…``: what the steps that the
+            training took were expected to gain, if the LightningModule sets ``last_rollouts``, and their cosine with
+            each teacher's last measured update. A figure takes one forward pass over the rollouts, two where these have
+            no ``log_probs``. Where ``max_overhead`` leaves no time, the next one is of more steps. None: no such
+            figures (1).
+        pooled_decay: Share of the earlier probes' weight that is kept at each probe in the figures ``odp/pooled/…``, in
+            (0, 1] (0.9). They pool update gain over the probes, with intervals that are valid at all probes together.
+            The student changes, so earlier probes are forgotten; 1 forgets nothing.
         records: Folder in which each probe's records are saved as ``step-<step>``; see :mod:`odp_callbacks.storage`.
             None (the default): records are not saved.
         at_start: Also probe before the first step (False).
@@ -121,6 +132,7 @@ class GradientAlignmentCallback(Callback):
         arguments = ("teachers", "prompts", "reward", "student", "tokenizer", "gate", "config")
         schedule, config = resolve_options(config, options, other_arguments=arguments)
         self.monitor = Monitor(teachers, prompts, reward, schedule=schedule, config=config, gate=gate)
+        self._cards = NumberCards()
         self.report_logger = ReportLogger(schedule.confidence, root_of(schedule.name))
         self._is_set_up = False
         self._stage = "fit"
@@ -205,6 +217,7 @@ class GradientAlignmentCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor.is_new_run(trainer.global_step):
             self.headlines.clear()
+            self._cards = NumberCards()
         self._show_headlines(trainer)
         self.monitor.on_train_start(self.trainer_context(trainer))
 
@@ -213,7 +226,8 @@ class GradientAlignmentCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         module: Any = pl_module
-        self.monitor.on_batch_end(self.trainer_context(trainer), batch, lambda: module.last_rollouts, self.should_probe)
+        training_rollouts = (lambda: module.last_rollouts) if hasattr(module, "last_rollouts") else None
+        self.monitor.on_batch_end(self.trainer_context(trainer), batch, training_rollouts, self.should_probe)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,7 +298,7 @@ class GradientAlignmentCallback(Callback):
         if self.monitor.schedule.update_every_n_steps is not None and not hasattr(pl_module, "last_rollouts"):
             raise ValueError(
                 f"`update_every_n_steps` was given, but {module_name} has no `last_rollouts`; set it in each training "
-                "step to a list of (row, response token ids), or give None."
+                "step to a list of `TrainingRollout`, or give None."
             )
         distilled_teachers = tuple(pl_module.teachers) if isinstance(pl_module, OnPolicyDistillation) else ()
         gate, template = getattr(pl_module, "gate", None), training_template(pl_module)
@@ -299,7 +313,7 @@ class GradientAlignmentCallback(Callback):
             self._update_headlines(trainer, metrics, report)
         for logger in trainer.loggers:
             with self.monitor.failures.guarded(context, f"{type(logger).__name__} refused the metrics of a probe"):
-                logger.log_metrics(metrics, step=step)
+                logger.log_metrics(self._cards.shown(metrics) if is_tensorboard(logger) else metrics, step=step)
             if report is not None and trainer.is_global_zero:
                 try:
                     self.report_logger.log(logger, report, step)

@@ -9,9 +9,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from odp_callbacks.functional.tokens import tokens_of
 from odp_callbacks.gates.loss import gate_weights
 from odp_callbacks.gates.protocols import Gate
-from odp_callbacks.gates.tokens import tokens_of
 
 
 class LossWeightCallback(Callback):

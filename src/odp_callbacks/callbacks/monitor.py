@@ -1,27 +1,28 @@
 """Probes a training run, whatever trainer it has: decides when to measure, and logs what was measured."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from odp_callbacks.analysis.scalars import scalars, update_scalars
+from odp_callbacks.analysis.scalars import scalars
 from odp_callbacks.analysis.summaries import SPLITS
-from odp_callbacks.callbacks.constant_reward import warn_of_constant_reward
 from odp_callbacks.callbacks.failures import FailureHandler
 from odp_callbacks.callbacks.gate_learning import GateLearning
+from odp_callbacks.callbacks.pooled_updates import PooledUpdates
+from odp_callbacks.callbacks.question_measurement import measure_questions
 from odp_callbacks.callbacks.question_order import QuestionOrder
-from odp_callbacks.callbacks.report_merging import merge_processes
+from odp_callbacks.callbacks.reward_memory import RewardMemory
 from odp_callbacks.callbacks.run_records import RunRecords
 from odp_callbacks.callbacks.saved_state import monitor_state, restore_monitor, restore_teachers_alone
 from odp_callbacks.callbacks.schedule import ProbeSchedule
+from odp_callbacks.callbacks.step_gain import StepGain
 from odp_callbacks.callbacks.teacher_updates import update_teachers
-from odp_callbacks.callbacks.time_budget import TimeBudget
+from odp_callbacks.callbacks.time_budget import TimeBudget, decide_together
 from odp_callbacks.callbacks.trainer_context import TrainerContext
-from odp_callbacks.callbacks.training_rollouts import TrainingRollouts, measure_training_rollouts
+from odp_callbacks.callbacks.training_updates import TrainingUpdates
 from odp_callbacks.callbacks.unprobed_run import RunWatch
 from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.config import ProbeConfig
@@ -29,15 +30,15 @@ from odp_callbacks.engine.gradients.adam import adam_preconditioner
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import DEFAULT_TEMPLATE, Row
-from odp_callbacks.engine.rewards import RewardFunction, RewardHost, check_reward
+from odp_callbacks.engine.rewards import RewardFunction, check_reward
 from odp_callbacks.engine.rows import as_rows
 from odp_callbacks.engine.student import uncompiled
 from odp_callbacks.engine.teachers import as_teachers
-from odp_callbacks.engine.user_defaults import remembering_user_defaults
+from odp_callbacks.engine.training_rollouts import TrainingRollouts, read_once
 from odp_callbacks.records import ProbeReport
 
-FULL_PROBE, UPDATE_PROBE = "probe", "update probe"
-"""The kinds of probes, whose costs the time budget knows separately."""
+FULL_PROBE = "probe"
+"""What the time budget calls a probe."""
 ROWS_CHECKED = 1000
 """About how many rows of a large dataset are checked before training."""
 
@@ -83,7 +84,6 @@ class Monitor:
         self.config = config
         self.last_report: ProbeReport | None = None
         self.probe: Probe | None = None
-        self.update_probe: Probe | None = None
         self.random_stream = torch.Generator().manual_seed(schedule.seed)
         self.questions = QuestionOrder(prompts, schedule.questions_per_probe, schedule.seed)
         self.probe_count = 0
@@ -94,13 +94,18 @@ class Monitor:
         self.time_budget = TimeBudget(schedule.max_overhead)
         self.failures = FailureHandler(schedule.strict)
         self.run_records = RunRecords(schedule.records_folder)
+        self.pooled_updates = PooledUpdates(schedule.pooled_decay, schedule.confidence)
+        self.rewards = RewardMemory()
+        self.training_updates = TrainingUpdates(schedule, self.failures, self.teachers, self.rewards)
+        scores_rollouts = schedule.update_every_n_steps is not None
+        self.step_gain = StepGain(schedule.confidence, self.failures, self.rewards, scores_rollouts=scores_rollouts)
         self._dropped_states: list[str] = []
         self._run_watch = RunWatch()
         self._student_is_new = self._was_restored = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the probes, which hold functions that cannot be pickled; :meth:`prepare` makes them again."""
-        return {**self.__dict__, "probe": None, "update_probe": None}
+        """Leave out the probe, which holds functions that cannot be pickled; :meth:`prepare` makes it again."""
+        return {**self.__dict__, "probe": None}
 
     def prepare(
         self,
@@ -109,6 +114,7 @@ class Monitor:
         training_gate: object | None = None,
         distilled_teachers: Sequence[str] = (),
         template: ChatTemplate = DEFAULT_TEMPLATE,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         """Check everything that can be checked before training.
 
@@ -118,6 +124,7 @@ class Monitor:
             training_gate: The gate that acts on the loss, if there is one.
             distilled_teachers: Names of the teachers that the training distils from, where they are known.
             template: How the training renders messages.
+            sampling: Options of a probe, as the training samples its own rollouts; None for the probe's own.
 
         Raises:
             ValueError: If something that was given cannot work.
@@ -128,11 +135,10 @@ class Monitor:
         self.forget_student()
         self._student_is_new = True
         self.probe = Probe(student, tokenizer, self.reward, self.teachers, self.config, training_template=template)
-        if self.schedule.update_every_n_steps is not None:
-            update_config = replace(self.config, budget=0, time_budget=None, half_width=None, step_alignment=False)
-            self.update_probe = Probe(
-                student, tokenizer, self.reward, self.teachers, update_config, training_template=template
-            )
+        self.training_updates.prepare(self.probe, template, sampling or {})
+        if self.schedule.step_gain_every_n_steps is not None:
+            for probe in filter(None, (self.probe, self.training_updates.probe)):
+                probe.summed_directions = self.step_gain.directions
         if self.prompts is not None:
             # The checked rows are spread evenly over the dataset; a probe checks its own rows again.
             stride = max(1, len(self.prompts) // ROWS_CHECKED)
@@ -140,7 +146,8 @@ class Monitor:
 
     def forget_student(self) -> None:
         """Drop what belongs to the student that was measured so far: it is there no more."""
-        self.probe = self.update_probe = self.last_report = None
+        self.probe = self.training_updates.probe = self.last_report = None
+        self.step_gain.forget_student()
 
     def is_new_run(self, step: int) -> bool:
         """Whether a training that starts at this step is another one than that seen last, and was not resumed."""
@@ -158,15 +165,17 @@ class Monitor:
         is_new_run = self.is_new_run(context.step)
         self.run_records.start(context, self.failures, is_new_run=is_new_run and self.last_step >= 0)
         if is_new_run:
-            self.last_step, self.last_probe_step = context.step, -1
+            self.last_step, self.last_probe_step, self.training_updates.is_due = context.step, -1, False
             self.time_budget = TimeBudget(self.schedule.max_overhead)
+            self.pooled_updates.clear()
             self.failures.forget_warnings()
         self._student_is_new = self._was_restored = False
         self._run_watch = RunWatch(context.step)
         self._warn_of_dropped_states(context)
-        self._preconditioner(context)
+        self.preconditioner(context)
         self.time_budget.start()
         self._follow_student(context)
+        self.step_gain.start(context, self._followed_student, is_new_run)
         if is_new_run and self.schedule.at_start and self.prompts is not None:
             self.run_probe(context)
 
@@ -186,6 +195,9 @@ class Monitor:
             probe_is_due: A function of the step and the last step seen, used in place of the schedule's.
         """
         self._run_watch.batches += 1
+        training_rollouts = None if training_rollouts is None else read_once(training_rollouts)
+        if training_rollouts is not None and self._followed_student is not None:
+            self.step_gain.collect(context, training_rollouts)
         if context.step == self.last_step:  # gradients are still being accumulated
             return
         self._follow_student(context)
@@ -193,12 +205,17 @@ class Monitor:
         with self.failures.guarded(context, "`should_probe` failed; the step is not probed"):
             run_full_probe = bool((probe_is_due or self.schedule.probe_is_due)(context.step, self.last_step))
         self._run_watch.probed |= run_full_probe is None  # there was a warning already
-        run_update_probe = self.schedule.update_is_due(context.step, self.last_step)
+        self.training_updates.is_due |= self.schedule.update_is_due(context.step, self.last_step)
+        step_gain_is_due = self.schedule.step_gain_is_due(context.step, self.last_step)
         self.last_step = context.step
         if run_full_probe:
             self.run_probe(context, batch)
-        if run_update_probe and training_rollouts is not None:
-            self.run_update_probe(context, training_rollouts)
+        if self.training_updates.is_due and training_rollouts is not None:
+            self._run_watch.probed = True
+            self.training_updates.measure(context, training_rollouts, self.time_budget, self.next_seed)
+        if self.schedule.step_gain_every_n_steps is not None:
+            self.step_gain.log_step(context, self.probe, self.time_budget, is_due=step_gain_is_due)
+        self.rewards.clear()
 
     def on_validation_end(self, context: TrainerContext) -> None:
         """Probe at the end of a validation, unless this step of the training was probed already.
@@ -259,7 +276,9 @@ class Monitor:
         """
         self._run_watch.probed = True
         self._warn_of_dropped_states(context)
-        has_time, time_limit = self._decide(context, FULL_PROBE)
+        has_time, time_limit = decide_together(
+            context, self.time_budget, FULL_PROBE, can_be_shortened=self.config.adaptive
+        )
         if not has_time:
             return
         start_time = time.perf_counter()
@@ -271,10 +290,12 @@ class Monitor:
             f"odp/alignment/{teacher_name}/{split}": float("nan") for teacher_name in self.teachers for split in SPLITS
         }
         with self.failures.guarded(context, "a probe failed; training continues without it"):
-            measured = self._measure(context, batch, time_limit)
+            measured = measure_questions(self, context, batch, time_limit)
             metrics = scalars(measured, self.schedule.confidence)
             report = measured
         if report is not None:
+            with self.failures.guarded(context, "update gain was not pooled over the probes"):
+                metrics |= self.pooled_updates.observe(report)
             with self.failures.guarded(context, "`gate` failed to learn from a probe"):
                 metrics |= self.gate_learning.observe(report)
         if context.is_training:
@@ -291,87 +312,11 @@ class Monitor:
         if report is not None:
             self.last_report = report
 
-    def run_update_probe(self, context: TrainerContext, training_rollouts: TrainingRollouts) -> None:
-        """Measure the update gain of the training's own rollouts, and log the result.
-
-        Args:
-            context: The trainer.
-            training_rollouts: Returns the training's own rollouts.
-        """
-        self._run_watch.probed = True
-        has_time, _ = self._decide(context, UPDATE_PROBE)
-        if not has_time:
-            return
-        start_time = time.perf_counter()
-        metrics = {f"odp/training/update_gain/{teacher_name}/all": float("nan") for teacher_name in self.teachers}
-        with self.failures.guarded(
-            context, "the update gain of the training's rollouts was not measured; training continues without it"
-        ):
-            seed = self._next_seed()
-
-            def measure_own_share() -> ProbeReport | None:
-                context.prepare()
-                assert self.update_probe is not None
-                self.update_probe.reward_host = RewardHost(context.trainer_state, context.step)
-                return measure_training_rollouts(self.update_probe, training_rollouts, context, seed)
-
-            report = merge_processes(context, self.failures, measure_own_share)
-            if report is None:
-                return
-            metrics = update_scalars(report, self.schedule.confidence)
-        self.time_budget.update_run_time()
-        metrics["odp/training/seconds"] = time.perf_counter() - start_time
-        self.time_budget.record_probe(UPDATE_PROBE, metrics["odp/training/seconds"])
-        with self.failures.guarded(context, "failed to log the metrics of a probe"):
-            context.log(metrics, None)
-
-    def _decide(self, context: TrainerContext, kind: str) -> tuple[bool, float | None]:
-        """Whether ``max_overhead`` leaves time for a probe; all processes follow the decision of the first one.
-
-        It limits the share of a training; a probe outside a training always runs.
-        """
-        if not context.is_training:
-            return True, None
-        self.time_budget.update_run_time()
-        skipped_before = self.time_budget.skipped_probes
-        decision = self.time_budget.decide(kind, can_be_shortened=self.config.adaptive and kind == FULL_PROBE)
-        has_time, time_limit = context.processes.broadcast(decision)
-        if not has_time and skipped_before == 0:
-            last_cost = self.time_budget.costs[kind].seconds
-            context.inform(
-                f"odp-callbacks: skipped the {kind} at step {context.step}: the last one took {last_cost:.1f} s, and "
-                f"another one would exceed `max_overhead` = {self.time_budget.max_share} of the training time "
-                f"({self.time_budget.time_share:.2f} so far). Later probes may be skipped, too; "
-                "`odp/probe/left_out` counts them."
-            )
-        return has_time, time_limit
-
-    def _measure(self, context: TrainerContext, batch: Any, time_limit: float | None) -> ProbeReport:
-        """Measure the next questions, in all processes together."""
-        seed = self._next_seed()
-
-        def measure_own_share() -> ProbeReport | None:
-            question_ids, rows = self.questions.next_questions(context.processes, batch, context.step)
-            if not rows:
-                return None
-            context.prepare()
-            assert self.probe is not None
-            self.probe.reward_host = RewardHost(context.trainer_state, context.step)
-            last_seconds = {} if self.last_report is None else self.last_report.stage_seconds
-            with remembering_user_defaults(), context.precision_context(), context.progress(last_seconds) as progress:
-                return self.probe.run(
-                    rows,
-                    seed=seed,
-                    ids=question_ids,
-                    time_budget=time_limit,
-                    progress=progress,
-                    preconditioner=self._preconditioner(context),
-                )
-
-        report = merge_processes(context, self.failures, measure_own_share)
-        assert report is not None, "a probe has questions"
-        warn_of_constant_reward(context, self.failures, report)
-        return report
+    @property
+    def _followed_student(self) -> nn.Module | None:
+        """The student, if its steps are followed."""
+        is_followed = self.schedule.step_gain_every_n_steps is not None
+        return self.probe.student if self.probe is not None and is_followed else None
 
     def _publish(self, context: TrainerContext, metrics: dict[str, float], report: ProbeReport | None) -> None:
         """Log a probe and save its records; this counts as the probe's time."""
@@ -384,14 +329,15 @@ class Monitor:
         if context.is_training:
             self.time_budget.extend_last_probe(FULL_PROBE, time.perf_counter() - start_time)
 
-    def _preconditioner(self, context: TrainerContext) -> Preconditioner | None:
+    def preconditioner(self, context: TrainerContext) -> Preconditioner | None:
         """The geometry of the optimizer's next step, if it is asked for and the optimizer has taken a step."""
         if not self.schedule.optimizer_geometry:
             return None
         assert self.probe is not None
         return adam_preconditioner(context.optimizers, self.probe.student)
 
-    def _next_seed(self) -> int:
+    def next_seed(self) -> int:
+        """The seed of the next measurement."""
         return int(torch.randint(2**62, (), generator=self.random_stream))
 
     def _follow_student(self, context: TrainerContext) -> None:

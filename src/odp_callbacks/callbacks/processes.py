@@ -1,6 +1,6 @@
 """The processes of a training run, and how they exchange data and share work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
@@ -47,6 +47,35 @@ class Processes:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
+
+    def gather_results(self, function: Callable[[], T]) -> list[T]:
+        """Call a function in every process, and return all results; if it fails in one, raise an error in all of them.
+
+        No process waits for another that failed before it could answer.
+
+        Raises:
+            RuntimeError: In the processes in which the function did not fail.
+            Exception: What it raised, in the others.
+
+        Examples:
+            >>> Processes().gather_results(lambda: "alone")
+            ['alone']
+        """
+        if self.size == 1:
+            return [function()]
+        own_error: Exception | None = None
+        own_result: T | None = None
+        try:
+            own_result = function()
+        except Exception as error:
+            own_error = error
+        gathered = self.gather((own_result, None if own_error is None else f"{type(own_error).__name__}: {own_error}"))
+        if own_error is not None:
+            raise own_error
+        for rank, (_, message) in enumerate(gathered):
+            if message is not None:
+                raise RuntimeError(f"in process {rank}: {message}")
+        return [result for result, _ in gathered]  # type: ignore[misc]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's share of the items: consecutive ones, in shares whose sizes differ by at most one.

@@ -21,6 +21,8 @@ def monitor_state(monitor: "Monitor") -> dict[str, Any]:
         "questions": monitor.questions.state_dict(),
         "random_stream": monitor.random_stream.get_state(),
         "time_budget": monitor.time_budget.state_dict(),
+        "step_gain": monitor.step_gain.state_dict(),
+        "pooled_updates": monitor.pooled_updates.state_dict(),
         "run": monitor.run_records.run,
         "teachers": teacher_states(monitor.teachers, monitor.failures),
     }
@@ -48,6 +50,8 @@ def restore_monitor(monitor: "Monitor", state: Any) -> list[str]:
             "questions": monitor.questions.load_state_dict,
             "random_stream": monitor.random_stream.set_state,
             "time_budget": monitor.time_budget.load_state_dict,
+            "step_gain": monitor.step_gain.load_state_dict,
+            "pooled_updates": monitor.pooled_updates.load_state_dict,
             "run": monitor.run_records.restore,
             "teachers": lambda saved_states: sentences.extend(restore_teachers(monitor.teachers, saved_states)),
         },

@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from odp_callbacks.analysis.confidence_sequences import check_decay
 from odp_callbacks.analysis.jackknife import check_confidence
 from odp_callbacks.callbacks.names import check_name
 from odp_callbacks.engine.config import ProbeConfig, ProbeOptions, resolve_config
@@ -22,6 +23,8 @@ class ScheduleOptions(TypedDict, total=False):
     questions_per_probe: int
     max_overhead: float | None
     update_every_n_steps: int | None
+    step_gain_every_n_steps: int | None
+    pooled_decay: float
     records: str | PathLike[str] | None
     at_start: bool
     on_validation: bool
@@ -53,6 +56,13 @@ class ProbeSchedule:
             full.
         update_every_n_steps: Number of optimizer steps between measurements on the training's own rollouts:
             update gain at the cost of the gradients, without continuations. None: no such measurements.
+        step_gain_every_n_steps: Number of optimizer steps between figures about the steps that the training took: what
+            they were expected to gain, by one forward pass over the rollouts that the training shows, and their cosine
+            with each teacher's last measured update. Where ``max_overhead`` leaves no time, the next figure is of more
+            steps. None: no such figures.
+        pooled_decay: Share of the earlier probes' weight that is kept at each probe in the figures ``odp/pooled/…``, in
+            (0, 1]. They pool update gain over the probes, with intervals that are valid at all probes together. The
+            student changes, so earlier probes are forgotten; 1 forgets nothing.
         records: Folder in which each probe's records are saved as ``step-<step>``; see
             :mod:`odp_callbacks.storage`. None: records are not saved.
         at_start: Also probe before the first step.
@@ -78,6 +88,8 @@ class ProbeSchedule:
     questions_per_probe: int = 8
     max_overhead: float | None = 0.1
     update_every_n_steps: int | None = None
+    step_gain_every_n_steps: int | None = 1
+    pooled_decay: float = 0.9
     records: str | PathLike[str] | None = None
     at_start: bool = False
     on_validation: bool = False
@@ -90,14 +102,16 @@ class ProbeSchedule:
         """Check the values."""
         check_name(self.name)
         counts = {"every_n_steps": self.every_n_steps, "questions_per_probe": self.questions_per_probe}
-        if self.update_every_n_steps is not None:
-            counts["update_every_n_steps"] = self.update_every_n_steps
+        for name in ("update_every_n_steps", "step_gain_every_n_steps"):
+            if getattr(self, name) is not None:
+                counts[name] = getattr(self, name)
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"`{name}` must be a positive integer, but {count!r} was given.")
         if self.max_overhead is not None and not 0 < self.max_overhead < 1:
             raise ValueError(f"`max_overhead` must lie in (0, 1) or be None, but {self.max_overhead!r} was given.")
         check_confidence(self.confidence)
+        check_decay("pooled_decay", self.pooled_decay)
         if self.records is not None:
             local_path("records", self.records)
 
@@ -113,6 +127,11 @@ class ProbeSchedule:
     def update_is_due(self, step: int, last_step: int) -> bool:
         """Whether a multiple of ``update_every_n_steps`` lies after ``last_step`` and not after ``step``."""
         return self.update_every_n_steps is not None and _passes_multiple(self.update_every_n_steps, step, last_step)
+
+    def step_gain_is_due(self, step: int, last_step: int) -> bool:
+        """Whether a multiple of ``step_gain_every_n_steps`` lies after ``last_step`` and not after ``step``."""
+        interval = self.step_gain_every_n_steps
+        return interval is not None and _passes_multiple(interval, step, last_step)
 
 
 def _passes_multiple(interval: int, step: int, last_step: int) -> bool:

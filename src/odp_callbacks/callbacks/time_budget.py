@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from odp_callbacks.callbacks.trainer_context import TrainerContext
+
 MINIMUM_CONTINUATION_SHARE = 0.25
 """A probe that could afford less than this share of its usual continuations is skipped: it would not be worth its
 fixed costs."""
@@ -141,3 +143,35 @@ class TimeBudget:
         costs = {str(kind): ProbeCost(*map(float, cost)) for kind, cost in state["costs"].items()}
         self.skipped_probes = int(state["skipped_probes"])
         self.run_seconds, self.probe_seconds, self.costs = run_seconds, probe_seconds, costs
+
+
+def decide_together(
+    context: TrainerContext, time_budget: TimeBudget, kind: str, *, can_be_shortened: bool
+) -> tuple[bool, float | None]:
+    """Decide as :meth:`TimeBudget.decide` does, in all processes as the first one does, and inform about a first skip.
+
+    The budget limits the share of a training; a probe outside a training always runs.
+
+    Args:
+        context: The trainer.
+        time_budget: What probes may take.
+        kind: The kind of probe.
+        can_be_shortened: Whether the probe can do with fewer continuations.
+
+    Returns:
+        Whether to probe, and the time limit for the continuations in seconds (None for no limit).
+    """
+    if not context.is_training:
+        return True, None
+    time_budget.update_run_time()
+    skipped_before = time_budget.skipped_probes
+    has_time, time_limit = context.processes.broadcast(time_budget.decide(kind, can_be_shortened))
+    if not has_time and skipped_before == 0:
+        last_cost = time_budget.costs[kind].seconds
+        context.inform(
+            f"odp-callbacks: skipped the {kind} at step {context.step}: the last one took {last_cost:.1f} s, and "
+            f"another one would exceed `max_overhead` = {time_budget.max_share} of the training time "
+            f"({time_budget.time_share:.2f} so far). Later probes may be skipped, too; "
+            "`odp/probe/left_out` counts them."
+        )
+    return has_time, time_limit

@@ -23,14 +23,17 @@ from typing_extensions import Unpack
 
 from odp_callbacks.callbacks.monitor import Monitor
 from odp_callbacks.callbacks.names import named_metrics, refuse_equal_names, root_of
+from odp_callbacks.callbacks.number_cards import NumberCards
 from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import Bar, ProbeProgress
 from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
 from odp_callbacks.callbacks.student_location import StudentLocator, locate_students
 from odp_callbacks.callbacks.trainer_context import TrainerContext
 from odp_callbacks.callbacks.training_prompts import rows_of_dataset, training_template
+from odp_callbacks.callbacks.trl_rollouts import TrainerRollouts, sampling_options
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.prompts import Row
+from odp_callbacks.engine.question_encoding import template_of
 from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.visualization.tensorboard import TensorBoardReports
@@ -40,7 +43,7 @@ STATE_KEY = "odp_callbacks"
 
 PRINTING_CALLBACKS = (ProgressCallback, PrinterCallback)
 """Callbacks that print everything that is logged; a probe has about two hundred metrics."""
-HEADLINES = ("odp/predicted_gain/", "odp/training/update_gain/")
+HEADLINES = ("odp/update_gain/", "odp/training/update_gain/", "odp/step/gain")
 """How the names of the metrics begin that are printed."""
 
 console_log = logging.getLogger(__name__)
@@ -79,7 +82,19 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             that would exceed it gets fewer continuations if the probe has a ``budget`` or a ``time_budget``, and is
             skipped otherwise. The first probe always runs, because its cost is not known before. None: every probe
             runs in full.
-        update_every_n_steps: Must be None: a ``Trainer`` does not show the training's own rollouts.
+        update_every_n_steps: Number of optimizer steps between measurements on the rollouts that the training itself
+            samples: update gain at the cost of the gradients, logged as ``odp/training/…``. It needs one of TRL's
+            trainers that sample from the student (:mod:`odp_callbacks.callbacks.trl_rollouts`). A reward that the
+            training gave counts in place of ``reward``, whatever its range; a rollout is correct from
+            ``success_threshold`` on. None (the default): no such measurements.
+        step_gain_every_n_steps: Number of optimizer steps between the figures ``odp/step/…``: what the steps that the
+            training took were expected to gain, if ``update_every_n_steps`` shows its rollouts, and their cosine with
+            each teacher's last measured update. A figure takes one forward pass over the rollouts, two where these have
+            no ``log_probs``. Where ``max_overhead`` leaves no time, the next one is of more steps. None: no such
+            figures (1).
+        pooled_decay: Share of the earlier probes' weight that is kept at each probe in the figures ``odp/pooled/…``, in
+            (0, 1] (0.9). They pool update gain over the probes, with intervals that are valid at all probes together.
+            The student changes, so earlier probes are forgotten; 1 forgets nothing.
         records: Folder in which each probe's records are saved as ``step-<step>``; see :mod:`odp_callbacks.storage`.
             None (the default): records are not saved.
         at_start: Also probe before the first step (False).
@@ -121,11 +136,6 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             raise TypeError(f"`trainer` must be a transformers.Trainer, or one of TRL's, but got {trainer!r}.")
         arguments = ("trainer", "teachers", "prompts", "reward", "student", "tokenizer", "gate", "config")
         schedule, config = resolve_options(config, options, other_arguments=arguments)
-        if schedule.update_every_n_steps is not None:
-            raise ValueError(
-                "`update_every_n_steps` needs the training's own rollouts, which a `Trainer` does not show; leave it "
-                "out."
-            )
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
                 "`trainer` shards the student over processes (FSDP or DeepSpeed), so that no process has the whole "
@@ -139,7 +149,14 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.tokenizer = getattr(trainer, "processing_class", None) if tokenizer is None else tokenizer
         if self.tokenizer is None:
             raise ValueError("`trainer` has no `processing_class`; give the student's tokenizer as `tokenizer`.")
+        self._cards = NumberCards()
+        self.rollouts: TrainerRollouts | None = None
+        if schedule.update_every_n_steps is not None:
+            self.rollouts = TrainerRollouts(trainer, self.monitor.failures, self.trainer_context)
         self._prepare()
+        update_probe = self.monitor.training_updates.probe
+        if self.rollouts is not None and update_probe is not None:
+            self.rollouts.check_rows(update_probe)
 
     @property
     def config(self) -> ProbeConfig:
@@ -169,11 +186,16 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._prepare()  # a gate may have been added to the trainer in the meantime
         if saved_state := (state.stateful_callbacks or {}).get(self.state_key):
             self.monitor.load_state_dict(read_state(saved_state))
+        if self.monitor.is_new_run(state.global_step):
+            self._cards = NumberCards()
         self.monitor.on_train_start(self.trainer_context())
+        if self.rollouts is not None:
+            template = template_of(self.config, training_template(self.trainer))
+            self.rollouts.start(self.monitor.prompts, self.tokenizer, template)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Probe, if that is due."""
-        self.monitor.on_batch_end(self.trainer_context())
+        self.monitor.on_batch_end(self.trainer_context(), training_rollouts=self.rollouts)
         self._store_state(state, control)
 
     def on_epoch_end(
@@ -190,8 +212,10 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the clock."""
+        """Stop the clock, and leave the trainer as it was."""
         self.monitor.on_train_end(self.trainer_context())
+        if self.rollouts is not None:
+            self.rollouts.stop()
 
     def trainer_context(self) -> TrainerContext:
         """Return the trainer as the monitor sees it."""
@@ -231,7 +255,9 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         student = model if self.student is None else locate_students(model, self.student)[0]
         gate = getattr(self.trainer, "gate", None)
         gate_teachers = getattr(self.trainer, "gate_teachers", ())
-        self.monitor.prepare(student, self.tokenizer, gate, gate_teachers, training_template(self.trainer))
+        sampling = None if self.rollouts is None else sampling_options(self.trainer)
+        template = training_template(self.trainer)
+        self.monitor.prepare(student, self.tokenizer, gate, gate_teachers, template, sampling)
 
     def _store_state(self, state: TrainerState, control: TrainerControl) -> None:
         """Put the monitor's state where a checkpoint that is about to be written finds it."""
@@ -257,12 +283,17 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         should_log, callbacks = trainer.control.should_log, trainer.callback_handler.callbacks
         printing = [callback for callback in callbacks if isinstance(callback, PRINTING_CALLBACKS)]
+        tensorboards = [callback for callback in callbacks if isinstance(callback, TensorBoardCallback)]
         name = self.monitor.schedule.name
         headlines = {metric: value for metric, value in metrics.items() if metric.startswith(HEADLINES)}
         try:
-            trainer.callback_handler.callbacks = [callback for callback in callbacks if callback not in printing]
+            apart = [*printing, *tensorboards]
+            trainer.callback_handler.callbacks = [callback for callback in callbacks if callback not in apart]
             Trainer.log(trainer, named_metrics(metrics, name))
-            for callback in printing:
+            for callback in tensorboards:
+                shown = self._cards.shown(named_metrics(metrics, name))
+                callback.on_log(trainer.args, trainer.state, trainer.control, logs=shown)
+            for callback in printing if headlines else ():
                 callback.on_log(trainer.args, trainer.state, trainer.control, logs=named_metrics(headlines, name))
         finally:
             trainer.callback_handler.callbacks = callbacks

@@ -130,7 +130,7 @@ def diagnose(options: DiagnoseOptions, console: Console) -> ProbeReport:
         eos_token_ids=(*options.measure.eos_token_ids, *stop_token_ids(options.stop, tokenizer)),
     )
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("questions", total=len(rows))
+        bar = progress.add_task("rollouts", total=len(rows))
         return run_diagnosis(
             student,
             tokenizer,
@@ -141,7 +141,6 @@ def diagnose(options: DiagnoseOptions, console: Console) -> ProbeReport:
             config=config,
             seed=options.seed,
             identity=options.identity(),
-            on_question=lambda done, total: progress.update(bar, description="questions", completed=done, total=total),
             on_stage=lambda stage, done, total: progress.update(bar, description=stage, completed=done, total=total),
         )
 

@@ -1,4 +1,4 @@
-"""A diagnosis that can be interrupted: it measures one question after another, and saves each when it is done."""
+"""A diagnosis that can be interrupted: it measures the questions in blocks, and saves each block when it is done."""
 
 import json
 import warnings
@@ -12,19 +12,24 @@ from typing import Any
 from torch import nn
 
 from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Question, Row
 from odp_callbacks.engine.rewards import RewardFunction, UnscoredError
+from odp_callbacks.engine.sampling.memory import cache_bytes_of_token, free_bytes
 from odp_callbacks.engine.timing import Progress
-from odp_callbacks.engine.tree.journal import Journal
 from odp_callbacks.files import read_json_object, write_atomically
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.storage import DamagedRecordsError, load, merge, save
 from odp_callbacks.storage.merging import with_updates_of
 
 SETTINGS_FILE = "diagnosis.json"
-QUESTIONS_FOLDER = "questions"
+BLOCKS_FOLDER = "blocks"
 UPDATE_FOLDER = "update"
+JOURNAL_FILE = "journal"
+BLOCK_SIZE = "questions_per_block"
+MAXIMUM_BLOCK = 64
+"""Questions whose nodes are measured together, so that the batch of their continuations stays full."""
 
 
 def run_diagnosis(
@@ -38,15 +43,15 @@ def run_diagnosis(
     config: ProbeConfig,
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
-    on_question: Callable[[int, int], None] | None = None,
     on_stage: Progress | None = None,
 ) -> ProbeReport:
-    """Measure the update of all questions, then the nodes of one question after another; each is saved when it is done.
+    """Measure the update of all questions, then their nodes, block by block; each part is saved when it is done.
 
-    Started again with the same arguments, it resumes: what is saved is not measured again. Within a question, finished
-    continuations are saved in a journal, so that an interruption loses none of them. The random draws of a question
+    Started again with the same arguments, it resumes: what is saved is not measured again. Finished rollouts and
+    continuations are kept in a journal, so that an interruption loses none of them. The random draws of a question
     depend on the seed and on its place alone, so that an interrupted diagnosis ends with the figures of one that was
-    not interrupted. A ``budget`` is divided evenly among the questions.
+    not interrupted. A block holds all questions, up to :data:`MAXIMUM_BLOCK` and as far as the keys and values of their
+    rollouts fit in memory. A ``budget`` or ``time_budget`` is divided among the blocks by their questions.
 
     Args:
         student: A peft model.
@@ -59,76 +64,97 @@ def run_diagnosis(
         seed: Seed of all random draws.
         identity: What else distinguishes this diagnosis, such as the student's path. A folder that holds a diagnosis
             with another identity is refused.
-        on_question: Called after each question with the number of questions done, and of all questions.
-        on_stage: Called with stage, done and total while the update of all questions is measured.
+        on_stage: Called with the name of a stage, the amount done, and the total.
 
     Raises:
         ValueError: If the folder holds another diagnosis, or if an argument does not work.
     """
-    budget_per_question = max(1, config.budget // len(rows)) if config.budget else config.budget
-    of_nodes = replace(config, budget=budget_per_question, update=config.update and not config.measures_nodes)
-    probe = Probe(student, tokenizer, reward, teachers, of_nodes)
+
+    def probe_with(**changes: Any) -> Probe:
+        return Probe(student, tokenizer, reward, teachers, replace(config, **changes))
+
+    probe = probe_with()
     questions = probe.validate(rows, [str(question_index) for question_index in range(len(rows))])
     settings = {"teachers": list(probe.teachers), **(identity or {})}
-    _claim_folder(output, {**config.settings(), "seed": seed, "rows": fingerprint(list(rows)), **settings})
+    settings = {**config.settings(), "seed": seed, "rows": fingerprint(list(rows)), **settings}
+    block_size = _claim_folder(output, settings, lambda: _questions_that_fit(student, questions, config))
+    journal = Journal(output / JOURNAL_FILE)
     update = None
     if config.update:
-        update = _measure_update(
-            student, tokenizer, reward, teachers, config, questions, output / UPDATE_FOLDER, seed, on_stage
-        )
-        if not config.measures_nodes:
-            if on_question is not None:
-                on_question(len(questions), len(questions))
-            save(update, output / "records", overwrite=True)
-            return update
+        update_probe = probe_with(budget=0, time_budget=None, half_width=None, step_alignment=False)
+        update = _measured(update_probe, questions, output / UPDATE_FOLDER, "the update", seed, journal, on_stage)
+    diagnosis = update
+    if config.measures_nodes:
+        blocks = [questions[first : first + block_size] for first in range(0, len(questions), block_size)]
+        diagnosis = _measure_blocks(probe_with, config, blocks, output / BLOCKS_FOLDER, seed, journal, on_stage)
+        if update is not None:
+            diagnosis = with_updates_of(diagnosis, update)
+    assert diagnosis is not None, "a configuration measures the update or nodes"
+    scored = {rollout.question for rollout in diagnosis.rollouts}
+    diagnosis = replace(diagnosis, left_out={**diagnosis.left_out, "questions": len(rows) - len(scored)})
+    save(diagnosis, output / "records", overwrite=True)
+    journal.remove()
+    return diagnosis
+
+
+def _measure_blocks(
+    probe_with: Callable[..., Probe],
+    config: ProbeConfig,
+    blocks: Sequence[Sequence[Question]],
+    folder: Path,
+    seed: int,
+    journal: Journal,
+    on_stage: Progress | None,
+) -> ProbeReport:
+    """Measure the nodes of all blocks; a block whose questions have no reward is left out if others have one."""
+    question_count = sum(map(len, blocks))
     reports: list[ProbeReport] = []
     unscored: list[UnscoredError] = []
-    for done, question in enumerate(questions, 1):
+    for place, block in enumerate(blocks):
+        share = len(block) / question_count
+        probe = probe_with(
+            update=False,
+            budget=max(1, round(config.budget * share)) if config.budget else config.budget,
+            time_budget=None if config.time_budget is None else config.time_budget * share,
+        )
         try:
-            reports.append(_measure_question(probe, question, int(question.id), output / QUESTIONS_FOLDER, seed))
-        except UnscoredError as error:  # the reward function has nothing to say about this question
+            reports.append(_measured(probe, block, folder / f"{place:05d}", f"block {place}", seed, journal, on_stage))
+        except UnscoredError as error:  # the reward function has nothing to say about these questions
             unscored.append(error)
-        if on_question is not None:
-            on_question(done, len(questions))
     if not reports:
         raise unscored[0]
     stage_seconds: Counter[str] = Counter()
     for report in reports:
         stage_seconds.update(report.stage_seconds)
-    merged = merge(reports)
-    left_out = {**merged.left_out, "questions": len(rows) - len(reports)}
-    diagnosis = replace(merged, stage_seconds=dict(stage_seconds), left_out=left_out)
-    if update is not None:
-        diagnosis = with_updates_of(diagnosis, update)
-    save(diagnosis, output / "records", overwrite=True)
-    return diagnosis
+    return replace(merge(reports), stage_seconds=dict(stage_seconds))
 
 
-def _measure_update(
-    student: nn.Module,
-    tokenizer: Any,
-    reward: RewardFunction,
-    teachers: object,
-    config: ProbeConfig,
+def _measured(
+    probe: Probe,
     questions: Sequence[Question],
     folder: Path,
+    name: str,
     seed: int,
+    journal: Journal,
     on_stage: Progress | None,
 ) -> ProbeReport:
-    """Measure the update of all questions together and save it, or load it if it is there and not damaged.
-
-    Its directions are sums over questions, so it cannot be measured question by question.
-    """
+    """Measure questions together and save the records, or load them if they are there and not damaged."""
     try:
         return load(folder)
     except FileNotFoundError:
         pass
     except DamagedRecordsError as error:
-        warnings.warn(f"odp-callbacks: the update is measured again, because {error}", stacklevel=2)
-    without_nodes = replace(config, budget=0, time_budget=None, half_width=None, step_alignment=False)
-    probe = Probe(student, tokenizer, reward, teachers, without_nodes)
-    save(probe.run(questions, seed=seed, progress=on_stage), folder, overwrite=True)
+        warnings.warn(f"odp-callbacks: {name} is measured again, because {error}", stacklevel=2)
+    save(probe.run(questions, seed=seed, journal=journal, progress=on_stage), folder, overwrite=True)
     return load(folder)
+
+
+def _questions_that_fit(student: nn.Module, questions: Sequence[Question], config: ProbeConfig) -> int:
+    """How many questions' rollouts have keys and values that fit in memory."""
+    longest = max(len(question.prompt_ids) for question in questions)
+    tokens = longest + config.rollouts_per_question * config.max_new_tokens
+    usable = free_bytes(next(student.parameters()).device, config.max_memory_bytes)
+    return max(1, min(MAXIMUM_BLOCK, int(usable // (tokens * cache_bytes_of_token(student)))))
 
 
 def fingerprint(value: Any) -> str:
@@ -144,41 +170,34 @@ def fingerprint(value: Any) -> str:
     return blake2b(json.dumps(value, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
 
 
-def _measure_question(probe: Probe, question: Question, question_index: int, folder: Path, seed: int) -> ProbeReport:
-    """Measure one question and save it, or load it if it is there and not damaged."""
-    records = folder / f"{question_index:05d}"
-    try:
-        return load(records)
-    except FileNotFoundError:
-        pass
-    except DamagedRecordsError as error:
-        warnings.warn(f"odp-callbacks: question {question_index} is measured again, because {error}", stacklevel=2)
-    journal = Journal(folder / f".{question_index:05d}.journal")
-    save(probe.run([question], seed=seed, journal=journal), records, overwrite=True)
-    journal.remove()
-    return load(records)
+def _claim_folder(output: Path, settings: dict[str, Any], choose_block_size: Callable[[], int]) -> int:
+    """Write the settings to a new folder, or check that an existing one holds the same diagnosis.
 
-
-def _claim_folder(output: Path, settings: dict[str, Any]) -> None:
-    """Write the settings to a new folder, or check that an existing one holds the same diagnosis."""
+    Returns:
+        The number of questions in a block: the one that the diagnosis started with, because figures depend on it.
+    """
     path = output / SETTINGS_FILE
     # The saved settings have passed through JSON, so the given ones do too before they are compared.
     settings = json.loads(json.dumps(settings, default=repr))
     try:
         saved_settings = read_json_object(path) if path.exists() else None
     except ValueError as error:
-        if (output / QUESTIONS_FOLDER).exists():
+        if any((output / name).exists() for name in (UPDATE_FOLDER, BLOCKS_FOLDER)):
             raise ValueError(
                 f"`output` is {str(output)!r}, where it cannot be told which diagnosis its questions belong to: "
                 f"{error} Give another folder, or remove that one."
             ) from error
         saved_settings = None  # nothing was measured under them
     if saved_settings is None:
-        write_atomically(path, json.dumps(settings, indent=1))
-        return
+        block_size = choose_block_size()
+        write_atomically(path, json.dumps({**settings, BLOCK_SIZE: block_size}, indent=1))
+        return block_size
+    block_size = saved_settings.pop(BLOCK_SIZE, None)
     names = settings.keys() | saved_settings.keys()
-    if changed_names := sorted(name for name in names if settings.get(name) != saved_settings.get(name)):
+    changed_names = sorted(name for name in names if settings.get(name) != saved_settings.get(name))
+    if changed_names or not isinstance(block_size, int):
         raise ValueError(
-            f"`output` is {str(output)!r}, which holds a diagnosis with another `{changed_names[0]}`; give another "
-            "folder, or remove that one."
+            f"`output` is {str(output)!r}, which holds a diagnosis with another `{[*changed_names, BLOCK_SIZE][0]}`; "
+            "give another folder, or remove that one."
         )
+    return block_size

@@ -4,10 +4,11 @@ from odp_callbacks.engine.config import ProbeConfig, ProbeOptions
 from odp_callbacks.engine.probe import Probe, diagnose
 from odp_callbacks.engine.rewards import RewardError
 from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
-from odp_callbacks.engine.tree.nodes import EntropyNodes, UniformNodes, every_node, exponential_windows
+from odp_callbacks.engine.tree.nodes import BalancedNodes, EntropyNodes, UniformNodes, every_node, exponential_windows
 
 __all__ = [
     "AdapterTeacher",
+    "BalancedNodes",
     "BaseTeacher",
     "EMATeacher",
     "EntropyNodes",

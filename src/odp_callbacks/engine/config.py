@@ -11,6 +11,7 @@ from odp_callbacks.engine.chat_template import are_tools
 from odp_callbacks.engine.gradients.loss_directions import UserLoss
 from odp_callbacks.engine.tree.allocation import TARGETS
 from odp_callbacks.engine.tree.nodes import NODE_SELECTORS, NodeSelector
+from odp_callbacks.engine.update.response_tokens import Rule, check_rules
 from odp_callbacks.functional.distillation_losses import Divergence, check_divergence
 
 SIMPLE_TYPES = (str, int, float, tuple, type(None))
@@ -37,6 +38,7 @@ class ProbeOptions(TypedDict, total=False):
     step_alignment: bool
     update: bool
     influence: bool
+    rules: Mapping[str, Rule] | None
     nodes: NodeSelector | str
     branch_mass: float
     max_branches: int
@@ -82,8 +84,12 @@ class ProbeConfig:
         update: Whether to measure the update gain of each teacher: what one step along the distillation gradient of
             the probe's rollouts adds to the success of other questions. It needs no continuations.
         influence: Whether to also measure the influence of every response token on that gain.
-        nodes: Which response positions are measured: ``"exponential"`` windows, ``"every"``, ``"uniform"``,
-            ``"entropy"``, or a :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function.
+        rules: Rules for where to distil, whose update gain is measured too, as functions by name (such as
+            ``odp_callbacks.gates.RULES``); :func:`~odp_callbacks.score_rules` reads it. Each rule that weights by more
+            than correctness takes a forward pass and, for each teacher, a backward pass. None measures no rule.
+        nodes: Which response positions are measured: ``"balanced"`` (nearly equal weights, every depth), one in each of
+            the ``"exponential"`` windows, ``"every"``, ``"uniform"``, ``"entropy"``, or a
+            :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function.
         branch_mass: Total probability that the most likely branches of a node must reach, in (0, 1].
         max_branches: Maximum number of most likely branches of a node.
         tail_draws: Number of tokens drawn from the remaining probability mass at each node.
@@ -125,7 +131,8 @@ class ProbeConfig:
     step_alignment: bool = True
     update: bool = True
     influence: bool = True
-    nodes: NodeSelector | str = "exponential"
+    rules: Mapping[str, Rule] | None = None
+    nodes: NodeSelector | str = "balanced"
     branch_mass: float = 0.95
     max_branches: int = 4
     tail_draws: int = 2
@@ -163,6 +170,10 @@ class ProbeConfig:
         for option in ("update", "influence"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"`{option}` must be True or False, but {getattr(self, option)!r} was given.")
+        if self.rules is not None:
+            check_rules(self.rules)
+            if not self.update:
+                raise ValueError("`rules` is given, but `update` is False; rules are measured as parts of the update.")
         if not self.update and not self.measures_nodes:
             raise ValueError("`update` is False and `budget` is 0, so nothing would be measured; change one of them.")
         if self.target not in TARGETS:
@@ -204,6 +215,7 @@ class ProbeConfig:
     def settings(self) -> dict[str, Any]:
         """The options as a record keeps them; functions are replaced by their names."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
+        options["rules"] = None if self.rules is None else tuple(self.rules)
         return {option: _recordable(setting) for option, setting in options.items()}
 
 

@@ -18,6 +18,7 @@ from odp_callbacks.engine.gradients.random_projection import (
     supports_projection,
 )
 from odp_callbacks.engine.gradients.step_sums import StepAccumulator
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import (
     Rollout,
@@ -26,12 +27,12 @@ from odp_callbacks.engine.rollouts import (
     score_rollouts,
     scored_rollouts,
     with_entropy,
+    with_given_rewards,
 )
 from odp_callbacks.engine.sampling.backends import PrefilledRollouts, prefill_rollouts
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.timing import StageTimer
 from odp_callbacks.engine.tree.continuations import ContinuationCost, ContinuationSampler
-from odp_callbacks.engine.tree.journal import Journal
 from odp_callbacks.engine.tree.nodes import Node, every_node, select_nodes
 from odp_callbacks.engine.tree.planning import MeasuredNodes, plan_branches
 from odp_callbacks.engine.tree.recording import is_scored, with_outcomes, without_unscored
@@ -58,8 +59,10 @@ class Measurement:
         modules: Names of the student's LoRA modules.
         seed: Seed of everything random.
         timer: Times the stages and reports their progress.
-        journal: Stores continuations as they finish.
+        journal: Stores rollouts and continuations as they finish.
         preconditioner: A second geometry of the LoRA parameters to measure in; None for the Euclidean one alone.
+        summed_directions: Filled with each teacher's summed distillation gradient if the update is measured; None: not
+            kept.
     """
 
     student: nn.Module
@@ -73,6 +76,7 @@ class Measurement:
     timer: StageTimer
     journal: Journal | None = None
     preconditioner: Preconditioner | None = None
+    summed_directions: dict[str, Tensor] | None = None
 
     @property
     def randomness(self) -> Randomness:
@@ -80,7 +84,10 @@ class Measurement:
         return Randomness(self.seed)
 
     def run(
-        self, questions: Sequence[Question], responses: Sequence[Sequence[Sequence[int]]] | None = None
+        self,
+        questions: Sequence[Question],
+        responses: Sequence[Sequence[Sequence[int]]] | None = None,
+        rewards: Sequence[Sequence[float | None]] | None = None,
     ) -> ProbeReport:
         """Run all stages.
 
@@ -88,9 +95,11 @@ class Measurement:
             questions: The questions, with the teachers' prompts.
             responses: For each question, the student's responses as token ids if they exist already; None samples
                 them.
+            rewards: For each question, the rewards of these responses where they exist already; None where the verifier
+                shall score.
         """
         config = self.config
-        sampled = self.score(questions, responses)
+        sampled = self.score(questions, responses, rewards)
         rollouts = scored_rollouts(sampled)
         left_out = {
             "questions": len({id(rollout.question) for rollout in sampled} - {id(one.question) for one in rollouts}),
@@ -136,17 +145,34 @@ class Measurement:
         """Measure update gain, and the influence of every token where that is asked for."""
         config, differentiator = self.config, self.differentiator
         gradients = UpdateGradients(
-            self.student, self.tokenizer, differentiator.teachers, differentiator.direction, config.temperature
+            self.student,
+            self.tokenizer,
+            differentiator.teachers,
+            differentiator.direction,
+            config.temperature,
+            features=config.influence or bool(config.rules),
         )
         meter = UpdateMeter(
             gradients, success_threshold=config.success_threshold, max_memory_bytes=config.max_memory_bytes
         )
-        total = len(rollouts) * (2 if config.influence else 1)
+        total = len(rollouts) * (1 + config.influence + len(config.rules or ()))
         with self.timer.stage("update", total) as progress:
-            return meter.measure(rollouts, influence=config.influence, square_roots=square_roots, progress=progress)
+            measured = meter.measure(
+                rollouts,
+                influence=config.influence,
+                rules=config.rules,
+                square_roots=square_roots,
+                progress=progress,
+            )
+        if self.summed_directions is not None:
+            self.summed_directions.update(zip(differentiator.teachers, measured.directions, strict=True))
+        return measured
 
     def score(
-        self, questions: Sequence[Question], responses: Sequence[Sequence[Sequence[int]]] | None
+        self,
+        questions: Sequence[Question],
+        responses: Sequence[Sequence[Sequence[int]]] | None,
+        rewards: Sequence[Sequence[float | None]] | None = None,
     ) -> list[Rollout]:
         """Sample rollouts, or take those that are given, and score them.
 
@@ -167,9 +193,13 @@ class Measurement:
                     eos_token_ids=self.eos_token_ids,
                     randomness=self.randomness,
                     batch_size=config.batch_size,
+                    journal=self.journal,
                 )
         with self.timer.stage("verifier", len(rollouts)):
-            rollouts = score_rollouts(self.verifier, rollouts)
+            if rewards is None:
+                rollouts = score_rollouts(self.verifier, rollouts)
+            else:
+                rollouts = with_given_rewards(self.verifier, rollouts, rewards)
         if config.measures_nodes:
             self.verifier.try_thread(
                 [rollout.reward for rollout in rollouts],

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from odp_callbacks.engine.chat_template import ChatTemplate
@@ -15,25 +15,26 @@ from odp_callbacks.engine.gradients.gram_matrices import lora_modules
 from odp_callbacks.engine.gradients.loss_directions import distillation_direction
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.measurement import Measurement
 from odp_callbacks.engine.prompts import DEFAULT_TEMPLATE, Question, QuestionLengthError, Row, text_tokenizer
 from odp_callbacks.engine.question_encoding import QuestionEncoder, UsableQuestions, template_of
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, RewardHost, check_reward, score
-from odp_callbacks.engine.rollouts import end_tokens
+from odp_callbacks.engine.rollouts import Rollout, end_tokens
 from odp_callbacks.engine.rows import as_rows
 from odp_callbacks.engine.sampling.vocabulary import check_logit_widths
 from odp_callbacks.engine.student import check_student, other_trained_parameters, uncompiled
 from odp_callbacks.engine.teachers import Teacher, as_teachers
 from odp_callbacks.engine.timing import Progress, StageTimer
+from odp_callbacks.engine.training_rollouts import TrainingRollout, as_scored_rollouts
 from odp_callbacks.engine.training_state import preserving_training_state
-from odp_callbacks.engine.tree.journal import Journal
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import ProbeReport
 
 
 class Probe:
-    """Measures the alignment of teachers on a student's own rollouts.
+    """Measures on a student's own rollouts what each teacher is worth: update gain, and single tokens.
 
     It can be used alone, as a diagnosis without training; :func:`diagnose` is the short form.
 
@@ -55,6 +56,8 @@ class Probe:
         config: The configuration, with the options applied.
         modules: Names of the student's LoRA modules that are trained at present.
         eos_token_ids: Tokens that end a response.
+        summed_directions: For each teacher ``(P,)`` float32 on the CPU, its distillation gradient summed over the
+            rollouts of the last run that measured the update; empty before. None (the default): not kept.
 
     Raises:
         TypeError: If ``reward`` is not callable, or an option is unknown.
@@ -99,6 +102,7 @@ class Probe:
             template_of(self.config, training_template),
         )
         self._has_warned_of_rows = False
+        self.summed_directions: dict[str, Tensor] | None = None
 
     @property
     def reward_host(self) -> RewardHost:
@@ -108,6 +112,11 @@ class Probe:
     @reward_host.setter
     def reward_host(self, host: RewardHost) -> None:
         self._verifier.host = host
+
+    def given_rollouts(self, rollouts: Sequence[TrainingRollout]) -> list[Rollout]:
+        """Encode rollouts of the training for the student, and score those that have no reward."""
+        template, end = self._encoder.template, self.eos_token_ids
+        return as_scored_rollouts(rollouts, self.tokenizer, template, end, self._verifier)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -191,6 +200,7 @@ class Probe:
         seed: int = 0,
         ids: Sequence[str] | None = None,
         responses: Sequence[Sequence[Sequence[int]]] | None = None,
+        rewards: Sequence[Sequence[float | None]] | None = None,
         time_budget: float | None = None,
         progress: Progress | None = None,
         preconditioner: Preconditioner | None = None,
@@ -207,6 +217,8 @@ class Probe:
             ids: Identifies each question in the records; by default its ``id`` column, or its place.
             responses: For each row, the student's own responses as token ids, if they have been sampled already (by
                 the training, for example); None samples them.
+            rewards: For each row, the rewards of these responses, if they have been scored already: any finite number,
+                NaN for a response that shall not count, None where ``reward`` shall score it. None scores all.
             time_budget: Number of seconds after which to stop sampling continuations. It lowers the limit of a
                 configuration with a ``budget`` or ``time_budget``, and is ignored otherwise.
             progress: Called with the stage's name, the amount done, and the total.
@@ -238,11 +250,14 @@ class Probe:
                 timer=StageTimer(progress),
                 journal=journal,
                 preconditioner=preconditioner,
+                summed_directions=self.summed_directions,
             )
             usable = self._usable(rows, ids, ValueError)
             if responses is not None and usable.errors:
                 responses = [responses[place] for place in usable.places]
-            report = measurement.run(usable.questions, responses)
+            if rewards is not None and usable.errors:
+                rewards = [rewards[place] for place in usable.places]
+            report = measurement.run(usable.questions, responses, rewards)
         unused = report.left_out.get("questions", 0) + len(usable.errors)
         return replace(report, left_out={**report.left_out, "questions": unused})
 
@@ -269,7 +284,7 @@ def diagnose(
     progress: Progress | None = None,
     **options: Unpack[ProbeOptions],
 ) -> ProbeReport:
-    """Measure each teacher's alignment on the student's own rollouts, without training.
+    """Measure on the student's own rollouts which teacher would help it, without training.
 
     Args:
         student: A causal language model with LoRA (peft).

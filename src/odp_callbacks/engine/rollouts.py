@@ -1,19 +1,21 @@
 """Student rollouts: the responses that the student samples by itself, and their rewards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from odp_callbacks.engine.gradients.logits import node_logits
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rewards import UnscoredError
 from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
 from odp_callbacks.engine.sampling.randomness import Randomness
-from odp_callbacks.engine.sampling.requests import ContinuationRequest
+from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest
 from odp_callbacks.engine.verifier import Verifier
 
 
@@ -26,7 +28,7 @@ class Rollout:
         response_ids: ``T`` sampled tokens, including the end token if there is one.
         text: The response without end and special tokens, as the verifier receives it.
         truncated: Whether the length limit cut the response before an end token.
-        reward: The verifier's reward in [0, 1]; NaN until the response is scored.
+        reward: The verifier's reward in [0, 1], or any finite number that was given; NaN until the response is scored.
         entropy: ``(T,)``, entropy of the student's policy at each position in nats; None unless the node selector
             uses it.
     """
@@ -67,6 +69,7 @@ def sample_rollouts(
     eos_token_ids: Sequence[int],
     randomness: Randomness | None,
     batch_size: int,
+    journal: Journal | None = None,
 ) -> list[Rollout]:
     """Sample responses to questions; each prompt is prefilled once.
 
@@ -81,13 +84,12 @@ def sample_rollouts(
         randomness: Makes a question's responses depend on its id and not on the other questions; None draws from
             torch's global stream.
         batch_size: Maximum number of responses sampled at a time.
+        journal: Stores responses as they finish; those that it holds already are not sampled again. It needs
+            ``randomness``.
 
     Returns:
         ``len(questions) * per_question`` rollouts, those of one question together, without rewards.
     """
-    prefilled = prefill_rollouts(
-        model, [question.prompt_ids[:-1] for question in questions], max_new_tokens=max_new_tokens
-    )
     requests = [
         ContinuationRequest(question_index, len(question.prompt_ids) - 1, int(question.prompt_ids[-1]), max_new_tokens)
         for question_index, question in enumerate(questions)
@@ -98,15 +100,28 @@ def sample_rollouts(
         keys = [
             randomness.key(question.id, "rollout", number) for question in questions for number in range(per_question)
         ]
-    continuations = sample_continuations(
-        model,
-        prefilled,
-        requests,
-        temperature=temperature,
-        eos_token_ids=eos_token_ids,
-        keys=keys,
-        batch_size=batch_size,
-    )
+    stored = {} if journal is None else journal.continuations
+    continuations = {index: stored[key] for index, key in enumerate(keys or ()) if key in stored}
+    missing = [index for index in range(len(requests)) if index not in continuations]
+
+    def write(finished: Mapping[int, Continuation]) -> None:
+        if journal is not None and keys is not None:
+            journal.write({keys[missing[place]]: continuation for place, continuation in finished.items()})
+
+    if missing:
+        sampled = sample_continuations(
+            model,
+            prefill_rollouts(
+                model, [question.prompt_ids[:-1] for question in questions], max_new_tokens=max_new_tokens
+            ),
+            [requests[index] for index in missing],
+            temperature=temperature,
+            eos_token_ids=eos_token_ids,
+            keys=None if keys is None else [keys[index] for index in missing],
+            batch_size=batch_size,
+            on_finished=write,
+        )
+        continuations.update(zip(missing, sampled, strict=True))
     return [
         Rollout(
             questions[request.sequence],
@@ -114,7 +129,7 @@ def sample_rollouts(
             response_text(tokenizer, continuation.tokens, eos_token_ids),
             continuation.truncated,
         )
-        for request, continuation in zip(requests, continuations, strict=True)
+        for request, continuation in zip(requests, (continuations[i] for i in range(len(requests))), strict=True)
     ]
 
 
@@ -126,6 +141,37 @@ def score_rollouts(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Roll
         [rollout.response_ids for rollout in rollouts],
     )
     return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
+def with_given_rewards(
+    verifier: Verifier, rollouts: Sequence[Rollout], rewards: Sequence[Sequence[float | None]]
+) -> list[Rollout]:
+    """Return rollouts with rewards that exist already; the verifier scores only those that have none.
+
+    Args:
+        verifier: Scores responses.
+        rollouts: The rollouts, those of one question together.
+        rewards: For each question, the rewards of its responses: any finite number, NaN where there shall be none, None
+            for the verifier's.
+
+    Raises:
+        ValueError: If there is not one reward for each response, or one is infinite.
+    """
+    given = [reward for question_rewards in rewards for reward in question_rewards]
+    counts = [len(list(group)) for _, group in groupby(rollouts, key=lambda rollout: id(rollout.question))]
+    given_counts = [len(question_rewards) for question_rewards in rewards if len(question_rewards)]
+    if given_counts != counts:
+        raise ValueError(
+            f"`rewards` must hold one reward for each response, {counts} by question, but holds {given_counts}."
+        )
+    if any(reward is not None and math.isinf(reward) for reward in given):
+        raise ValueError("`rewards` must be finite, NaN or None, but an infinite one is among them.")
+    missing = [rollout for rollout, reward in zip(rollouts, given, strict=True) if reward is None]
+    scored = iter(score_rollouts(verifier, missing) if missing else ())
+    return [
+        next(scored) if reward is None else replace(rollout, reward=float(reward))
+        for rollout, reward in zip(rollouts, given, strict=True)
+    ]
 
 
 def scored_rollouts(rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -9,7 +9,7 @@ from odp_callbacks.functional.distillation_losses import (
 )
 from odp_callbacks.functional.gradients import lora_gradients, lora_parameters
 from odp_callbacks.functional.ideal_gradient import ideal_logit_gradient
-from odp_callbacks.functional.updates import leave_one_out_advantages, update_gain
+from odp_callbacks.functional.updates import leave_one_out_advantages, step_gain, update_gain
 
 __all__ = [
     "Divergence",
@@ -21,5 +21,6 @@ __all__ = [
     "lora_gradients",
     "lora_parameters",
     "node_predictors",
+    "step_gain",
     "update_gain",
 ]

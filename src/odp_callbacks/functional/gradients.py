@@ -129,6 +129,26 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def drops_out(model: nn.Module) -> bool:
+    """Whether dropout changes what the model returns in its present mode.
+
+    Besides modules of dropout, attributes such as Llama's ``attention_dropout`` count, which a module in training mode
+    passes to a function.
+
+    Examples:
+        >>> drops_out(nn.Dropout(0.1).train()), drops_out(nn.Dropout(0.1).eval()), drops_out(nn.Dropout(0.0).train())
+        (True, False, False)
+    """
+    for module in model.modules():
+        if module.training:
+            rates = [value for name, value in vars(module).items() if "dropout" in name or "drop_prob" in name]
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                rates.append(module.p)
+            if any(isinstance(rate, float) and rate > 0 for rate in rates):
+                return True
+    return False
+
+
 def logits_at(
     model: nn.Module,
     input_ids: Tensor,

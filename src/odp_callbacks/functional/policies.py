@@ -105,3 +105,23 @@ def _equal_up_to_rounding(student: Tensor, teacher: Tensor, support: Tensor, eps
     both_exclude = torch.isneginf(student) & torch.isneginf(teacher)
     agree = (both_finite & (deviation <= rounding)) | both_exclude | ~support
     return agree.all(dim=-1, keepdim=True)
+
+
+def token_log_probs(logits: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+    """Log-probability of the token that was chosen at each position.
+
+    Args:
+        logits: ``(N, V)``, any floating dtype.
+        token_ids: ``(N,)``, integer.
+        temperature: Divides the logits.
+
+    Returns:
+        ``(N,)`` in nats, at least in float32.
+
+    Examples:
+        >>> import torch
+        >>> token_log_probs(torch.tensor([[0.0, 0.0], [0.0, 100.0]]), torch.tensor([1, 1]), 1.0)
+        tensor([-0.6931,  0.0000])
+    """
+    scaled = logits.to(working_dtype(logits)) / temperature
+    return scaled.gather(-1, token_ids[:, None])[:, 0] - scaled.logsumexp(dim=-1)

@@ -112,9 +112,61 @@ def leave_one_out_advantages(rewards: Tensor, questions: Tensor) -> Tensor:
     values = rewards.to(dtype)
     _, place = questions.unique(return_inverse=True)
     count = torch.bincount(place).to(dtype)
-    total = torch.zeros_like(count).index_add(0, place, values)
+    # Counted from the smallest reward, equal rewards give exactly 0 and not rounding, which would pass for a signal.
+    smallest = torch.full_like(count, torch.inf).scatter_reduce(0, place, values, "amin")
+    above = values - smallest[place]
     siblings = count[place] - 1
-    baseline = (total[place] - values) / siblings
+    among_siblings = above - (_sum_by(place, above, count)[place] - above) / siblings
+    above = values - smallest.min() if len(values) else values
     elsewhere = len(values) - count[place]
-    mean_elsewhere = torch.where(elsewhere > 0, (values.sum() - total[place]) / elsewhere, 0.0)
-    return (values - torch.where(siblings > 0, baseline, mean_elsewhere)).to(rewards.dtype)
+    among_questions = above - (above.sum() - _sum_by(place, above, count)[place]) / elsewhere
+    alone = torch.where(elsewhere > 0, among_questions, values)
+    return torch.where(siblings > 0, among_siblings, alone).to(rewards.dtype)
+
+
+def _sum_by(place: Tensor, values: Tensor, like: Tensor) -> Tensor:
+    """Sum of the values ``(R,)`` at each place, in the shape of ``like``."""
+    return torch.zeros_like(like).index_add(0, place, values)
+
+
+def step_gain(rewards: Tensor, questions: Tensor, log_probs_after: Tensor, log_probs_before: Tensor) -> Tensor:
+    r"""What a step that was taken is expected to have added to the success, from rollouts sampled after it.
+
+    .. math:: \Delta_i = (r_i - b_i) \, (\ln \pi_{t+1}(y_i) - \ln \pi_t(y_i)), \qquad y_i \sim \pi_{t+1}
+
+    The mean over rollouts has the expectation :math:`J(\theta_{t+1}) - J(\theta_t)` up to an error of second order in
+    the step, whatever optimizer made the step. It is of new questions as long as the rollouts did not make the step.
+
+    Args:
+        rewards: ``(R,)``, floating.
+        questions: ``(R,)``, integer: the question of each rollout, for the baseline
+            (:func:`leave_one_out_advantages`).
+        log_probs_after: ``(R,)``, floating: natural logarithm of each whole response's probability under the
+            parameters that it was sampled from, after the step.
+        log_probs_before: ``(R,)``, the same under the parameters before the step.
+
+    Returns:
+        ``(R,)`` in the widest dtype of the arguments: each rollout's :math:`\Delta_i`, whose mean is the gain.
+
+    Raises:
+        TypeError: If an argument is not a floating-point tensor.
+        ValueError: If the shapes differ.
+
+    Examples:
+        >>> import torch
+        >>> rewards, questions = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+        >>> step_gain(rewards, questions, torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, -2.5])).mean()
+        tensor(0.5000)
+    """
+    for name, log_probs in (("log_probs_after", log_probs_after), ("log_probs_before", log_probs_before)):
+        check_floating_point(name, log_probs)
+        if log_probs.shape != rewards.shape:
+            raise ValueError(
+                f"`{name}` must have one number for each rollout, {tuple(rewards.shape)} as `rewards`, but "
+                f"{tuple(log_probs.shape)} was given."
+            )
+    advantages = leave_one_out_advantages(rewards, questions)
+    dtype = working_dtype(advantages, log_probs_after, log_probs_before)
+    gains = advantages.to(dtype) * (log_probs_after.to(dtype) - log_probs_before.to(dtype))
+    widest = torch.promote_types(rewards.dtype, torch.promote_types(log_probs_after.dtype, log_probs_before.dtype))
+    return gains.to(widest)

@@ -7,25 +7,60 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.analysis.jackknife import Estimate
+from odp_callbacks.functional.tokens import Tokens
 from odp_callbacks.gates.class_evidence import (
     ALL_DEPTHS,
-    FIGURES,
     WINDOWS,
     ClassEvidence,
     TokenClass,
     class_name,
     masks_by_class,
 )
-from odp_callbacks.gates.tokens import Tokens
+from odp_callbacks.gates.node_evidence import NODE_FIGURES, NodeEvidence
+from odp_callbacks.gates.update_evidence import UpdateEvidence
 from odp_callbacks.records import ProbeReport
+
+FIGURES = (UpdateEvidence.figure, *NODE_FIGURES)
+"""The figures that a gate can act on."""
+
+
+def evidence_for(
+    figure: str, probes: int = 4, windows: Sequence[int] | None = None, confidence: float = 0.95
+) -> ClassEvidence:
+    """Return what a gate collects of the probes to know a figure of each class.
+
+    Args:
+        figure: One of :data:`FIGURES`.
+        probes: How many of the last probes count.
+        windows: First depths of the depth windows; None for those of the method, or for a single one where the figure
+            is known for all depths together.
+        confidence: Level of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: If an argument is out of range, or windows are given for a figure that has none.
+    """
+    if figure not in FIGURES:
+        raise ValueError(f"`figure` must be one of {list(FIGURES)}, but {figure!r} was given.")
+    if figure != UpdateEvidence.figure:
+        return NodeEvidence(figure, probes, WINDOWS if windows is None else windows, confidence)
+    if windows is not None and tuple(windows) != (0,):
+        raise ValueError(
+            f"`windows` was given ({windows!r}), but 'update_gain' is known for all depths together; "
+            f"leave `windows` out, or use a figure of single tokens: {list(NODE_FIGURES)}."
+        )
+    return UpdateEvidence(probes, confidence)
 
 
 class AlignmentGate:
     """Distil where the teacher measurably helps, stop where it measurably harms, and do not act on noise.
 
-    Each class of tokens (teacher, correct or incorrect rollout, depth window) has a switch, which is open at first.
-    After each probe the switch *closes* if the whole interval of the class's figure lies below 0, and *opens* if the
-    whole interval lies above 0; otherwise it stays as it is (hysteresis). A window whose own interval never excluded 0
+    Each class of tokens (teacher, correct or incorrect rollout) has a switch, which is open at first. After each probe
+    the switch *closes* if the whole interval of the class's figure lies below 0, and *opens* if the whole interval lies
+    above 0; otherwise it stays as it is (hysteresis).
+
+    The figure is the update gain: what a step along the distillation gradient of the class's rollouts adds to the
+    success of other questions. It needs no continuations, so probes with ``budget=0`` will do. The figures of single
+    tokens need continuations, and divide the classes by depth, too. A window whose own interval never excluded 0 then
     follows the switch of its side (correct or incorrect, all depths), which rests on more evidence. Of several windows,
     some interval excludes 0 by chance; a higher ``confidence`` makes this rarer.
 
@@ -37,9 +72,10 @@ class AlignmentGate:
     LightningModule's ``gate``. The teachers must have the same names there.
 
     Args:
-        figure: ``"predicted_gain"`` or ``"gain_weighted_alignment"``.
+        figure: ``"update_gain"``, or one of single tokens: ``"predicted_gain"``, ``"gain_weighted_alignment"``.
         probes: How many of the last probes count.
-        windows: First depths of the depth windows; ``(0,)`` for a single window.
+        windows: First depths of the depth windows of a figure of single tokens; ``(0,)`` for a single window, None for
+            those of the method.
         confidence: Level of the intervals, in (0, 1).
         floor: Weight of a closed class, in [0, 1]; above 0, no class is left out entirely.
         proportional: Weight open classes by their figure.
@@ -58,36 +94,36 @@ class AlignmentGate:
 
     def __init__(
         self,
-        figure: str = "predicted_gain",
+        figure: str = "update_gain",
         *,
         probes: int = 4,
-        windows: Sequence[int] = WINDOWS,
+        windows: Sequence[int] | None = None,
         confidence: float = 0.95,
         floor: float = 0.0,
         proportional: bool = False,
         max_weight: float = 4.0,
     ) -> None:
-        if figure not in FIGURES:
-            raise ValueError(f"`figure` must be one of {list(FIGURES)}, but {figure!r} was given.")
         if not 0 <= floor <= 1:
             raise ValueError(f"`floor` must lie in [0, 1], but {floor!r} was given.")
         if not 1 <= max_weight < float("inf"):
             raise ValueError(f"`max_weight` must be finite and at least 1, but {max_weight!r} was given.")
         self.figure, self.floor, self.proportional, self.max_weight = figure, floor, proportional, max_weight
-        self.evidence = ClassEvidence(probes, windows, confidence)
+        self.evidence = evidence_for(figure, probes, windows, confidence)
         # Switches that a probe has set: (teacher, class) -> open.
         self._switches: dict[tuple[str, TokenClass], bool] = {}
         self._weights: dict[tuple[str, TokenClass], float] = {}
 
     def observe(self, report: ProbeReport) -> None:
-        """Learn from a probe."""
+        """Learn from a probe.
+
+        Raises:
+            ValueError: If the probe did not measure what the gate's figure is computed from.
+        """
         self.evidence.add(report)
         self._weights = {}
         classes = self.evidence.classes()
         for teacher in self.evidence.teachers:
-            estimates = {
-                token_class: self.evidence.estimate(token_class, teacher, self.figure) for token_class in classes
-            }
+            estimates = {token_class: self.evidence.estimate(token_class, teacher) for token_class in classes}
             self._set_switches(teacher, estimates)
             self._set_weights(teacher, estimates)
 
@@ -99,10 +135,10 @@ class AlignmentGate:
                 self._switches[teacher, token_class] = True
 
     def _set_weights(self, teacher: str, estimates: Mapping[TokenClass, Estimate]) -> None:
+        # Those of all depths are the sums of their windows, if there are windows.
+        finest = [token_class for token_class in estimates if token_class[1] != ALL_DEPTHS] or list(estimates)
         helpful = {
-            token_class: estimate.value
-            for token_class, estimate in estimates.items()
-            if token_class[1] != ALL_DEPTHS and estimate.low > 0
+            token_class: estimates[token_class].value for token_class in finest if estimates[token_class].low > 0
         }
         mean_helpful = sum(helpful.values()) / len(helpful) if helpful else 1.0
         for token_class in estimates:
@@ -158,7 +194,7 @@ class AlignmentGate:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must keep, in plain Python."""
         return {
-            "evidence": self.evidence.state_dict(),
+            "evidence": {"figure": self.figure, **self.evidence.state_dict()},
             "switches": [
                 (teacher, *token_class, is_open) for (teacher, token_class), is_open in self._switches.items()
             ],
@@ -166,7 +202,13 @@ class AlignmentGate:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what a checkpoint kept."""
+        """Restore what a checkpoint kept.
+
+        Raises:
+            ValueError: If the state is that of a gate with another figure.
+        """
+        if (figure := state["evidence"].get("figure")) != self.figure:
+            raise ValueError(f"`state` is of a gate with the figure {figure!r}, but this one has {self.figure!r}.")
         self.evidence.load_state_dict(state["evidence"])
         self._switches = {
             (teacher, (correct, window_index)): is_open for teacher, correct, window_index, is_open in state["switches"]

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from odp_callbacks.gates.tokens import Tokens
+from odp_callbacks.functional.tokens import Tokens
 
 
 class IncorrectRolloutGate:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from odp_callbacks.functional.tokens import Tokens, tokens_of
 from odp_callbacks.gates.protocols import Gate, Router
-from odp_callbacks.gates.tokens import Tokens, tokens_of
 
 
 @dataclass(frozen=True)

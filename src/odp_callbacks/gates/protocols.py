@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-from odp_callbacks.gates.tokens import Tokens
+from odp_callbacks.functional.tokens import Tokens
 from odp_callbacks.records import ProbeReport
 
 Gate: TypeAlias = Callable[[Tokens], Tensor]

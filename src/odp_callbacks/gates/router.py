@@ -6,20 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odp_callbacks.functional.tokens import Tokens
 from odp_callbacks.gates.alignment import AlignmentGate
 from odp_callbacks.gates.class_evidence import ALL_DEPTHS, TokenClass, masks_by_class
-from odp_callbacks.gates.tokens import Tokens
 from odp_callbacks.records import ProbeReport
 
 
 class TeacherRouter(AlignmentGate):
     """Choose the teacher of each class of tokens: no context is best everywhere (arXiv:2605.10889).
 
-    Each class (correct or incorrect rollout, depth window) has one teacher, at first the first one. After a probe it
-    gets another teacher only if that teacher's predicted gain is measurably higher on the same nodes, that is, if the
-    whole interval of the difference lies above 0. The router thus does not act on noise, and a teacher that is only as
-    good does not replace the current one (hysteresis). Of several better teachers it takes the one with the highest
-    gain. A window whose own evidence never decided follows its side (correct or incorrect, all depths).
+    Each class (correct or incorrect rollout) has one teacher, at first the first one. After a probe it gets another
+    teacher only if that teacher's update gain is measurably higher on the same questions, that is, if the whole
+    interval of the difference lies above 0. The router thus does not act on noise, and a teacher that is only as good
+    does not replace the current one (hysteresis). Of several better teachers it takes the one with the highest gain.
+    With a figure of single tokens the classes are divided by depth, too; a window whose own evidence never decided
+    follows its side (correct or incorrect, all depths).
 
     A share ``explore`` of the rollouts gets a teacher drawn from the others, so that training goes on seeing what the
     student learns from each. (The probes measure all teachers in any case.)
@@ -98,9 +99,9 @@ class TeacherRouter(AlignmentGate):
         candidates = [name for name in self._training_teachers or measured if name in measured]
         current = self.teacher(token_class) or candidates[0]
         gains = {
-            name: self.evidence.estimate(token_class, name, self.figure).value
+            name: self.evidence.estimate(token_class, name).value
             for name in candidates
-            if name != current and self.evidence.difference(token_class, name, current, self.figure).low > 0
+            if name != current and self.evidence.difference(token_class, name, current).low > 0
         }
         return max(gains, key=lambda name: gains[name]) if gains else None
 

@@ -7,7 +7,7 @@ that from a probe's records, without training. Set their parameters with ``funct
 import torch
 from torch import Tensor
 
-from odp_callbacks.gates.tokens import Tokens
+from odp_callbacks.functional.tokens import Tokens
 
 
 def everything(tokens: Tokens) -> Tensor:

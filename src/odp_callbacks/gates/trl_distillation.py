@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odp_callbacks.gates.tokens import policy_features
+from odp_callbacks.functional.tokens import policy_features
 from odp_callbacks.gates.trl_weighting import BatchWeighting
 
 TOKENS_PER_CHUNK = 256

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.engine.prompts import Row
-from odp_callbacks.gates.tokens import policy_features
+from odp_callbacks.functional.tokens import policy_features
 from odp_callbacks.gates.trl_weighting import BatchWeighting
 
 

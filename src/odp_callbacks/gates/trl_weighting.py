@@ -12,9 +12,9 @@ from torch import Tensor
 from odp_callbacks.engine.prompts import Question, Row
 from odp_callbacks.engine.rewards import RewardFunction, RewardHost, score
 from odp_callbacks.engine.user_defaults import UserDefaults
+from odp_callbacks.functional.tokens import tokens_of
 from odp_callbacks.gates.loss import check_gate, gate_weights
 from odp_callbacks.gates.protocols import Gate
-from odp_callbacks.gates.tokens import tokens_of
 
 
 class BatchWeighting:

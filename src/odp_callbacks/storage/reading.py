@@ -132,7 +132,7 @@ def _updates(contents: Mapping[str, bytes], rollouts: int, name: str) -> tuple[U
     try:
         updates = read_updates(contents.get(UPDATES_FILE))
         check_updates(updates, rollouts)
-    except (ValueError, KeyError, OSError, BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, OSError, BadZipFile) as error:
         raise DamagedRecordsError(f"`folder` is damaged: {name}/{UPDATES_FILE} cannot be read ({error}).") from error
     return updates
 

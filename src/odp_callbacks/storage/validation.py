@@ -176,12 +176,17 @@ def check_updates(updates: Sequence[UpdateRecord], rollouts: int) -> None:
     """Check that the measured tokens of an update lie in rollouts that exist, unless the report kept no rollout at all.
 
     Raises:
-        ValueError: If that is not so.
+        ValueError: If that is not so, or if products by module do not fit those on all parameters.
     """
+    for update in updates:
+        modules, cross = update.gram.modules, update.gram.cross
+        if modules is not None and modules.cross.shape != (*cross.shape[:3], len(modules.names)):
+            raise ValueError(f"`modules` has products of shape {modules.cross.shape} for {len(modules.names)} modules")
     for update in updates if rollouts else ():
-        indices = () if update.influence is None else update.influence.rollout
-        if len(indices) and not 0 <= min(indices) <= max(indices) < rollouts:
-            raise ValueError(f"`rollout` is {max(indices)}, but there are {rollouts}")
+        for tokens in (update.influence, update.features):
+            indices = () if tokens is None else tokens.rollout
+            if len(indices) and not 0 <= min(indices) <= max(indices) < rollouts:
+                raise ValueError(f"`rollout` is {max(indices)}, but there are {rollouts}")
 
 
 def check_preconditioned(report: ProbeReport, name: str) -> None:

@@ -1,23 +1,47 @@
-"""Waterfall of an update's contributions: which class of rollouts and which depths its gain comes from."""
+"""Waterfalls of an update's contributions: by class of rollouts and depth, and by layer and kind of LoRA module."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from odp_callbacks.analysis.contributions import Contribution, contributions
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.text import displayable
+from odp_callbacks.update_records import CLASSES
 from odp_callbacks.visualization.plot_style import GREY, STYLE, WIDTH
 from odp_callbacks.visualization.wording import level
 
 HELPS, HARMS = "#8073ac", "#e08214"
 """Colours of bars that go up and of bars that go down."""
+PALE = 0.4
+"""Opacity of a bar whose interval includes 0."""
 PANEL_HEIGHT, LOW_PANEL_HEIGHT = 1.6, 1.1
 """Inches for each teacher: of few and of many."""
+MAXIMUM_LABELS = 24
+"""Bars up to which each has a label; with more, only every second, third ... of a group has one."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Bars of which each begins where the one before ends, and the sum that they end at.
+
+    Attributes:
+        labels: ``B`` labels.
+        estimates: ``B`` tuples of the ``K`` teachers' contributions.
+        sum_label: Label of the sum; empty for none.
+        sums: The ``K`` teachers' sums, of which the intervals are drawn.
+        restarts: Whether the first bar begins at 0, because it shows the same update in other parts.
+    """
+
+    labels: Sequence[str]
+    estimates: Sequence[tuple[Estimate, ...]]
+    sum_label: str = ""
+    sums: tuple[Estimate, ...] = ()
+    restarts: bool = False
 
 
 def plot_contributions(analysis: Analysis) -> Figure | None:
@@ -32,52 +56,107 @@ def plot_contributions(analysis: Analysis) -> Figure | None:
     Returns:
         The plot, or None if no influence of tokens was measured.
     """
-    report, influence = analysis.report, analysis.influence
-    if influence is None or not (parts := contributions(report, influence)):
+    parts = analysis.depth_contributions
+    if not parts:
         return None
-    wholes = {
-        (summary.teacher, summary.split): summary.figures["update_contribution"] for summary in analysis.summaries()
-    }
-    panel_height = PANEL_HEIGHT if len(report.teachers) <= 4 else LOW_PANEL_HEIGHT
+    groups = [
+        _Group([part.window for part in of_class], [part.estimates for part in of_class], f"all {split}", sums)
+        for split in CLASSES
+        if (of_class := [part for part in parts if part.split == split])
+        for sums in [_update_contributions(analysis, split)]
+    ]
+    return _plot(analysis, groups, "depth of the tokens, in correct and then in incorrect rollouts")
+
+
+def plot_module_contributions(analysis: Analysis) -> Figure | None:
+    """Plot what each layer contributes, and then what each kind of module does, one panel for each teacher.
+
+    Both add up to the contribution of the whole update.
+
+    Args:
+        analysis: Analysis of a report.
+
+    Returns:
+        The plot, or None if contributions were not measured by module, have no numbers, or are of a single module.
+    """
+    of_modules = analysis.module_contributions
+    if of_modules is None or len(of_modules.modules) < 2 or not of_modules.have_numbers:
+        return None
+    layers, kinds = (
+        _Group(
+            [part.split.removeprefix(prefix) for part in parts],
+            [part.estimates for part in parts],
+            restarts=restarts,
+        )
+        for prefix, parts, restarts in (
+            ("layer ", of_modules.layers, False),
+            ("module ", of_modules.kinds, True),
+        )
+    )
+    return _plot(analysis, [layers, kinds], "layer, and then kind of module: the same update in two ways")
+
+
+def _update_contributions(analysis: Analysis, split: str) -> tuple[Estimate, ...]:
+    """Contribution of a class of rollouts for each teacher."""
+    summaries = [summary for summary in analysis.summaries() if summary.split == split]
+    return tuple(summary.figures["update_contribution"] for summary in summaries)
+
+
+def _plot(analysis: Analysis, groups: Sequence[_Group], axis_label: str) -> Figure:
+    teachers = analysis.report.teachers
+    wholes = _update_contributions(analysis, "all")
+    panel_height = PANEL_HEIGHT if len(teachers) <= 4 else LOW_PANEL_HEIGHT
     with rc_context(STYLE):
-        plot = Figure(figsize=(WIDTH, 1.1 + panel_height * len(report.teachers)), layout="constrained")
-        panels = plot.subplots(len(report.teachers), sharex=True, sharey=True, squeeze=False)[:, 0]
-        for teacher_index, (teacher, axes) in enumerate(zip(report.teachers, panels, strict=True)):
-            labels = _draw_waterfall(
-                axes, parts, teacher_index, {split: wholes[teacher, split] for split in ("correct", "incorrect", "all")}
-            )
+        plot = Figure(figsize=(WIDTH, 1.1 + panel_height * len(teachers)), layout="constrained")
+        panels = plot.subplots(len(teachers), sharex=True, sharey=True, squeeze=False)[:, 0]
+        for teacher_index, (teacher, axes) in enumerate(zip(teachers, panels, strict=True)):
+            labels = _draw_waterfall(axes, groups, teacher_index, wholes[teacher_index])
             axes.set_title(displayable(teacher, 40), fontsize=9, loc="left", pad=3)
             axes.axhline(0, color=GREY, linewidth=1)
             axes.margins(x=0.01)
-        panels[-1].set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        drawn = [position for position, label in enumerate(labels) if label]
+        panels[-1].set_xticks(
+            drawn, [labels[position] for position in drawn], rotation=60, ha="right", rotation_mode="anchor", fontsize=8
+        )
+        interval = f"{level(analysis.confidence)} interval"
         panels[-1].set_xlabel(
-            "depth of the tokens, in correct and then in incorrect rollouts\n"
-            f"purple: helps · orange: harms · hollow: sums, with {level(analysis.confidence)} interval",
+            f"{axis_label}\npurple: helps · orange: harms · pale: {interval} includes 0\nhollow: sums, with {interval}",
             fontsize=8,
         )
         plot.supylabel("contribution to the update gain", fontsize=9, color=GREY)
         return plot
 
 
-def _draw_waterfall(
-    axes: Axes, parts: Sequence[Contribution], teacher_index: int, wholes: dict[str, Estimate]
-) -> list[str]:
-    """Draw one teacher's bars; returns their labels."""
+def _draw_waterfall(axes: Axes, groups: Sequence[_Group], teacher_index: int, whole: Estimate) -> list[str]:
+    """Draw one teacher's bars; returns their labels, which are empty for bars without one."""
     labels: list[str] = []
     total = 0.0
-    for split in ("correct", "incorrect"):
-        of_class = [part for part in parts if part.split == split]
-        first_bar, class_total = len(labels), 0.0
-        for part in of_class:
-            value = float(part.value[teacher_index])
-            axes.bar(len(labels), value, bottom=total, width=0.9, color=HELPS if value > 0 else HARMS)
-            labels.append(part.window)
-            total, class_total = total + value, class_total + value
-        if of_class:
-            _draw_sum(axes, len(labels), class_total, wholes[split])
-            labels.append(f"all {split}")
-            axes.axvspan(first_bar - 0.5, len(labels) - 0.5, color=GREY, alpha=0.12 if split == "correct" else 0.05)
-    _draw_sum(axes, len(labels), total, wholes["all"])
+    bar_count = sum(len(group.labels) for group in groups)
+    for index, group in enumerate(groups):
+        total = 0.0 if group.restarts else total
+        first_bar, group_total = len(labels), 0.0
+        step = 1 if bar_count <= MAXIMUM_LABELS else max(1, len(group.labels) // (MAXIMUM_LABELS // 2))
+        for place, (label, estimates) in enumerate(zip(group.labels, group.estimates, strict=True)):
+            estimate = estimates[teacher_index]
+            value = float(np.nan_to_num(estimate.value))
+            colour = HELPS if value > 0 else HARMS
+            opacity = 1.0 if estimate.low > 0 or estimate.high < 0 else PALE
+            axes.bar(
+                len(labels),
+                value,
+                bottom=total,
+                width=0.9,
+                facecolor=(colour, opacity),
+                edgecolor=colour,
+                linewidth=0.8,
+            )
+            labels.append(displayable(label, 16) if place % step == 0 else "")
+            total, group_total = total + value, group_total + value
+        if group.sum_label:
+            _draw_sum(axes, len(labels), group_total, group.sums[teacher_index])
+            labels.append(group.sum_label)
+        axes.axvspan(first_bar - 0.5, len(labels) - 0.5, color=GREY, alpha=0.05 if index % 2 else 0.12)
+    _draw_sum(axes, len(labels), total, whole)
     return [*labels, "whole update"]
 
 

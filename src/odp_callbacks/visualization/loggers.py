@@ -7,6 +7,15 @@ from odp_callbacks.records import ProbeReport
 from odp_callbacks.visualization.pictures import pictures
 from odp_callbacks.visualization.tensorboard import TensorBoardReports
 
+NO_NAME = "a name that no logger has"
+"""What Lightning puts in the place of a logger in ``fast_dev_run`` has every attribute, even this one."""
+
+
+def is_tensorboard(logger: Any) -> bool:
+    """Whether one of Lightning's loggers writes to TensorBoard."""
+    experiment: Any = getattr(logger, "experiment", None)
+    return hasattr(experiment, "add_histogram") and not hasattr(experiment, NO_NAME)
+
 
 class ReportLogger:
     """Sends to each logger what it can show of a report besides scalars.
@@ -35,9 +44,9 @@ class ReportLogger:
             step: The optimizer step.
         """
         experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(experiment, "a name that no logger has"):
-            return  # what Lightning puts in the place of a logger in `fast_dev_run` has every attribute
-        if hasattr(experiment, "add_histogram"):
+        if hasattr(experiment, NO_NAME):
+            return
+        if is_tensorboard(logger):
             self._tensorboard.write(experiment, report, step)
         elif hasattr(logger, "log_image"):  # Weights & Biases, Comet
             for picture_name, plot in pictures(Analysis(report, self._tensorboard.confidence)):

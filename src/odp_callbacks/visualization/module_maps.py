@@ -1,5 +1,6 @@
 """Maps of a figure over the LoRA modules: layers from left to right, kinds of module from top to bottom."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from odp_callbacks.analysis.jackknife import Estimate
+from odp_callbacks.analysis.module_names import module_positions
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.records import Floats
 from odp_callbacks.text import displayable
@@ -55,12 +58,40 @@ def plot_module_maps(analysis: Analysis, figure: str = "gain_weighted_alignment"
     Returns:
         The plot, or None if the gradients were not measured by module.
     """
-    teachers = analysis.report.teachers
     if len(analysis.report.modules) < 2:
         return None
-    grid = arrange_modules(analysis, figure)
+    return _plot_maps(analysis, arrange_modules(analysis, figure), figure, is_cosine=figure != "predicted_gain")
+
+
+def plot_contribution_maps(analysis: Analysis) -> Figure | None:
+    """Plot what the parameters of each LoRA module contribute to the update, as one map for each teacher.
+
+    The cells of a map add up to the contribution of the whole update.
+
+    Args:
+        analysis: Analysis of a report.
+
+    Returns:
+        The plot, or None if contributions were not measured by module, have no numbers, or are of a single module.
+    """
+    contributions = analysis.module_contributions
+    if contributions is None or len(contributions.modules) < 2 or not contributions.have_numbers:
+        return None
+    estimates = {
+        (teacher, part.split): estimate
+        for part in contributions.modules
+        for teacher, estimate in zip(analysis.report.teachers, part.estimates, strict=True)
+    }
+    modules = tuple(part.split for part in contributions.modules)
+    grid = _arrange(analysis.report.teachers, modules, estimates)
+    return _plot_maps(analysis, grid, "contribution", is_cosine=False)
+
+
+def _plot_maps(analysis: Analysis, grid: ModuleGrid, figure: str, *, is_cosine: bool) -> Figure:
+    """Draw the maps of all teachers on one scale of colours, which for a cosine ends at 1."""
+    teachers = analysis.report.teachers
     largest_value = 1.0
-    if figure == "predicted_gain":
+    if not is_cosine:
         largest_value = float(np.abs(grid.values[np.isfinite(grid.values)]).max(initial=0)) or 1.0
     with rc_context(STYLE):
         minimum_height = 1.05 + (0.32 + 0.22 * len(grid.kinds)) * len(teachers)
@@ -107,17 +138,24 @@ def arrange_modules(analysis: Analysis, figure: str) -> ModuleGrid:
     report = analysis.report
     summaries = analysis.summaries("module")
     corrected = {(summary.teacher, summary.split): summary.figures[figure] for summary in summaries}
+    return _arrange(report.teachers, report.modules, corrected)
+
+
+def _arrange(
+    teachers: tuple[str, ...], modules: tuple[str, ...], corrected: Mapping[tuple[str, str], Estimate]
+) -> ModuleGrid:
+    """Arrange estimates, by teacher and module, on the grid."""
     estimates = {key: uncorrected_where_withheld(estimate) for key, estimate in corrected.items()}
-    positions = _positions_of(report.modules)
+    positions = module_positions(modules)
     layers = sorted({layer for layer, _ in positions.values()})
     strength = dict.fromkeys((kind for _, kind in positions.values()), 0.0)
     for (_, module), estimate in estimates.items():
         strength[positions[module][1]] += abs(estimate.value) if np.isfinite(estimate.value) else 0.0
     strongest = sorted(strength, key=lambda kind: -strength[kind])[:MAXIMUM_KINDS]
     kinds = [kind for kind in strength if kind in strongest]
-    shape = len(report.teachers), len(kinds), len(layers)
+    shape = len(teachers), len(kinds), len(layers)
     grid = ModuleGrid(layers, kinds, np.full(shape, np.nan), np.zeros(shape, bool), np.zeros(shape, bool))
-    for teacher_index, teacher in enumerate(report.teachers):
+    for teacher_index, teacher in enumerate(teachers):
         for module, (layer, kind) in positions.items():
             if kind not in kinds:
                 continue
@@ -127,31 +165,3 @@ def arrange_modules(analysis: Analysis, figure: str) -> ModuleGrid:
             grid.significant[cell] = estimate.low > 0 or estimate.high < 0
             grid.uncorrected[cell] = is_withheld and np.isfinite(estimate.value)
     return grid
-
-
-def _positions_of(modules: tuple[str, ...]) -> dict[str, tuple[int, str]]:
-    """Find the layer and the kind of each module; where two modules share both, the kind includes what precedes."""
-    parsed_names = {module: parse_module_name(module) for module in modules}
-    positions = {module: (layer, kind) for module, (_, layer, kind) in parsed_names.items()}
-    if len(set(positions.values())) < len(positions):  # a model of several towers, such as vision and language
-        positions = {
-            module: (layer, f"{tower}.{kind}".strip(".")) for module, (tower, layer, kind) in parsed_names.items()
-        }
-    return positions
-
-
-def parse_module_name(module: str) -> tuple[str, int, str]:
-    """Split a module's name at the number of its layer.
-
-    Returns:
-        What precedes the number; the number, or -1 if there is none; and what follows, the kind of module.
-
-    Examples:
-        >>> parse_module_name("model.layers.3.self_attn.q_proj"), parse_module_name("lm_head")
-        (('model.layers', 3, 'self_attn.q_proj'), ('', -1, 'lm_head'))
-    """
-    name_parts = module.split(".")
-    for part_index, name_part in enumerate(name_parts):
-        if name_part.isdecimal():
-            return ".".join(name_parts[:part_index]), int(name_part), ".".join(name_parts[part_index + 1 :])
-    return "", -1, module

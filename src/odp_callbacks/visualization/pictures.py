@@ -46,6 +46,8 @@ def _drawing_functions(analysis: Analysis) -> dict[str, Callable[[], Any]]:
     if report.updates:
         drawing_functions["gain/all_teachers"] = partial(plots.plot_gains, analysis.summaries(), report.teachers)
         drawing_functions["gain/by_class_and_depth"] = partial(contribution_plots.plot_contributions, analysis)
+        drawing_functions["gain/by_layer"] = partial(contribution_plots.plot_module_contributions, analysis)
+        drawing_functions["gain/by_module"] = partial(module_maps.plot_contribution_maps, analysis)
     for split, correct in (("correct", True), ("incorrect", False)):
         rollout_index = most_informative_rollout(analysis, correct)
         if rollout_index is not None:

@@ -125,7 +125,9 @@ def _contrast_table(contrasts: Sequence[ClassSummary], figures: Sequence[str]) -
 
 
 def rules_table(scores: Sequence[RuleScore]) -> Table:
-    """Tabulate rules for where to distil: for each teacher, the one with the highest predicted gain first.
+    """Tabulate rules for where to distil: for each teacher, the one with the highest gain first.
+
+    The gain is the update gain where it was measured, and the predicted gain of single tokens elsewhere.
 
     Args:
         scores: Scores from :func:`~odp_callbacks.gates.scoring.score_rules`.
@@ -133,41 +135,59 @@ def rules_table(scores: Sequence[RuleScore]) -> Table:
     Returns:
         A table that ``rich.print`` shows.
     """
+    of_update = any(not math.isnan(score.update_gain.value) for score in scores)
     table = Table(box=SIMPLE_HEAVY, show_edge=False, pad_edge=False, title="Where to distil?")
-    table.caption = "\n".join(
-        (
-            "Predicted gain: per unit of weight. Against no rule: the difference from",
-            "distilling on every token. Intervals are clustered by question. Help kept,",
-            "harm removed: shares of the teacher's help and harm. Ideal: share of the",
-            "possible gain at the tokens that the rule keeps. Tokens: share of tokens",
-            "that it keeps.",
-        )
-    )
+    table.caption, table.min_width = _rules_caption(of_update), CAPTION_WIDTH
     table.add_column("teacher\nrule", no_wrap=True)
-    for heading in ("predicted\ngain", "against\nno rule", "help\nkept", "harm\nremoved", "ideal\ntokens"):
+    headings = ["update\ngain" if of_update else "predicted\ngain", "against\nno rule"]
+    headings += ["contri-\nbution"] if of_update else ["help\nkept", "harm\nremoved"]
+    for heading in (*headings, "share\ntokens" if of_update else "ideal\ntokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     scores_by_teacher: dict[str, list[RuleScore]] = {}
     for score in scores:
         scores_by_teacher.setdefault(score.teacher, []).append(score)
     for teacher_scores in scores_by_teacher.values():
         ranked_scores = sorted(
-            teacher_scores, key=lambda s: np.nan_to_num(s.predicted_gain.value, nan=-np.inf), reverse=True
+            teacher_scores,
+            key=lambda s: np.nan_to_num((s.update_gain if of_update else s.predicted_gain).value, nan=-np.inf),
+            reverse=True,
         )
         for score in ranked_scores:
-            table.add_row(*_rule_cells(score), end_section=score is ranked_scores[-1])
+            table.add_row(*_rule_cells(score, of_update), end_section=score is ranked_scores[-1])
     return table
 
 
-def _rule_cells(score: RuleScore) -> tuple[str, ...]:
-    without_effect = score.gained.low == score.gained.high == 0
-    return (
+def _rules_caption(of_update: bool) -> str:
+    lines = ["Against no rule: the difference from distilling on every token. Intervals", "are clustered by question."]
+    if of_update:
+        lines += [
+            "Update gain: per unit step along the rule's update; of rules that are not",
+            "of correctness alone, measure it with `rules=`. Contribution: of the rule's",
+            "tokens to the update of all tokens; share: relative to all of it.",
+        ]
+    else:
+        lines += [
+            "Predicted gain: per unit of weight. Help kept, harm removed: shares of the",
+            "teacher's help and harm. Ideal: share of the possible gain at the tokens",
+            "that the rule keeps.",
+        ]
+    return "\n".join([*lines, "Tokens: share of tokens that it keeps."])
+
+
+def _rule_cells(score: RuleScore, of_update: bool) -> tuple[str, ...]:
+    gain, gained = (score.update_gain, score.update_gained) if of_update else (score.predicted_gain, score.gained)
+    without_effect, repeated = gained.low == gained.high == 0, math.isnan(gained.value) and gained.note == gain.note
+    cells = [
         f"[bold]{escape(displayable(score.teacher))}[/bold]\n{escape(score.rule)}",
-        format_estimate(score.predicted_gain),
-        "" if without_effect else format_estimate(score.gained),
-        _percentage(score.help_kept.value),
-        _percentage(score.harm_removed.value),
-        f"{_percentage(score.ideal_gain_kept.value)}\n{_percentage(score.token_share)}",
-    )
+        format_estimate(gain),
+        "" if without_effect or repeated else format_estimate(gained),
+    ]
+    if of_update:
+        cells.append(format_estimate(score.contribution))
+    else:
+        cells += [_percentage(score.help_kept.value), _percentage(score.harm_removed.value)]
+    share = score.contribution_share if of_update else score.ideal_gain_kept
+    return (*cells, f"{_percentage(share.value)}\n{_percentage(score.token_share)}")
 
 
 def verdict(contrast: ClassSummary) -> str:

@@ -6,7 +6,7 @@ from scipy import stats
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.randomness import Randomness
-from odp_callbacks.engine.tree.nodes import every_node, exponential_windows, select_nodes
+from odp_callbacks.engine.tree.nodes import BalancedNodes, every_node, exponential_windows, select_nodes
 
 
 def rollout(length):
@@ -53,3 +53,35 @@ def test_select_goes_through_the_rollouts_in_order():
 def test_impossible_choices(bad):
     with pytest.raises(ValueError, match=r"`nodes` must choose depths in \[0, 3\) with a probability in \(0, 1\]"):
         select_nodes(lambda r, g: [bad], [rollout(3)], Randomness(0))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 100, 4096])
+def test_balanced_nodes_weigh_nearly_alike_and_reach_every_depth(length, generator):
+    weights, depths, draws = [], set(), 300
+    for _ in range(draws):
+        chosen = BalancedNodes()(rollout(length), generator)
+        assert len(chosen) == len(exponential_windows(rollout(length), generator))
+        weights += [1 / inclusion for _, inclusion in chosen]
+        depths |= {depth for depth, _ in chosen}
+    weights = np.array(weights)
+    assert weights.sum() ** 2 / len(weights) / (weights**2).sum() > 0.8, "Kish's effective share"
+    assert weights.sum() / draws == pytest.approx(length, rel=0.05)
+    assert {0, length - 1} <= depths or length == 4096
+
+
+def test_balanced_nodes_are_drawn_with_their_stated_probability(generator):
+    length, draws = 11, 4000
+    seen, stated = np.zeros(length), np.zeros(length)
+    for _ in range(draws):
+        for depth, inclusion in BalancedNodes()(rollout(length), generator):
+            seen[depth] += 1
+            stated[depth] = inclusion
+    assert stated.sum() == pytest.approx(5)
+    z_scores = (seen / draws - stated) / np.sqrt(stated * (1 - stated) / draws + 1e-12)
+    assert np.abs(z_scores).max() < 4
+
+
+@pytest.mark.parametrize("count", [0, True, 1.5])
+def test_balanced_nodes_need_a_count(count):
+    with pytest.raises(ValueError, match="`count` must be a positive integer"):
+        BalancedNodes(count)

@@ -70,8 +70,10 @@ def test_it_equals_the_gain_of_explicit_gradients() -> None:
     assert record.gram.tokens.sum(axis=0).tolist() == [int(lengths[correct].sum()), int(lengths[~correct].sum())]
 
 
-def test_with_one_fold_for_each_question_they_add_up_to_1e_5(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurement, "FOLDS", 5)
+@pytest.mark.parametrize("folds", [2, 3, 4, 5])
+def test_influences_add_up_to_the_contribution_to_1e_5(folds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of folds; there are five questions, one group each."""
+    monkeypatch.setattr(measurement, "FOLDS", folds)
     record = UpdateMeter(make_gradients(tiny().float())).measure(make_rollouts()).record
     influence = record.influence
     assert influence is not None
@@ -83,6 +85,28 @@ def test_with_one_fold_for_each_question_they_add_up_to_1e_5(monkeypatch: pytest
             total = float(mean[chosen, teacher].sum() / influence.direction_norm[teacher])
             expected = float(update_contribution([record.gram], teacher, classes).statistic(np.ones(5)))
             assert total == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_influences_are_measured_in_parts_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients, sizes = make_gradients(tiny()), []
+    own = gradients.influences
+
+    def in_little_memory(rollouts: Any, *arguments: Any) -> torch.Tensor:
+        if len(rollouts) > 2:
+            raise torch.OutOfMemoryError("too large")
+        sizes.append(len(rollouts))
+        return own(rollouts, *arguments)
+
+    monkeypatch.setattr(gradients, "influences", in_little_memory)
+    monkeypatch.setattr(measurement, "FOLDS", 2)
+    with pytest.warns(UserWarning, match="did not fit into memory"):
+        parts = UpdateMeter(gradients).measure(make_rollouts()).record.influence
+    monkeypatch.setattr(gradients, "influences", own)
+    expected = UpdateMeter(gradients).measure(make_rollouts()).record.influence
+    assert parts is not None
+    assert expected is not None
+    assert max(sizes) == 2
+    np.testing.assert_allclose(parts.by_fold, expected.by_fold, rtol=1e-5, atol=1e-9)
 
 
 def test_questions_share_groups_where_memory_is_short() -> None:
@@ -162,3 +186,15 @@ def test_one_rollout_a_question_is_compared_with_the_other_questions() -> None:
     assert {rollout.reward for rollout in measured.rollouts} == {0.0, 1.0}
     (row,) = measured.to_pandas().query("figure == 'update_gain' and split == 'all'").itertuples()
     assert row.low < row.value < row.high
+
+
+def test_modules_add_up_to_the_whole_in_both_geometries() -> None:
+    gradients = make_gradients(tiny())
+    scales = {name: torch.rand(p.shape).double() for name, p in lora_parameters(gradients.student).items()}
+    measured = UpdateMeter(gradients).measure(make_rollouts(), influence=False, square_roots=scales)
+    assert measured.preconditioned is not None
+    for gram in (measured.record.gram, measured.preconditioned):
+        assert gram.modules is not None
+        assert len(gram.modules.names) == 6
+        scale = np.abs(gram.modules.cross).max()
+        np.testing.assert_allclose(gram.modules.cross.sum(-1), gram.cross.sum(-1), rtol=0, atol=1e-9 * scale)

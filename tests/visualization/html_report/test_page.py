@@ -255,7 +255,12 @@ def test_a_real_diagnosis_without_continuations_is_shown(tmp_path: Path) -> None
     for summary in report.summary():
         assert describe_estimate(summary.figures["update_gain"]) in text
     drawn = [name for name, _ in pictures(Analysis(report))]
-    assert drawn == ["gain/all_teachers", "gain/by_class_and_depth", "rollout/correct", "rollout/incorrect"]
+    of_gain = [f"gain/{name}" for name in ("all_teachers", "by_class_and_depth", "by_layer", "by_module")]
+    assert drawn == [*of_gain, "rollout/correct", "rollout/incorrect"]
+    assert "Contribution of each module" in text
+    for part, estimates in Analysis(report).contributions():
+        assert f"<bdi>{part}</bdi>" in text
+        assert all(describe_estimate(estimate) in text for estimate in estimates)
     assert "Update gain" in table_text(Analysis(report))
 
 

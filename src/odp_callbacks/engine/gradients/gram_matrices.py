@@ -105,10 +105,11 @@ def lora_modules(names: Sequence[str]) -> list[str]:
         >>> lora_modules(["layers.0.q_proj.lora_A.default.weight", "layers.0.q_proj.lora_B.default.weight"])
         ['layers.0.q_proj']
     """
-    return list(dict.fromkeys(_module_of(name) for name in names))
+    return list(dict.fromkeys(module_of(name) for name in names))
 
 
-def _module_of(name: str) -> str:
+def module_of(name: str) -> str:
+    """The module that a LoRA parameter belongs to, by its name."""
     return name.split(".lora_")[0].removeprefix("base_model.model.")
 
 
@@ -119,5 +120,5 @@ def _module_gram_matrices(gradients: Sequence[Tensor], names: Sequence[str], mod
     module_indices = {module: module_index for module_index, module in enumerate(modules)}
     for parameter_name, gradient in zip(names, gradients, strict=True):
         wide_gradient = gradient.double()
-        gram_matrices[module_indices[_module_of(parameter_name)]] += (wide_gradient @ wide_gradient.mT).cpu()
+        gram_matrices[module_indices[module_of(parameter_name)]] += (wide_gradient @ wide_gradient.mT).cpu()
     return gram_matrices

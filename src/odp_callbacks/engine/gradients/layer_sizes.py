@@ -46,6 +46,27 @@ def layer_sizes(model: nn.Module) -> LayerSizes:
     return LayerSizes(hidden, widest, heads or max(1, hidden // COMMON_HEAD_SIZE))
 
 
+def linear_features(model: nn.Module) -> int:
+    """Features that all linear layers read and write together, without those of the output head.
+
+    Args:
+        model: A causal language model.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> linear_features(GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2)))
+        128
+    """
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = set() if head is None else {id(module) for module in head.modules()}
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if id(module) not in of_head and ".lora_" not in name and not name.endswith(".base_layer")
+    ]
+    return sum(sum(shape) for shape in map(_features, layers) if shape is not None)
+
+
 def _features(module: nn.Module) -> tuple[int, int] | None:
     """Features that a linear layer reads and writes; None for other modules."""
     input_size, output_size = getattr(module, "in_features", None), getattr(module, "out_features", None)

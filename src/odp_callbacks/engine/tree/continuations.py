@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.rollouts import response_text
 from odp_callbacks.engine.sampling.backends import PrefilledRollouts, sample_continuations
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes, ContinuationTree, Response
-from odp_callbacks.engine.tree.journal import Journal
 from odp_callbacks.engine.verifier import Scoring, Verifier
 
 BranchIndex = tuple[int, int]

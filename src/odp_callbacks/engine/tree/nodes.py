@@ -57,6 +57,47 @@ def exponential_windows(rollout: Rollout, generator: torch.Generator) -> list[tu
     return positions
 
 
+@dataclass(frozen=True)
+class BalancedNodes:
+    """Selects positions with nearly equal weights, as many in a response as it has exponential windows.
+
+    With one node in each window, a node of the last window stands for half of the response and one of the first for a
+    single token: means over tokens then rest on the few last nodes. Here a share :data:`EVEN_SHARE` of the inclusion
+    probability is spread evenly over all positions, so that the weights have an effective sample size of at least that
+    share of the nodes (Kish, "Survey sampling", 1965). The rest is spread evenly over the windows, so that every depth
+    keeps some nodes. Systematic sampling keeps the number of nodes within one of the expected one. The mixture is ours.
+
+    Attributes:
+        count: Expected number of positions; None for the number of exponential windows.
+
+    Examples:
+        >>> import torch
+        >>> from odp_callbacks.engine.prompts import Question
+        >>> rollout = Rollout(Question("0", {}, torch.tensor([1])), tuple(range(64)), "", False)
+        >>> len(BalancedNodes()(rollout, torch.Generator().manual_seed(0)))
+        7
+    """
+
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        if self.count is not None:
+            _check_count(self.count)
+
+    def __call__(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
+        """Select positions of a rollout."""
+        length = len(rollout.response_ids)
+        window = torch.arange(length).double().log2().floor().clamp(min=-1)  # depth 0 is a window of its own
+        _, window_index, sizes = window.unique(return_inverse=True, return_counts=True)
+        share = EVEN_SHARE / length + (1 - EVEN_SHARE) / (len(sizes) * sizes[window_index].double())
+        return systematic_sample(inclusion_probabilities(share, self.count or len(sizes)), generator)
+
+
+EVEN_SHARE = 0.75
+"""Share of the inclusion probability that :class:`BalancedNodes` spreads evenly over a response."""
+
+
 def every_node(rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
     """Select every position of the response."""
     return [(depth, 1.0) for depth in range(len(rollout.response_ids))]
@@ -117,10 +158,22 @@ class EntropyNodes:
         total = float(entropy.sum())
         even = torch.full_like(entropy, 1 / len(entropy))
         share = 0.1 * even + 0.9 * (entropy / total if total > 0 else even)
-        inclusion = inclusion_probabilities(share, self.count)
-        edges = inclusion.cumsum(0) - torch.rand((), generator=generator, dtype=torch.float64)
-        selected = edges.ceil() - (edges - inclusion).ceil() >= 1
-        return [(int(depth), float(inclusion[depth])) for depth in selected.nonzero()]
+        return systematic_sample(inclusion_probabilities(share, self.count), generator)
+
+
+def systematic_sample(inclusion: torch.Tensor, generator: torch.Generator) -> list[tuple[int, float]]:
+    """Draw places with the given inclusion probabilities, as evenly spaced along their sum as possible.
+
+    Args:
+        inclusion: ``(T,)`` float64, in [0, 1].
+        generator: Random stream, on the CPU.
+
+    Returns:
+        The places and their probabilities; as many as the probabilities add up to, within one.
+    """
+    edges = inclusion.cumsum(0) - torch.rand((), generator=generator, dtype=torch.float64)
+    selected = edges.ceil() - (edges - inclusion).ceil() >= 1
+    return [(int(place), float(inclusion[place])) for place in selected.nonzero()]
 
 
 def inclusion_probabilities(share: torch.Tensor, count: int) -> torch.Tensor:
@@ -152,6 +205,7 @@ def _check_count(count: int) -> None:
 
 
 NODE_SELECTORS: dict[str, NodeSelector] = {
+    "balanced": BalancedNodes(),
     "exponential": exponential_windows,
     "every": every_node,
     "uniform": UniformNodes(),

@@ -13,7 +13,7 @@ from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.tree.branches import Branch, choose_branches
 from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
-from odp_callbacks.engine.tree.nodes import Node, group_by_question
+from odp_callbacks.engine.tree.nodes import Node, group_by_question, systematic_sample
 
 EXPLORATION_SHARE = 0.5
 """Share of the budget that one continuation of every branch may take; if it would take more, nodes are subsampled."""
@@ -71,13 +71,12 @@ def plan_branches(
         for group_index, first_node in enumerate(tree.first_nodes)
     ]
     if config.adaptive:
-        exploration_cost = sum(
+        costs = [
             remaining_length(rollouts, nodes[first_node].depth)
             * sum(branch.token not in eos_token_ids for branch in group_branches)
             for first_node, group_branches in zip(tree.first_nodes, branches, strict=True)
-        )
-        generator = np.random.default_rng(randomness.key("thin"))
-        kept_nodes = subsample_nodes(nodes, tree, exploration_cost, token_budget, generator)
+        ]
+        kept_nodes = subsample_nodes(nodes, tree, costs, EXPLORATION_SHARE * token_budget, randomness.generator("thin"))
         if len(kept_nodes) < len(nodes):
             node_indices = {(node.rollout, node.depth): node_index for node_index, node in enumerate(nodes)}
             kept_groups = [tree.group_of_node[node_indices[node.rollout, node.depth]] for node in kept_nodes]
@@ -91,34 +90,64 @@ def plan_branches(
 
 
 def subsample_nodes(
-    nodes: Sequence[Node], tree: ContinuationTree, cost: float, budget: float, generator: np.random.Generator
+    nodes: Sequence[Node], tree: ContinuationTree, costs: Sequence[float], budget: float, generator: torch.Generator
 ) -> list[Node]:
     """Draw a subset of the nodes if one continuation of every branch would take too much of the budget.
+
+    A prefix is kept with a probability in proportion to the mean weight of its nodes: those that are kept then weigh
+    nearly alike. Systematic sampling spreads them over questions, rollouts and depths.
 
     Args:
         nodes: All nodes.
         tree: Their prefixes. Nodes with the same prefix are kept or dropped together.
-        cost: Expected number of tokens of one continuation of every branch.
-        budget: The budget in tokens.
-        generator: Random numbers of the draw.
+        costs: ``G`` numbers: expected number of tokens of one continuation of every branch of a prefix.
+        budget: The tokens that these continuations may take.
+        generator: Random stream of the draw.
 
     Returns:
         The nodes that are kept, with their inclusion probabilities reduced accordingly.
     """
-    group_count = len(tree.first_nodes)
-    if group_count == 0:
-        return []
-    kept_count = (
-        min(group_count, max(1, int(group_count * EXPLORATION_SHARE * budget / cost))) if cost > 0 else group_count
-    )
-    if kept_count == group_count:
+    if sum(costs) <= budget:
         return list(nodes)
-    kept_groups = set(generator.permutation(group_count)[:kept_count].tolist())
+    weights = torch.zeros(len(costs), dtype=torch.float64)
+    members = torch.zeros(len(costs), dtype=torch.float64)
+    for node, group_index in zip(nodes, tree.group_of_node, strict=True):
+        weights[group_index] += 1 / node.inclusion
+        members[group_index] += 1
+    keeping = keeping_probabilities(weights / members, torch.tensor(costs, dtype=torch.float64), budget)
+    kept = dict(systematic_sample(keeping, generator))
     return [
-        replace(node, inclusion=node.inclusion * kept_count / group_count)
+        replace(node, inclusion=node.inclusion * kept[group_index])
         for node, group_index in zip(nodes, tree.group_of_node, strict=True)
-        if group_index in kept_groups
+        if group_index in kept
     ]
+
+
+def keeping_probabilities(weights: Tensor, costs: Tensor, budget: float) -> Tensor:
+    """Compute probabilities proportional to ``weights``, none above 1, whose expected cost is the budget.
+
+    Args:
+        weights: ``(G,)``, positive.
+        costs: ``(G,)``, not negative.
+        budget: The expected cost; the probabilities add up to at least 1 also where it is smaller.
+
+    Examples:
+        >>> keeping_probabilities(torch.tensor([4.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0]), 2.0)
+        tensor([1.0000, 0.5000, 0.5000])
+    """
+    order = torch.argsort(weights, descending=True)
+    sorted_weights, sorted_costs = weights[order], costs[order]
+    # With the first n groups certain, the scale of the others; the first n at which no other exceeds 1 is right.
+    certain_cost = sorted_costs.cumsum(0) - sorted_costs
+    other_cost = (sorted_weights * sorted_costs).flip(0).cumsum(0).flip(0)
+    scales = (budget - certain_cost) / other_cost.clamp(min=torch.finfo(weights.dtype).tiny)
+    fits = (scales * sorted_weights <= 1).nonzero()
+    scale = scales[fits[0, 0]] if len(fits) else 1 / sorted_weights[-1]
+    probabilities = (scale * weights).clamp(0, 1)
+    if (total := probabilities.sum()) < 1:  # something has to be measured
+        shares = weights / weights.sum() if total == 0 else probabilities / total
+        probabilities = shares.clamp(max=1)
+    return probabilities
 
 
 def remaining_length(rollouts: Sequence[Rollout], depth: int) -> float:

@@ -9,35 +9,23 @@ influence of every token: the tangent of the hidden states along a success gradi
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from odp_callbacks.engine.gradients.loss_directions import Direction
 from odp_callbacks.engine.rollouts import Rollout
-from odp_callbacks.engine.sampling.model_forward import check_embedded
-from odp_callbacks.engine.teachers import Teacher, teacher_prompt_ids
+from odp_callbacks.engine.teachers import Teacher
+from odp_callbacks.engine.update.backward import vector_jacobian_products
+from odp_callbacks.engine.update.batch_directions import BatchDirections, DirectionsOfBatches
+from odp_callbacks.engine.update.forward_mode import tangents_of_states
+from odp_callbacks.engine.update.layer_recomputation import recomputed_layers
+from odp_callbacks.engine.update.lora_segments import SegmentedLoraLinears, SegmentSums, segment_gradients
+from odp_callbacks.engine.update.segment_trial import why_no_segments
 from odp_callbacks.engine.update.split_model import SplitModel
+from odp_callbacks.engine.update.token_layout import TokenLayout
 from odp_callbacks.functional.gradients import lora_parameters
-
-MAXIMUM_LOGITS = 2**23
-"""Logits of one model that are held at a time."""
-
-
-@dataclass(frozen=True)
-class BatchDirections:
-    """What the success of a batch of rollouts and each teacher ask for, on the hidden states.
-
-    Attributes:
-        cotangents: ``(1 + K, N, H)``: success, then each teacher, for the ``N`` response tokens of the batch.
-        norms: ``(K, N)`` float32, the norm of each token's distillation direction on the logits.
-    """
-
-    cotangents: Tensor
-    norms: Tensor
 
 
 class UpdateGradients:
@@ -49,6 +37,11 @@ class UpdateGradients:
         teachers: By name.
         direction: Descent direction of the distillation loss on the logits.
         temperature: Of the policy that was sampled.
+        features: Also compute what rules may ask about each token.
+
+    Attributes:
+        model: The student, body and head apart.
+        no_segments: Why each segment of a batch needs passes of its own; empty if one pass serves all.
     """
 
     def __init__(
@@ -58,13 +51,17 @@ class UpdateGradients:
         teachers: Mapping[str, Teacher],
         direction: Direction,
         temperature: float,
+        *,
+        features: bool = False,
     ) -> None:
         self.student, self.tokenizer, self.teachers = student, tokenizer, teachers
-        self.direction, self.temperature = direction, temperature
-        self._models: dict[int, SplitModel] = {}
+        self.direction, self._features = direction, features
         self._forward_mode = True
         # LoRA parameters of the head do not act through the hidden states: then the head belongs to the body.
         self.model = SplitModel(student, split=not self._head_has_lora())
+        self._directions = DirectionsOfBatches(self.model, tokenizer, teachers, direction, temperature, features)
+        self._linears = SegmentedLoraLinears(student)
+        self.no_segments = why_no_segments(self.model, self._linears)
 
     def rows(
         self, rollouts: Sequence[Rollout], advantages: Sequence[float]
@@ -79,13 +76,118 @@ class UpdateGradients:
             For each LoRA parameter ``(1 + K, *shape)`` in float32 or wider: the success gradient, then the
             distillation gradient of each teacher, summed over the batch. And the directions on the hidden states.
         """
+        rows, directions = self.segment_rows(rollouts, advantages, [0] * len(rollouts))
+        parameters = lora_parameters(self.student)
+        parts = rows[0].split([p.numel() for p in parameters.values()], dim=1)
+        return {
+            name: part.view(-1, *p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)
+        }, directions
+
+    def segment_rows(
+        self, rollouts: Sequence[Rollout], advantages: Sequence[float], segments: Sequence[int]
+    ) -> tuple[Tensor, BatchDirections]:
+        """Compute the gradients of the segments of one batch.
+
+        Args:
+            rollouts: ``B`` rollouts with at least one token each.
+            advantages: As in :meth:`rows`.
+            segments: ``B`` numbers from 0: the segment of each rollout.
+
+        Returns:
+            ``(S, 1 + K, P)`` in float32 or wider: for each segment its success gradient, then the distillation gradient
+            of each teacher. And the directions on the hidden states.
+        """
+        layout = None if self.no_segments else self._layout(rollouts, segments)
+        if layout is None:
+            return self._segment_rows_apart(rollouts, advantages, segments)
+        teacher_states = self._directions.teacher_states(rollouts, segments)
+        with self._recording(layout, segments) as sums:
+            hidden = self.model.run(layout)
+            directions = self._directions.on_hidden_states(hidden.detach(), rollouts, advantages, teacher_states)
+            return segment_gradients(hidden, sums, directions.cotangents, 1 + max(segments)), directions
+
+    def weighted_rows(
+        self, rollouts: Sequence[Rollout], directions: BatchDirections, weights: Tensor, segments: Sequence[int]
+    ) -> Tensor:
+        """Compute the distillation gradients of the segments of one batch, with a weight for each token.
+
+        Args:
+            rollouts: ``B`` rollouts with at least one token each.
+            directions: Of the same batch, from :meth:`segment_rows`.
+            weights: ``(K, N)``, of the batch's tokens in each teacher's gradient.
+            segments: ``B`` numbers from 0: the segment of each rollout.
+
+        Returns:
+            ``(S, K, P)`` in float32 or wider.
+        """
+        teachers = directions.cotangents[1:]
+        weighted = teachers * weights.to(teachers)[..., None]
+        layout = None if self.no_segments else self._layout(rollouts, segments)
+        if layout is not None:
+            with self._recording(layout, segments) as sums:
+                return segment_gradients(self.model.run(layout), sums, weighted, 1 + max(segments))
+        parameters = {name: p.requires_grad_() for name, p in self._detached_parameters().items()}
+        of_rollouts = weighted.split([len(rollout.response_ids) for rollout in rollouts], dim=1)
+        rows = []
+        for segment in range(1 + max(segments)):
+            inside = [index for index, own in enumerate(segments) if own == segment]
+            with torch.inference_mode(False), torch.enable_grad():
+                hidden = self._hidden_states([rollouts[index] for index in inside], parameters)
+                cotangents = torch.cat([of_rollouts[index] for index in inside], dim=1)
+                gradients = vector_jacobian_products(hidden, list(parameters.values()), cotangents)
+            wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
+            rows.append(torch.cat([gradient.flatten(1) for gradient in wide], dim=1))
+        return torch.stack(rows)
+
+    @contextmanager
+    def _recording(self, layout: TokenLayout, segments: Sequence[int]) -> Iterator[SegmentSums]:
+        """Within the block, the student's forward passes over a layout remember what its segments' gradients need."""
+        segment_of_row = torch.zeros(len(layout.ids), dtype=torch.long)
+        segment_of_row[layout.row_of_response] = torch.tensor(segments)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            recomputed_layers(self.student),
+            self._linears.recording(segment_of_row.to(next(self.student.parameters()).device)) as sums,
+        ):
+            yield sums
+
+    def _segment_rows_apart(
+        self, rollouts: Sequence[Rollout], advantages: Sequence[float], segments: Sequence[int]
+    ) -> tuple[Tensor, BatchDirections]:
+        """The same by passes for each segment, for parameters that are no weights of linear layers."""
         parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(self.student).items()}
-        with torch.inference_mode(False), torch.enable_grad():
-            hidden = self._hidden_states(rollouts, parameters)
-            directions = self._directions_on_hidden_states(hidden.detach(), rollouts, advantages)
-            gradients = vector_jacobian_products(hidden, list(parameters.values()), directions.cotangents)
-        wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
-        return dict(zip(parameters, wide, strict=True)), directions
+        lengths = [len(rollout.response_ids) for rollout in rollouts]
+        rows: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = [(torch.empty(0),) * 3] * len(rollouts)
+        for segment in range(1 + max(segments)):
+            inside = [index for index, own in enumerate(segments) if own == segment]
+            chosen = [rollouts[index] for index in inside]
+            teacher_states = self._directions.teacher_states(chosen, [0] * len(chosen))
+            with torch.inference_mode(False), torch.enable_grad():
+                hidden = self._hidden_states(chosen, parameters)
+                directions = self._directions.on_hidden_states(
+                    hidden.detach(), chosen, [advantages[index] for index in inside], teacher_states
+                )
+                gradients = vector_jacobian_products(hidden, list(parameters.values()), directions.cotangents)
+            wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
+            rows.append(torch.cat([gradient.flatten(1) for gradient in wide], dim=1))
+            sizes = [lengths[index] for index in inside]
+            features = torch.zeros(0, *directions.norms.shape) if directions.features is None else directions.features
+            of_rollouts = zip(
+                directions.cotangents.split(sizes, 1),
+                directions.norms.split(sizes, 1),
+                features.split(sizes, 2),
+                strict=True,
+            )
+            for index, part in zip(inside, of_rollouts, strict=True):
+                parts[index] = part
+        cotangents, norms, features_of = zip(*parts, strict=True)
+        return torch.stack(rows), BatchDirections(
+            torch.cat(cotangents, dim=1),
+            torch.cat(norms, dim=1),
+            torch.cat(features_of, dim=2) if self._features else None,
+        )
 
     def influences(
         self, rollouts: Sequence[Rollout], tangents: Mapping[str, Tensor], directions: BatchDirections | None = None
@@ -106,7 +208,8 @@ class UpdateGradients:
         with torch.inference_mode(False), torch.no_grad():
             if directions is None:
                 hidden = self._hidden_states(rollouts, self._detached_parameters())
-                directions = self._directions_on_hidden_states(hidden, rollouts, [0.0] * len(rollouts))
+                teacher_states = self._directions.teacher_states(rollouts, [0] * len(rollouts))
+                directions = self._directions.on_hidden_states(hidden, rollouts, [0.0] * len(rollouts), teacher_states)
             if self._forward_mode:
                 try:
                     return self._influences_by_forward_mode(rollouts, tangents, directions)
@@ -125,19 +228,12 @@ class UpdateGradients:
         self, rollouts: Sequence[Rollout], tangents: Mapping[str, Tensor], directions: BatchDirections
     ) -> Tensor:
         """Push the tangents forward once for all tokens, ``(S, K, N)``."""
-        parameters = self._detached_parameters()
+        layout = self._layout(rollouts, [0] * len(rollouts))
 
         def states(values: dict[str, Tensor]) -> Tensor:
-            return self._hidden_states(rollouts, values)
+            return self._hidden_states(rollouts, values) if layout is None else self.model.run(layout, values)
 
-        def pushed_forward(tangent: dict[str, Tensor]) -> Tensor:
-            pushed: Tensor = torch.func.jvp(states, (parameters,), (tangent,))[1]
-            return pushed
-
-        typed = {name: tangents[name].to(p) for name, p in parameters.items()}
-        # Only the plain attention kernel has a forward mode.
-        with sdpa_kernel(SDPBackend.MATH), without_input_gradient_hooks(self.student):
-            moved = torch.func.vmap(pushed_forward)(typed)  # (S, N, H)
+        moved = tangents_of_states(states, self.student, self._detached_parameters(), tangents)  # (S, N, H)
         return torch.einsum("snh,knh->skn", moved, directions.cotangents[1:].to(moved)).double().cpu()
 
     def _influences_by_backward(
@@ -167,119 +263,12 @@ class UpdateGradients:
         positions = [rollout.positions(range(len(rollout.response_ids))) for rollout in rollouts]
         return self.model.hidden_states([r.sequence[:-1] for r in rollouts], positions, parameters)
 
-    def _teacher_states(self, name: str, teacher: Teacher, rollouts: Sequence[Rollout]) -> Tensor:
-        """Hidden states of a teacher ``(N, H')`` at the positions that choose the response tokens."""
-        sequences, positions = [], []
-        for rollout in rollouts:
-            prompt_ids = rollout.question.teacher_prompt_ids.get(name)
-            if prompt_ids is None:
-                prompt_ids = teacher_prompt_ids(teacher, self.tokenizer, rollout.question)
-            prompt_ids = prompt_ids.cpu()
-            sequences.append(torch.cat([prompt_ids, torch.tensor(rollout.response_ids, dtype=torch.long)])[:-1])
-            positions.append([len(prompt_ids) - 1 + depth for depth in range(len(rollout.response_ids))])
-        with teacher.policy(self.student) as (model, replacements):
-            check_embedded(model, sequences, "a response that the student sampled and one of `teachers` reads")
-            return self._split(model).hidden_states(sequences, positions, replacements)
-
-    @torch.no_grad()
-    def _directions_on_hidden_states(
-        self, hidden: Tensor, rollouts: Sequence[Rollout], advantages: Sequence[float]
-    ) -> BatchDirections:
-        """Send the directions on the logits back through the head, some positions at a time."""
-        device = hidden.device
-        tokens = torch.tensor([token for rollout in rollouts for token in rollout.response_ids], device=device)
-        factors = torch.tensor(
-            [a for a, rollout in zip(advantages, rollouts, strict=True) for _ in rollout.response_ids],
-            dtype=torch.float32,
-            device=device,
-        )
-        teacher_states = [self._teacher_states(*teacher, rollouts) for teacher in self.teachers.items()]
-        cotangents = hidden.new_zeros(1 + len(teacher_states), *hidden.shape)
-        norms = torch.zeros(len(teacher_states), len(tokens), dtype=torch.float32)
-        size = max(1, MAXIMUM_LOGITS // self.model.logits(hidden[:1]).shape[-1])
-        for first in range(0, len(tokens), size):
-            chunk = slice(first, first + size)
-            with torch.enable_grad():
-                states = hidden[chunk].detach().requires_grad_()
-                logits = self.model.logits(states)  # (n, V)
-            theirs = [states_[chunk] for states_ in teacher_states]
-            directions = self._directions_on_logits(logits.detach(), tokens[chunk], factors[chunk], theirs)
-            norms[:, chunk] = directions[1:].norm(dim=-1).float().cpu()
-            if not self.model.splits:
-                cotangents[:, chunk] = directions.to(cotangents)
-            else:
-                (cotangents[:, chunk],) = vector_jacobian_products(logits, [states], directions)
-        return BatchDirections(cotangents, norms)
-
-    def _directions_on_logits(
-        self, logits: Tensor, tokens: Tensor, factors: Tensor, teacher_states: Sequence[Tensor]
-    ) -> Tensor:
-        """``(1 + K, n, V)``: the direction of success, then each teacher's."""
-        z = logits if logits.dtype == torch.float64 else logits.float()
-        success = -torch.softmax(z / self.temperature, dim=-1)
-        success[torch.arange(len(tokens), device=z.device), tokens] += 1
-        directions = [success * (factors.to(z) / self.temperature)[:, None]]
-        for teacher, states in zip(self.teachers.values(), teacher_states, strict=True):
-            with teacher.policy(self.student) as (model, replacements):
-                teacher_logits = self._split(model).logits(states, replacements)[..., : z.shape[-1]]
-            directions.append(self.direction(z, teacher_logits.to(z), tokens))
-        return torch.stack(directions)
-
-    def _split(self, model: nn.Module) -> SplitModel:
-        if model is self.student:
-            return self.model
-        if id(model) not in self._models:
-            self._models[id(model)] = SplitModel(model)
-        return self._models[id(model)]
+    def _layout(self, rollouts: Sequence[Rollout], keys: Sequence[int]) -> TokenLayout | None:
+        """One batch of the student; rollouts of a question with the same key may share their prompt."""
+        prompts = [rollout.question.prompt_ids for rollout in rollouts]
+        return self.model.layout(prompts, [rollout.response_ids for rollout in rollouts], keys)
 
     def _head_has_lora(self) -> bool:
         head = getattr(self.student, "get_output_embeddings", lambda: None)()
         inside = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
         return any(id(p) in inside for p in lora_parameters(self.student).values())
-
-
-@contextmanager
-def without_input_gradient_hooks(model: nn.Module) -> Iterator[None]:
-    """Take out the hooks that make inputs require gradients, and put them back as they were.
-
-    transformers and peft register them on the input embeddings for gradient checkpointing. A forward pass in forward
-    mode cannot run them, and does not need them.
-    """
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    hooks = {} if embeddings is None else embeddings._forward_hooks
-    before = dict(hooks)
-    try:
-        for key, hook in before.items():
-            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-                del hooks[key]
-        yield
-    finally:
-        hooks.clear()
-        hooks.update(before)
-
-
-def vector_jacobian_products(
-    outputs: Tensor, leaves: list[Tensor], directions: Tensor, *, retain_graph: bool = False
-) -> list[Tensor]:
-    """Gradients ``(C, *shape)`` of ``outputs`` for directions ``(C, *outputs.shape)``, one backward each.
-
-    A batch of rollouts fills the processor; several directions at once would only need more memory.
-
-    Args:
-        outputs: Any shape, with its graph.
-        leaves: What it is differentiated by.
-        directions: ``(C, *outputs.shape)``.
-        retain_graph: Keep the graph for another call.
-    """
-    columns: list[list[Tensor]] = [[] for _ in leaves]
-    for index, direction in enumerate(directions):
-        gradients = torch.autograd.grad(
-            outputs,
-            leaves,
-            direction.to(outputs),
-            retain_graph=retain_graph or index + 1 < len(directions),
-            allow_unused=True,
-        )
-        for column, gradient, leaf in zip(columns, gradients, leaves, strict=True):
-            column.append(torch.zeros_like(leaf) if gradient is None else gradient)
-    return [torch.stack(column) for column in columns]

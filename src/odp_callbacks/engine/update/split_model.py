@@ -4,17 +4,24 @@ Logits of a whole batch, ``(B, T, V)``, do not fit into memory for a vocabulary 
 apart, logits exist only for a few hundred positions at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
 from odp_callbacks.engine.sampling.backend_selection import depends_on_length, independent_groups
 from odp_callbacks.engine.sampling.exact_arithmetic import computes_exactly, exact_arithmetic
 from odp_callbacks.engine.sampling.rotary_state import FixedRotaries
 from odp_callbacks.engine.sampling.trial_logits import check_logits
+from odp_callbacks.engine.update.shared_prompts import SHARED_PROMPTS
+from odp_callbacks.engine.update.token_layout import (
+    TokenLayout,
+    layout_of_sequences,
+    packs_of_equal_prompts,
+    shared_layout,
+)
 from odp_callbacks.functional.gradients import call_with_parameters, forward_arguments
 
 Parameters = Mapping[str, Tensor] | None
@@ -43,6 +50,7 @@ class SplitModel:
         decoder = getattr(self._causal, "base_model", None)
         self._decoder: Any = decoder if decoder is not self._causal else None
         self._rotaries = FixedRotaries(model)
+        self._hidden_size = layer_sizes(model).hidden
         self._cuts = "logits_to_keep" in forward_arguments(model)
         self.splits = split and self._decoder is not None and self._reproduces_the_logits()
 
@@ -69,35 +77,73 @@ class SplitModel:
                 for sequence, wanted in zip(sequences, positions, strict=True)
             ]
             return torch.cat([hidden for hidden in of_prefixes if len(hidden)])
-        return self._hidden_states(sequences, positions, parameters)
+        return self.run(layout_of_sequences(sequences, positions), parameters)
+
+    def layout(
+        self, prompts: Sequence[Tensor], responses: Sequence[Sequence[int]], keys: Sequence[Hashable]
+    ) -> TokenLayout | None:
+        """Lay out responses for one forward pass; those to one prompt share it where the model can do that.
+
+        Args:
+            prompts: ``(P_r,)`` int64, the prompt of each response.
+            responses: The tokens of each response, at least one.
+            keys: Responses with different keys stay in different sequences.
+
+        Returns:
+            None if hidden states depend on the total length, so that one forward pass cannot give them.
+        """
+        lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
+        if depends_on_length(self.model, min(map(len, prompts)), max(lengths)):
+            return None
+        packs = packs_of_equal_prompts(prompts, responses, keys, self._hidden_size)
+        if any(len(pack) > 1 for pack in packs):
+            longest_prompt, longest_response = max(map(len, prompts)), max(map(len, responses))
+            if not SHARED_PROMPTS.work(self, longest_prompt, longest_response):
+                packs = [[index] for index in range(len(responses))]
+        return shared_layout(prompts, responses, packs)
 
     def _hidden_states_of_prefixes(self, sequence: Tensor, positions: Sequence[int], parameters: Parameters) -> Tensor:
         """Hidden states ``(N, H)`` at the ends of prefixes, each as its prefix alone has it."""
         rows: dict[int, Tensor] = {}
         for group in independent_groups(self.model, [position + 1 for position in positions]):
             of_group = [positions[index] for index in group]
-            hidden = self._hidden_states([sequence[: of_group[-1] + 1]], [of_group], parameters)
+            hidden = self.run(layout_of_sequences([sequence[: of_group[-1] + 1]], [of_group]), parameters)
             rows.update(zip(group, hidden, strict=True))
         return torch.stack([rows[index] for index in range(len(positions))]) if rows else torch.empty(0)
 
-    def _hidden_states(
-        self, sequences: Sequence[Tensor], positions: Sequence[Sequence[int]], parameters: Parameters
-    ) -> Tensor:
-        """Run the body once."""
+    def run(self, layout: TokenLayout, parameters: Parameters = None) -> Tensor:
+        """Run the body once.
+
+        Args:
+            layout: The batch.
+            parameters: Replacements for parameters.
+
+        Returns:
+            ``(N, H)``, or ``(N, V)`` logits if the model does not split.
+        """
         device = next(self.model.parameters()).device
-        ids = pad_sequence([sequence.cpu() for sequence in sequences], batch_first=True).to(device)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
-        mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-        rows = torch.tensor([row for row, wanted in enumerate(positions) for _ in wanted], device=device)
-        columns = torch.tensor([position for wanted in positions for position in wanted], device=device)
-        keywords: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if int(lengths.min()) < ids.shape[1]:
-            keywords["attention_mask"] = mask
-        with self._rotaries.at(ids.shape[1]):
+        rows, columns = layout.rows.to(device), layout.columns.to(device)
+        keywords: dict[str, Any] = {"input_ids": layout.ids.to(device), "use_cache": False}
+        size = layout.ids.shape[1]
+        if layout.branches is not None and layout.positions is not None:
+            keywords["position_ids"] = layout.positions.to(device)
+            keywords["attention_mask"] = self._attention_mask(layout.visible().to(device))
+        elif int(layout.lengths.min()) < size:
+            keywords["attention_mask"] = (torch.arange(size) < layout.lengths[:, None]).long().to(device)
+        with self._rotaries.at(layout.longest):
             if not self.splits:
                 logits: Tensor = call_with_parameters(self.model, parameters, keywords).logits
                 return logits[rows, columns]
             return self._body(keywords, parameters)[rows, columns]
+
+    def _attention_mask(self, visible: Tensor) -> Tensor:
+        """``(B, 1, L, L)``: bool for the fused attention, which takes every dtype, and to be added for the others."""
+        if getattr(self._causal.config, "_attn_implementation", None) == "sdpa":
+            return visible[:, None]
+        dtype = self._causal.dtype
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+            ~visible, torch.finfo(dtype).min
+        )[:, None]
 
     def logits(self, hidden: Tensor, parameters: Parameters = None) -> Tensor:
         """Run the head.

@@ -18,7 +18,7 @@ from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.ranking import rank_analysis, verdict
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.files import local_path, write_atomically
-from odp_callbacks.gates.scoring import score_rules
+from odp_callbacks.gates.scoring import RuleScore, score_rules
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import displayable
 from odp_callbacks.visualization import contribution_plots, module_maps, plots
@@ -104,8 +104,9 @@ def render_page(named_reports: Sequence[tuple[str, ProbeReport]], title: str, co
         significant_tokens=significant_token_counts(analysis),
         influence=analysis.influence,
         success_rate=success_rate(report, confidence),
-        rules=[] if not report.nodes else score_rules(report, confidence=confidence),
+        rules=scored_rules(report, confidence),
         plots=_plots(analysis, comparable),
+        contributions=list(analysis.contributions()),
         omitted_reports=len(named_reports) - len(comparable),
         probe=displayable(name),
         # Style and script are part of this package; the data is escaped for its place in the page.
@@ -121,12 +122,20 @@ def _plots(analysis: Analysis, comparable: Sequence[tuple[str, ProbeReport]]) ->
     drawn_plots: dict[str, Figure | None] = {
         "gains": plots.plot_gains(analysis.summaries(), analysis.report.teachers),
         "contributions": contribution_plots.plot_contributions(analysis),
+        "module_contributions": contribution_plots.plot_module_contributions(analysis),
+        "contribution_maps": module_maps.plot_contribution_maps(analysis),
         "depth": plots.plot_over_depth(analysis) if has_nodes else None,
         "modules": module_maps.plot_module_maps(analysis) if has_nodes else None,
         "divergence": plots.plot_alignment_against_divergence(analysis) if has_nodes else None,
         "trend": plots.plot_over_probes(comparable, analysis.confidence) if len(comparable) > 1 else None,
     }
     return {name: None if plot is None else Markup(to_svg(plot)) for name, plot in drawn_plots.items()}
+
+
+def scored_rules(report: ProbeReport, confidence: float) -> list[RuleScore]:
+    """The scores of the published rules; empty if the records have nothing that they could be scored by."""
+    features = bool(report.updates) and all(update.features is not None for update in report.updates)
+    return score_rules(report, confidence=confidence) if report.nodes or features else []
 
 
 def significant_token_counts(analysis: Analysis) -> dict[tuple[str, str], tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""A file of finished continuations, so that an interrupted probe does not sample them again."""
+"""A file of finished rollouts and continuations, so that an interrupted probe does not sample them again."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from odp_callbacks.files import local_path
 class Journal:
     """A file with one line for each continuation, under the key of its random draws.
 
-    A continuation is a function of its key, the student and its prefix. One that is in the file is therefore the one
-    that would be sampled.
+    A rollout is the continuation of a prompt. A continuation is a function of its key, the student and its prefix. One
+    that is in the file is therefore the one that would be sampled.
 
     Args:
         path: The file; it is created if it does not exist. A line that was cut short or changed is passed
@@ -21,7 +21,7 @@ class Journal:
 
     Attributes:
         path: The file.
-        continuations: The continuations that the file held when it was opened, by key.
+        continuations: The continuations that the file holds, by key.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -43,6 +43,7 @@ class Journal:
         with self.path.open("ab") as journal_file:
             journal_file.write(content)
         self._line_break = b""
+        self.continuations.update(continuations)
 
     def remove(self) -> None:
         """Delete the file, once the records have been saved."""

@@ -72,7 +72,7 @@ class Tokens:
         """Return some of the tokens.
 
         Args:
-            chosen: ``(N,)`` bool.
+            chosen: ``(N,)`` bool, or the indices of the tokens, int64.
         """
         features = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen_features: dict[str, Any] = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from odp_callbacks.engine import BaseTeacher, Probe, ProbeConfig
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.sampling.requests import Continuation
 from odp_callbacks.engine.tree import continuations as module
-from odp_callbacks.engine.tree.journal import Journal
 from tests.helpers.worlds import World, make_world
 
 
