@@ -1,5 +1,6 @@
 """A monitor without any trainer, and the gate that learns from its probes."""
 
+import math
 from typing import Any
 
 import pytest
@@ -101,3 +102,21 @@ def test_lightning_uses_the_module_s_gate() -> None:
     callback = make_callback(gate=given_gate)
     make_trainer(callback, max_steps=2).fit(make_module(), make_loader())
     assert given_gate.count == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "figures"),
+    [({"budget": 0}, {"update_gain"}), ({"update": False}, {"alignment"}), ({}, {"update_gain", "alignment"})],
+    ids=str,
+)
+def test_a_failed_probe_logs_nan_for_what_it_would_have_measured(options: dict[str, Any], figures: set[str]) -> None:
+    def failing(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+        if any(completions):
+            raise RuntimeError("no rewards today")
+        return [0.0] * len(completions)
+
+    trainer = run_steps(make_monitor(failing, strict=False, **options), 2)
+    ((_, metrics),) = [entry for entry in trainer.logged if "odp/probe/left_out" in entry[1]]
+    missing = [name for name in metrics if "/probe/" not in name]
+    assert all(math.isnan(metrics[name]) for name in missing)
+    assert {name.split("/")[1] for name in missing} == figures

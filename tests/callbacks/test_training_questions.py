@@ -42,9 +42,13 @@ def test_a_long_search_is_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = CountingRows({"prompt": "a " * count} for count in range(1, 6))
     questions = TrainingQuestions(rows, word_tokenizer(), ChatTemplate(), lambda message: None)
     prompt = [BOS, A, A, A, A, A]
-    found = [questions.found(prompt) for _ in range(3)]
-    assert found == [None, None, {"prompt": "a a a a a "}]
-    assert rows.reads == 5
+    found, reads = [], []
+    for _ in range(3):
+        questions.begin_measurement()
+        found += [questions.found([BOS, B, B]), questions.found(prompt)]
+        reads.append(rows.reads)
+    assert found == [None] * 5 + [{"prompt": "a a a a a "}]
+    assert reads == [2, 4, 5], "two in each measurement, however many prompts are searched"
 
 
 def test_rows_that_cannot_be_encoded_are_passed_over() -> None:

@@ -1,9 +1,12 @@
 """The waterfall of an update's contributions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from odp_callbacks.analysis.contributions import contributions
+from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.visualization.contribution_plots import PALE, plot_contributions, plot_module_contributions
@@ -56,6 +59,24 @@ def test_sums_have_the_interval_of_the_contribution(make_report: MakeReport) -> 
             ends, [[expected[name].low, expected[name].high] for name in ("correct", "incorrect", "all")]
         )
         assert f"{100 * confidence:g}% interval" in plot.axes[-1].get_xlabel()
+
+
+def test_what_is_undefined_is_no_bar(make_report: MakeReport) -> None:
+    analysis = Analysis(update_only(make_report(split), lambda correct: (0.6, -0.4 if correct else 0.1)))
+    nothing = Estimate(np.nan, np.nan, np.nan, 6, 0, note="teacher equals student")
+    analysis.__dict__["depth_contributions"] = [
+        replace(part, estimates=(part.estimates[0], nothing)) for part in analysis.depth_contributions
+    ]
+    summaries = [
+        replace(summary, figures={**summary.figures, "update_contribution": nothing})
+        if summary.teacher == analysis.report.teachers[1]
+        else summary
+        for summary in analysis.summaries()
+    ]
+    analysis.summaries = lambda *_: summaries  # type: ignore[method-assign]
+    plot = plot_contributions(analysis)
+    assert plot is not None
+    assert [bool(axes.containers) for axes in plot.axes] == [True, False]
 
 
 def test_many_teachers_and_long_responses_fit() -> None:

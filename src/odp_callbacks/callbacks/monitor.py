@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -286,9 +287,8 @@ class Monitor:
         if context.is_training:
             self.last_probe_step = context.step
         report: ProbeReport | None = None
-        metrics = {
-            f"odp/alignment/{teacher_name}/{split}": float("nan") for teacher_name in self.teachers for split in SPLITS
-        }
+        figures = ["update_gain"] * self.config.update + ["alignment"] * self.config.measures_nodes
+        metrics = {"/".join(["odp", *parts]): float("nan") for parts in product(figures, self.teachers, SPLITS)}
         with self.failures.guarded(context, "a probe failed; training continues without it"):
             measured = measure_questions(self, context, batch, time_limit)
             metrics = scalars(measured, self.schedule.confidence)

@@ -7,7 +7,7 @@ from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.prompts import Row, as_question, text_tokenizer
 
 ROWS_READ_AT_ONCE = 10_000
-"""How many further rows are encoded in search of a prompt, before the search is put off to the next measurement."""
+"""How many further rows are encoded in search of prompts, before the search is put off to the next measurement."""
 
 
 class TrainingQuestions:
@@ -27,7 +27,11 @@ class TrainingQuestions:
         self.rows, self.tokenizer, self.template = rows, text_tokenizer(tokenizer), template
         self.warn_once = warn_once
         self._row_of_prompt: dict[tuple[int, ...], Row] = {}
-        self._rows_read = 0
+        self._rows_read, self._last_row = 0, ROWS_READ_AT_ONCE
+
+    def begin_measurement(self) -> None:
+        """Allow the search to read further rows: a limit for each prompt would not limit what a batch may take."""
+        self._last_row = self._rows_read + ROWS_READ_AT_ONCE
 
     def checked(self, row: Row, prompt_ids: Sequence[int]) -> Row | None:
         """Return the row, or None if the training's prompt is another one than that which a probe makes of it.
@@ -55,7 +59,7 @@ class TrainingQuestions:
         """Return the row whose prompt has these token ids; None if there is none among those that were read."""
         key = tuple(prompt_ids)
         rows = self.rows if self.rows is not None else ()
-        last = min(len(rows), self._rows_read + ROWS_READ_AT_ONCE)
+        last = min(len(rows), self._last_row)
         while key not in self._row_of_prompt and self._rows_read < last:
             row = rows[self._rows_read]
             self._rows_read += 1

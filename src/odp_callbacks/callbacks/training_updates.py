@@ -122,7 +122,9 @@ class TrainingUpdates:
         rows: dict[int, Row] = {}
         responses: dict[int, list[Sequence[int]]] = {}
         rewards: dict[int, list[float | None]] = {}
-        for rollout in self._scored(as_training_rollouts(training_rollouts())):
+        # A response without a token has no gradient.
+        rollouts = [one for one in as_training_rollouts(training_rollouts()) if len(one.response_ids)]
+        for rollout in self._scored(rollouts):
             rows[id(rollout.row)] = rollout.row
             responses.setdefault(id(rollout.row), []).append(rollout.response_ids)
             rewards.setdefault(id(rollout.row), []).append(rollout.reward)
@@ -144,7 +146,7 @@ class TrainingUpdates:
         If a row cannot be used, the probe scores the rollouts of the others.
         """
         assert self.probe is not None
-        if self.schedule.step_gain_every_n_steps is None or not all(len(one.response_ids) for one in rollouts):
+        if self.schedule.step_gain_every_n_steps is None:
             return rollouts
         with remembering_user_defaults(), preserving_training_state():
             try:

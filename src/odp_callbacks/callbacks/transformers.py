@@ -43,7 +43,7 @@ STATE_KEY = "odp_callbacks"
 
 PRINTING_CALLBACKS = (ProgressCallback, PrinterCallback)
 """Callbacks that print everything that is logged; a probe has about two hundred metrics."""
-HEADLINES = ("odp/update_gain/", "odp/training/update_gain/", "odp/step/gain")
+HEADLINES = ("odp/update_gain/", "odp/training/update_gain/")
 """How the names of the metrics begin that are printed."""
 
 console_log = logging.getLogger(__name__)
@@ -290,6 +290,8 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             apart = [*printing, *tensorboards]
             trainer.callback_handler.callbacks = [callback for callback in callbacks if callback not in apart]
             Trainer.log(trainer, named_metrics(metrics, name))
+            if _of_every_step(metrics) and trainer.state.global_step % max(1, trainer.state.logging_steps):
+                trainer.state.log_history.pop()  # it is saved in checkpoints, and would grow with every step
             for callback in tensorboards:
                 shown = self._cards.shown(named_metrics(metrics, name))
                 callback.on_log(trainer.args, trainer.state, trainer.control, logs=shown)
@@ -308,6 +310,11 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 except Exception as error:  # even if `strict`: the figures themselves were logged
                     context = self.trainer_context()
                     self.monitor.failures.warn_of_error(context, "failed to log the pictures of a probe", error)
+
+
+def _of_every_step(metrics: Mapping[str, float]) -> bool:
+    """Whether these are the figures of a training step alone, and not those of a probe."""
+    return all(metric.startswith("odp/step/") for metric in metrics)
 
 
 def state_to_text(state: dict[str, Any]) -> str:

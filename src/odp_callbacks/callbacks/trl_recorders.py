@@ -104,6 +104,7 @@ class RolloutRecorder:
         """
         if self.step != self.trainer.state.global_step - 1:
             return []
+        questions.begin_measurement()
         found: list[TrainingRollout] = []
         row_of_content: dict[str, Row] = {}
         for completion in self.completions:

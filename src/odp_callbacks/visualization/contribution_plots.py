@@ -137,12 +137,15 @@ def _draw_waterfall(axes: Axes, groups: Sequence[_Group], teacher_index: int, wh
         first_bar, group_total = len(labels), 0.0
         step = 1 if bar_count <= MAXIMUM_LABELS else max(1, len(group.labels) // (MAXIMUM_LABELS // 2))
         for place, (label, estimates) in enumerate(zip(group.labels, group.estimates, strict=True)):
+            labels.append(displayable(label, 16) if place % step == 0 else "")
             estimate = estimates[teacher_index]
-            value = float(np.nan_to_num(estimate.value))
+            value = estimate.value
+            if not np.isfinite(value):  # an undefined contribution is no bar, and not one of height 0
+                continue
             colour = HELPS if value > 0 else HARMS
             opacity = 1.0 if estimate.low > 0 or estimate.high < 0 else PALE
             axes.bar(
-                len(labels),
+                len(labels) - 1,
                 value,
                 bottom=total,
                 width=0.9,
@@ -150,7 +153,6 @@ def _draw_waterfall(axes: Axes, groups: Sequence[_Group], teacher_index: int, wh
                 edgecolor=colour,
                 linewidth=0.8,
             )
-            labels.append(displayable(label, 16) if place % step == 0 else "")
             total, group_total = total + value, group_total + value
         if group.sum_label:
             _draw_sum(axes, len(labels), group_total, group.sums[teacher_index])
@@ -161,7 +163,9 @@ def _draw_waterfall(axes: Axes, groups: Sequence[_Group], teacher_index: int, wh
 
 
 def _draw_sum(axes: Axes, position: int, total: float, whole: Estimate) -> None:
-    """Draw a sum from 0, with the interval of the contribution that it estimates."""
+    """Draw a sum from 0, with the interval of the contribution that it estimates; nothing if that is undefined."""
+    if not np.isfinite(whole.value):
+        return
     axes.bar(position, total, width=0.85, facecolor="none", edgecolor=GREY, linewidth=1.2)
     if np.isfinite([whole.low, whole.high]).all():
         axes.plot([position] * 2, [whole.low, whole.high], color=GREY, linewidth=1.5, marker="_", markersize=6)

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from odp_callbacks.analysis.estimators import success_rate
-from odp_callbacks.analysis.jackknife import Estimate
+from odp_callbacks.analysis.jackknife import FEW_INFORMATIVE, Estimate
 from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT, Analysis, ClassSummary
+from odp_callbacks.analysis.update_gain import EQUAL_TEACHER, FEW_ROLLOUTS
 from odp_callbacks.gates.scoring import RuleScore
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import MAXIMUM_LENGTH, displayable
@@ -32,6 +33,8 @@ CAPTION_WIDTH = 76
 """Columns that the lines of a caption need; a narrower table would break them."""
 OF_BOTH = ("update_gain", "predicted_gain", "gain_weighted_alignment")
 """Figures of the table of a report with nodes whose update was measured too."""
+SHORT_NOTES = {EQUAL_TEACHER: "as the student", FEW_ROLLOUTS: "few rollouts", FEW_INFORMATIVE: "rewards alike"}
+"""Notes that are too long for a column, and what stands there."""
 
 
 def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
@@ -201,9 +204,9 @@ def verdict(contrast: ClassSummary) -> str:
 def format_estimate(estimate: Estimate) -> str:
     """Write an estimate above its interval, or above the reason why there is none."""
     if math.isnan(estimate.value):
-        return f"no estimate\n{estimate.note.replace('continuations', 'cont.')}"
+        return f"no estimate\n{_short(estimate.note)}"
     if math.isnan(estimate.low):
-        return f"{estimate.value:+.3f}\n{estimate.note}"
+        return f"{estimate.value:+.3f}\n{_short(estimate.note)}"
     return f"{estimate.value:+.3f}\n{estimate.low:.2f} to {estimate.high:.2f}"
 
 
@@ -225,3 +228,8 @@ def _share(part: int, whole: int) -> str:
 
 def _percentage(share: float) -> str:
     return "n/a" if math.isnan(share) else f"{share:.0%}"
+
+
+def _short(note: str) -> str:
+    """A note in the width of a column."""
+    return SHORT_NOTES.get(note, note.replace("continuations", "cont."))
