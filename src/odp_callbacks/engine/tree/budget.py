@@ -156,5 +156,6 @@ def _scores(state: AllocationState, target: str) -> Floats:
     spread = np.zeros((len(state.have), by_node.shape[-1]))
     np.add.at(spread, state.group, model.leave_one_out_spread(state.evidence.question, state.group))
     node_counts = np.bincount(state.group, minlength=len(state.have)).clip(min=1)[:, None]
-    scores: Floats = np.sqrt((by_group**2).sum(axis=1)) * spread / node_counts
-    return scores
+    scores = np.sqrt((by_group**2).sum(axis=1)) * spread / node_counts
+    # Nodes whose branches are not all scored are not in the evidence, and may be those with the most branches.
+    return np.pad(scores, ((0, 0), (0, state.have.shape[1] - scores.shape[1])))
