@@ -72,7 +72,7 @@ def plan_branches(
     ]
     if config.adaptive:
         costs = [
-            remaining_length(rollouts, nodes[first_node].depth)
+            remaining_length(rollouts, nodes[first_node].depth, standard_errors=1.0)
             * sum(branch.token not in eos_token_ids for branch in group_branches)
             for first_node, group_branches in zip(tree.first_nodes, branches, strict=True)
         ]
@@ -150,10 +150,19 @@ def keeping_probabilities(weights: Tensor, costs: Tensor, budget: float) -> Tens
     return probabilities
 
 
-def remaining_length(rollouts: Sequence[Rollout], depth: int) -> float:
-    """Estimate from the rollouts how many tokens a continuation from ``depth`` takes after its first, at least 1."""
+def remaining_length(rollouts: Sequence[Rollout], depth: int, standard_errors: float = 0.0) -> float:
+    """Estimate from the rollouts how many tokens a continuation from ``depth`` takes after its first, at least 1.
+
+    Args:
+        rollouts: The probe's rollouts.
+        depth: Depth of the prefix.
+        standard_errors: Standard errors that are added to the mean: what is spent cannot be taken back.
+    """
     lengths = [len(rollout.response_ids) - depth - 1 for rollout in rollouts if len(rollout.response_ids) > depth]
-    return max(1.0, float(np.mean(lengths)) if lengths else 1.0)
+    mean = float(np.mean(lengths)) if lengths else 1.0
+    if standard_errors and len(lengths) > 1:
+        mean += standard_errors * float(np.std(lengths, ddof=1)) / len(lengths) ** 0.5
+    return max(1.0, mean)
 
 
 def node_student_logits(student: nn.Module, rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> list[Tensor]:
