@@ -107,7 +107,7 @@ def test_lightning_uses_the_module_s_gate() -> None:
 @pytest.mark.parametrize(
     ("options", "figures"),
     [({"budget": 0}, {"update_gain"}), ({"update": False}, {"alignment"}), ({}, {"update_gain", "alignment"})],
-    ids=str,
+    ids=["update", "nodes", "both"],
 )
 def test_a_failed_probe_logs_nan_for_what_it_would_have_measured(options: dict[str, Any], figures: set[str]) -> None:
     def failing(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
