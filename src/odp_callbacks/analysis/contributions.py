@@ -94,8 +94,10 @@ def report_influence(report: ProbeReport, confidence: float = 0.95) -> ReportInf
         if update.influence is not None:
             places = starts[update.influence.rollout] + update.influence.depth
             intervals = influence_intervals(update.influence, confidence)
-            told = np.array([not withheld_because([update.gram], teacher) for teacher in range(len(report.teachers))])
-            value[places], low[places], high[places] = (np.where(told, part, np.nan) for part in intervals)
+            has_figures = np.array(
+                [not withheld_because([update.gram], teacher) for teacher in range(len(report.teachers))]
+            )
+            value[places], low[places], high[places] = (np.where(has_figures, part, np.nan) for part in intervals)
             weight[places] = float(update.gram.questions.sum()) / questions if questions else 1.0
     depth = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     return ReportInfluence(starts, depth, value, low, high, weight)

@@ -108,10 +108,10 @@ class Estimator:
         places = np.flatnonzero(self.questions)
         weights[np.arange(len(first)), places[first]] = 0
         weights[np.arange(len(first)), places[second]] = 0
-        whole = float(self.statistic(np.ones(len(self.questions))))
+        of_all = float(self.statistic(np.ones(len(self.questions))))
         leave_two_out = self.statistic(weights)
         interactions = (
-            count * whole - (count - 1) * (leave_one_out[first] + leave_one_out[second]) + (count - 2) * leave_two_out
+            count * of_all - (count - 1) * (leave_one_out[first] + leave_one_out[second]) + (count - 2) * leave_two_out
         )
         return float(((interactions - interactions.mean()) ** 2).sum() / (count * (count - 1)))
 

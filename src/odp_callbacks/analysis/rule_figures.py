@@ -7,7 +7,7 @@ adds up over rules whose weights add up.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,13 +54,12 @@ def rule_gram(gram: UpdateGram, products: RuleProducts, rule: int) -> UpdateGram
     directions[..., 1, 1] = all_tokens - whole - transposed + own
     # Counts of tokens may differ from teacher to teacher; those of the first one stand for all.
     tokens = products.tokens[rule, :, 0]
-    return UpdateGram(
-        gram.questions,
-        np.stack([tokens, gram.tokens.sum(axis=1) - tokens], axis=1),
-        gram.success,
-        np.stack([cross, gram.cross.sum(axis=3) - cross], axis=3),
-        directions,
-        gram.between,
+    return replace(
+        gram,
+        tokens=np.stack([tokens, gram.tokens.sum(axis=1) - tokens], axis=1),
+        cross=np.stack([cross, gram.cross.sum(axis=3) - cross], axis=3),
+        directions=directions,
+        modules=None,
     )
 
 

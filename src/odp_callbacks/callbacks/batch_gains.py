@@ -11,7 +11,7 @@ from odp_callbacks.callbacks.step_curves import BatchGain
 from odp_callbacks.callbacks.trainer_context import TrainerContext
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.rewards import RewardHost
-from odp_callbacks.engine.rollouts import Rollout
+from odp_callbacks.engine.rollouts import Rollout, question_indices
 from odp_callbacks.engine.sampling.exact_arithmetic import computes_exactly
 from odp_callbacks.engine.training_rollouts import TrainingRollout
 from odp_callbacks.engine.training_state import preserving_training_state
@@ -72,8 +72,8 @@ class BatchGains:
             of_training = _training_log_probs(given)
             if reference is sampled:  # the first batch has no step before it, and shows whether both agree
                 if of_training is not None:
-                    own = response_log_probs(self._model, rollouts, temperature, sampled.values)
-                    self._compare(context, probe, of_training, own)
+                    of_student = response_log_probs(self._model, rollouts, temperature, sampled.values)
+                    self._compare(context, probe, of_training, of_student)
                 return BatchGain((), reward_sum, len(rollouts))
             before = response_log_probs(self._model, rollouts, temperature, reference.values)
             after = of_training if of_training is not None and self._trusts_training else None
@@ -82,11 +82,11 @@ class BatchGains:
         return BatchGain(_gains_of_questions(rollouts, rewards, after, before), reward_sum, len(rollouts))
 
     def _compare(
-        self, context: TrainerContext, probe: Probe, of_training: Sequence[Tensor], own: Sequence[Tensor]
+        self, context: TrainerContext, probe: Probe, of_training: Sequence[Tensor], of_student: Sequence[Tensor]
     ) -> None:
         """Find out whether the training's log-probabilities are those of the student itself."""
         tolerance = TOLERANCE if computes_exactly(probe.student) else HALF_PRECISION_TOLERANCE
-        difference = float((torch.cat(list(of_training)) - torch.cat(list(own))).square().mean().sqrt())
+        difference = float((torch.cat(list(of_training)) - torch.cat(list(of_student))).square().mean().sqrt())
         self._trusts_training = difference <= tolerance
         if not self._trusts_training:
             self.failures.warn_once(
@@ -99,20 +99,19 @@ class BatchGains:
 
 def _training_log_probs(given: Sequence[TrainingRollout]) -> list[Tensor] | None:
     """The log-probabilities that the training has, ``(T,)`` of each rollout; None unless it has them for all tokens."""
-    found = []
+    log_probs = []
     for rollout in given:
         if rollout.log_probs is None or len(rollout.log_probs) != len(rollout.response_ids):
             return None
-        found.append(torch.as_tensor(rollout.log_probs, dtype=torch.float64).cpu())
-    return found
+        log_probs.append(torch.as_tensor(rollout.log_probs, dtype=torch.float64).cpu())
+    return log_probs
 
 
 def _gains_of_questions(
     rollouts: Sequence[Rollout], rewards: Tensor, after: Sequence[Tensor], before: Sequence[Tensor]
 ) -> tuple[float, ...]:
     """For each question the sum of its rollouts' gains."""
-    place: dict[int, int] = {}
-    questions = torch.tensor([place.setdefault(id(rollout.question), len(place)) for rollout in rollouts])
+    questions = torch.tensor(question_indices(rollouts))
     sums_after, sums_before = (torch.stack([one.sum() for one in log_probs]) for log_probs in (after, before))
     gains = step_gain(rewards, questions, sums_after, sums_before)
-    return tuple(torch.zeros(len(place), dtype=gains.dtype).index_add(0, questions, gains).tolist())
+    return tuple(torch.zeros(int(questions.max()) + 1, dtype=gains.dtype).index_add(0, questions, gains).tolist())

@@ -73,11 +73,11 @@ def restored_sequence(sums: Mapping[str, Any]) -> ConfidenceSequence:
     Raises:
         ValueError: If a number is missing or is none.
     """
-    numbers = {field.name: sums.get(field.name) for field in fields(ConfidenceSequence)}
+    numbers: dict[str, Any] = {field.name: sums.get(field.name) for field in fields(ConfidenceSequence)}
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise ValueError(f"`{name}` must be a number, but is {number!r}")
-    return ConfidenceSequence(**numbers)  # type: ignore[arg-type]
+    return ConfidenceSequence(**numbers)
 
 
 def gain_estimators(report: ProbeReport) -> Iterator[tuple[str, Estimator]]:

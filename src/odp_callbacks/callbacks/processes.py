@@ -1,9 +1,9 @@
 """The processes of a training run, and how they exchange data and share work."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -11,6 +11,28 @@ import torch.distributed as dist
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others in a probe; without a limit it would wait forever for one that died."""
+
+
+@dataclass(frozen=True)
+class Outcomes(Generic[T]):
+    """What came of a function that every process called.
+
+    Attributes:
+        results: Of the processes in which it did not fail, in the order of their ranks.
+        messages: For the rank of each process in which it failed, what went wrong.
+        own_error: What it raised in this process; None if it did not fail here.
+    """
+
+    results: list[T]
+    messages: Mapping[int, str]
+    own_error: Exception | None
+
+    def error(self) -> Exception:
+        """The error to raise in this process if one failed: its own, or one that names the first that failed."""
+        if self.own_error is not None:
+            return self.own_error
+        rank, message = next(iter(self.messages.items()))
+        return RuntimeError(f"in process {rank}: {message}")
 
 
 @dataclass(frozen=True)
@@ -61,21 +83,28 @@ class Processes:
             >>> Processes().gather_results(lambda: "alone")
             ['alone']
         """
+        outcomes = self.gather_outcomes(function)
+        if outcomes.messages:
+            raise outcomes.error()
+        return outcomes.results
+
+    def gather_outcomes(self, function: Callable[[], T]) -> Outcomes[T]:
+        """Call a function in every process, and return what came of it in each.
+
+        Raises:
+            Exception: What the function raised, if there is a single process.
+        """
         if self.size == 1:
-            return [function()]
+            return Outcomes([function()], {}, None)
         own_error: Exception | None = None
-        own_result: T | None = None
+        result: tuple[T, ...] = ()
         try:
-            own_result = function()
+            result = (function(),)
         except Exception as error:
             own_error = error
-        gathered = self.gather((own_result, None if own_error is None else f"{type(own_error).__name__}: {own_error}"))
-        if own_error is not None:
-            raise own_error
-        for rank, (_, message) in enumerate(gathered):
-            if message is not None:
-                raise RuntimeError(f"in process {rank}: {message}")
-        return [result for result, _ in gathered]  # type: ignore[misc]
+        gathered = self.gather((result, None if own_error is None else f"{type(own_error).__name__}: {own_error}"))
+        messages = {rank: message for rank, (_, message) in enumerate(gathered) if message is not None}
+        return Outcomes([value for values, _ in gathered for value in values], messages, own_error)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's share of the items: consecutive ones, in shares whose sizes differ by at most one.

@@ -27,24 +27,11 @@ def merge_processes(
     Raises:
         RuntimeError: If another process failed and either no process succeeded or ``failures`` is strict.
     """
-    own_error: Exception | None = None
-    own_report: ProbeReport | None = None
-    try:
-        own_report = measure()
-    except Exception as error:
-        if context.processes.size == 1:
-            raise
-        own_error = error
-    own_message = None if own_error is None else f"{type(own_error).__name__}: {own_error}"
-    gathered = context.processes.gather((own_report, own_message))
-    messages = {rank: message for rank, (_, message) in enumerate(gathered) if message is not None}
-    reports = [report for report, _ in gathered if report is not None]
-    if messages and (failures.strict or not reports):
-        if own_error is not None:
-            raise own_error
-        rank, message = next(iter(messages.items()))
-        raise RuntimeError(f"in process {rank}: {message}")
-    for rank, message in messages.items():
+    outcomes = context.processes.gather_outcomes(measure)
+    reports = [report for report in outcomes.results if report is not None]
+    if outcomes.messages and (failures.strict or not reports):
+        raise outcomes.error()
+    for rank, message in outcomes.messages.items():
         failures.warn_once(
             context, f"a probe failed in process {rank}; the questions of the other processes still count: {message}"
         )

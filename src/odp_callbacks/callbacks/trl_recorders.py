@@ -105,7 +105,7 @@ class RolloutRecorder:
         if self.step != self.trainer.state.global_step - 1:
             return []
         questions.begin_measurement()
-        found: list[TrainingRollout] = []
+        rollouts: list[TrainingRollout] = []
         row_of_content: dict[str, Row] = {}
         for completion in self.completions:
             if completion.row is None:
@@ -116,8 +116,8 @@ class RolloutRecorder:
                 continue
             row = row_of_content.setdefault(repr(row), row)  # a dataset makes a new object at each access
             temperature = float(self.trainer.args.temperature)
-            found.append(TrainingRollout(row, completion.response_ids, completion.reward, temperature=temperature))
-        return found
+            rollouts.append(TrainingRollout(row, completion.response_ids, completion.reward, temperature=temperature))
+        return rollouts
 
     @property
     def is_training(self) -> bool:
@@ -156,9 +156,9 @@ class CompletionRecorder(RolloutRecorder):
         rewards = None
         if per_function.numel():
             start = self.trainer.accelerator.process_index * len(completion_ids)
-            own = per_function[start : start + len(completion_ids)]
+            of_process = per_function[start : start + len(completion_ids)]
             rewards = weighted_rewards(
-                own, self.trainer.reward_weights, getattr(self.trainer, "reward_clip_range", None)
+                of_process, self.trainer.reward_weights, getattr(self.trainer, "reward_clip_range", None)
             )
         self._scored = [tuple(map(int, token_ids)) for token_ids in completion_ids], rewards
 

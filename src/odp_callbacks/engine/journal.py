@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from zlib import crc32
 
-from odp_callbacks.engine.sampling.requests import Continuation
+from odp_callbacks.engine.sampling.requests import Continuation, FinishedCallback
 from odp_callbacks.files import local_path
 
 
@@ -48,6 +48,42 @@ class Journal:
     def remove(self) -> None:
         """Delete the file, once the records have been saved."""
         self.path.unlink(missing_ok=True)
+
+
+def sample_unless_stored(
+    journal: Journal | None,
+    keys: Sequence[int],
+    sample: Callable[[list[int], FinishedCallback], Sequence[Continuation]],
+    on_finished: FinishedCallback | None = None,
+) -> list[Continuation]:
+    """Take the continuations that a journal holds, sample the others, and write these as they finish.
+
+    Args:
+        journal: None samples all.
+        keys: Of the random draws, one for each continuation.
+        sample: From the indices of the continuations to sample, and a function to be called with those that have
+            finished, by their place among these, to the continuations in that order.
+        on_finished: Called with continuations by index, those of the journal first.
+
+    Returns:
+        The continuations in the order of ``keys``.
+    """
+    stored = {} if journal is None else journal.continuations
+    continuations = {index: stored[key] for index, key in enumerate(keys) if key in stored}
+    if on_finished is not None:
+        on_finished(dict(continuations))
+    missing = [index for index in range(len(keys)) if index not in continuations]
+
+    def receive(finished: dict[int, Continuation]) -> None:
+        by_index = {missing[place]: continuation for place, continuation in finished.items()}
+        if journal is not None:
+            journal.write({keys[index]: continuation for index, continuation in by_index.items()})
+        if on_finished is not None:
+            on_finished(by_index)
+
+    if missing:
+        continuations.update(zip(missing, sample(missing, receive), strict=True))
+    return [continuations[index] for index in range(len(keys))]
 
 
 def _line(key: int, continuation: Continuation) -> bytes:

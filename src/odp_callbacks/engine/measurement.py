@@ -23,6 +23,7 @@ from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import (
     Rollout,
     given_rollouts,
+    question_indices,
     sample_rollouts,
     score_rollouts,
     scored_rollouts,
@@ -291,13 +292,12 @@ class Measurement:
     def prefill(self, rollouts: Sequence[Rollout]) -> PrefilledRollouts:
         """Compute the keys and values of all rollouts, each prompt once."""
         questions = list({id(rollout.question): rollout.question for rollout in rollouts}.values())
-        question_indices = {id(question): question_index for question_index, question in enumerate(questions)}
         # A rollout's last prompt token belongs to its response: a branch at depth 0 must not see it twice.
         return prefill_rollouts(
             self.student,
             [question.prompt_ids[:-1] for question in questions],
             [rollout.sequence[len(rollout.question.prompt_ids) - 1 : -1] for rollout in rollouts],
-            [question_indices[id(rollout.question)] for rollout in rollouts],
+            question_indices(rollouts),
             max_new_tokens=self.config.max_new_tokens,
         )
 

@@ -1,7 +1,7 @@
 """Student rollouts: the responses that the student samples by itself, and their rewards."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from odp_callbacks.engine.gradients.logits import node_logits
-from odp_callbacks.engine.journal import Journal
+from odp_callbacks.engine.journal import Journal, sample_unless_stored
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rewards import UnscoredError
 from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
-from odp_callbacks.engine.sampling.randomness import Randomness
-from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest
+from odp_callbacks.engine.sampling.randomness import Randomness, fresh_keys
+from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, FinishedCallback
 from odp_callbacks.engine.verifier import Verifier
 
 
@@ -48,6 +48,18 @@ class Rollout:
     def positions(self, depths: Sequence[int]) -> list[int]:
         """Return the positions in :attr:`sequence` whose logits give the policy at each depth."""
         return [len(self.question.prompt_ids) - 1 + depth for depth in depths]
+
+
+def question_indices(rollouts: Sequence[Rollout]) -> list[int]:
+    """Number the questions of rollouts in the order in which they come; rollouts of one question share the object.
+
+    Examples:
+        >>> first, second = (Question(name, {}, torch.tensor([1])) for name in "ab")
+        >>> question_indices([Rollout(question, (2,), "", False) for question in (first, second, first)])
+        [0, 1, 0]
+    """
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(id(rollout.question), len(numbers)) for rollout in rollouts]
 
 
 def response_text(tokenizer: Any, tokens: Sequence[int], eos_token_ids: Sequence[int]) -> str:
@@ -95,33 +107,27 @@ def sample_rollouts(
         for question_index, question in enumerate(questions)
         for _ in range(per_question)
     ]
-    keys = None
-    if randomness is not None:
+    if randomness is None:
+        keys = fresh_keys(len(requests))
+    else:
         keys = [
             randomness.key(question.id, "rollout", number) for question in questions for number in range(per_question)
         ]
-    stored = {} if journal is None else journal.continuations
-    continuations = {index: stored[key] for index, key in enumerate(keys or ()) if key in stored}
-    missing = [index for index in range(len(requests)) if index not in continuations]
 
-    def write(finished: Mapping[int, Continuation]) -> None:
-        if journal is not None and keys is not None:
-            journal.write({keys[missing[place]]: continuation for place, continuation in finished.items()})
-
-    if missing:
-        sampled = sample_continuations(
+    def sample(missing: list[int], on_finished: FinishedCallback) -> list[Continuation]:
+        prompts = [question.prompt_ids[:-1] for question in questions]
+        return sample_continuations(
             model,
-            prefill_rollouts(
-                model, [question.prompt_ids[:-1] for question in questions], max_new_tokens=max_new_tokens
-            ),
+            prefill_rollouts(model, prompts, max_new_tokens=max_new_tokens),
             [requests[index] for index in missing],
             temperature=temperature,
             eos_token_ids=eos_token_ids,
-            keys=None if keys is None else [keys[index] for index in missing],
+            keys=[keys[index] for index in missing],
             batch_size=batch_size,
-            on_finished=write,
+            on_finished=on_finished,
         )
-        continuations.update(zip(missing, sampled, strict=True))
+
+    continuations = sample_unless_stored(journal, keys, sample)
     return [
         Rollout(
             questions[request.sequence],
@@ -129,7 +135,7 @@ def sample_rollouts(
             response_text(tokenizer, continuation.tokens, eos_token_ids),
             continuation.truncated,
         )
-        for request, continuation in zip(requests, (continuations[i] for i in range(len(requests))), strict=True)
+        for request, continuation in zip(requests, continuations, strict=True)
     ]
 
 

@@ -83,14 +83,14 @@ def as_scored_rollouts(
     """
     rows = {id(rollout.row): rollout.row for rollout in rollouts}
     questions = dict(zip(rows, as_questions(list(rows.values()), tokenizer, template=template), strict=True))
-    found = []
+    converted = []
     for rollout in rollouts:
         tokens = tuple(int(token) for token in rollout.response_ids)
         text = response_text(tokenizer, tokens, eos_token_ids)
         reward = math.nan if rollout.reward is None else float(rollout.reward)
-        found.append(Rollout(questions[id(rollout.row)], tokens, text, tokens[-1] not in eos_token_ids, reward))
+        converted.append(Rollout(questions[id(rollout.row)], tokens, text, tokens[-1] not in eos_token_ids, reward))
     unscored = [index for index, rollout in enumerate(rollouts) if rollout.reward is None]
     if unscored:
-        for index, scored in zip(unscored, score_rollouts(verifier, [found[i] for i in unscored]), strict=True):
-            found[index] = scored
-    return found
+        for index, scored in zip(unscored, score_rollouts(verifier, [converted[i] for i in unscored]), strict=True):
+            converted[index] = scored
+    return converted

@@ -103,19 +103,19 @@ class UpdateScoring:
             confidence: Level of the intervals.
         """
         gain, of_all = self._gain(name, weights, teacher), update_gain(self.grams, teacher)
-        part = self._contribution(name, weights, teacher)
-        whole = self._contribution(name, self._everything, teacher)
+        of_rule = self._contribution(name, weights, teacher)
+        of_everything = self._contribution(name, self._everything, teacher)
         if not weights.token_share(teacher):
             return dict.fromkeys(UPDATE_FIGURES, unmeasured(NO_WEIGHT))
         figures = dict.fromkeys(UPDATE_FIGURES, unmeasured(NOT_MEASURED))
         if gain is not None:
             figures["update_gain"] = jackknife(gain, confidence)
             figures["update_gained"] = jackknife(gain - of_all, confidence)
-        if part is not None and whole is not None:
-            all_tokens = jackknife(whole, confidence)
+        if of_rule is not None and of_everything is not None:
+            all_tokens = jackknife(of_everything, confidence)
             decided = all_tokens.low > 0 or all_tokens.high < 0
-            share = contribution_share(part, whole, all_tokens.note or ("" if decided else UNDECIDED_WHOLE))
-            figures["contribution"] = self._with_questions(jackknife(part, confidence))
+            share = contribution_share(of_rule, of_everything, all_tokens.note or ("" if decided else UNDECIDED_WHOLE))
+            figures["contribution"] = self._with_questions(jackknife(of_rule, confidence))
             figures["contribution_share"] = self._with_questions(jackknife(share, confidence))
         return figures
 

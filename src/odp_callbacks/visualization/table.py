@@ -99,6 +99,7 @@ def _summary_caption(analysis: Analysis, figures: Sequence[str]) -> str:
         lines += [
             "Update gain: success gained per unit step along the update",
             "of all tokens; unbiased, so it ranks the teachers.",
+            "Rewards alike: too few questions have rewards that differ.",
         ]
     if "update_alignment" in figures:
         lines += [

@@ -34,9 +34,7 @@ def layer_sizes(model: nn.Module) -> LayerSizes:
         >>> layer_sizes(GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2)))
         LayerSizes(hidden=8, widest=32, heads=2)
     """
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    of_head = set() if head is None else {id(module) for module in head.modules()}
-    layers = [module for name, module in model.named_modules() if id(module) not in of_head and ".lora_" not in name]
+    layers = list(_layers(model).values())
     shapes = [shape for shape in map(_features, layers) if shape is not None]
     # Most layers of a block read or write hidden states.
     counted = Counter(features for shape in shapes for features in set(shape))
@@ -57,14 +55,18 @@ def linear_features(model: nn.Module) -> int:
         >>> linear_features(GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2)))
         128
     """
+    # A layer with LoRA and the layer that it wraps are one.
+    layers = [module for name, module in _layers(model).items() if not name.endswith(".base_layer")]
+    return sum(sum(shape) for shape in map(_features, layers) if shape is not None)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name, without the output head and LoRA's own."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     of_head = set() if head is None else {id(module) for module in head.modules()}
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if id(module) not in of_head and ".lora_" not in name and not name.endswith(".base_layer")
-    ]
-    return sum(sum(shape) for shape in map(_features, layers) if shape is not None)
+    return {
+        name: module for name, module in model.named_modules() if id(module) not in of_head and ".lora_" not in name
+    }
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.replaced_forward import replaced_forward
 from odp_callbacks.engine.sampling.memory import free_bytes
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -71,15 +72,11 @@ def _can_be_copied(model: nn.Module) -> bool:
 @contextmanager
 def _without_accelerate_autocast(model: nn.Module) -> Iterator[None]:
     """Call the forward of the model itself: with mixed precision, accelerate puts autocast inside ``forward``."""
-    wrapped = [module for module in model.modules() if {"forward", "_original_forward"} <= module.__dict__.keys()]
-    before = [module.__dict__["forward"] for module in wrapped]
-    try:
-        for module in wrapped:
-            module.__dict__["forward"] = module.__dict__["_original_forward"]
+    with ExitStack() as stack:
+        for module in model.modules():
+            if {"forward", "_original_forward"} <= module.__dict__.keys():
+                stack.enter_context(replaced_forward(module, module.__dict__["_original_forward"]))
         yield
-    finally:
-        for module, forward in zip(wrapped, before, strict=True):
-            module.__dict__["forward"] = forward
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.sampling.categorical import check_probabilities, sample_tokens
 from odp_callbacks.engine.sampling.randomness import as_key_tensor, uniforms
-from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest
+from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, stacked_prefixes
 from odp_callbacks.engine.sampling.rotary_state import dynamic_rotaries, forget_lengths
 from odp_callbacks.functional.gradients import logits_at
 
@@ -42,11 +42,7 @@ def sample_with_full_forward(
         FloatingPointError: If the model's logits do not define a distribution (NaN).
     """
     device = next(model.parameters()).device
-    prefixes = [
-        torch.cat([sequences[request.sequence][: request.prefix_length].cpu(), torch.tensor([request.first_token])])
-        for request in requests
-    ]
-    input_ids = torch.stack(prefixes).to(device)  # (B, T)
+    input_ids = stacked_prefixes(sequences, requests, device)  # (B, T)
     max_lengths = torch.tensor([request.max_new_tokens for request in requests], device=device)
     end_tokens = torch.tensor(list(eos_token_ids), device=device, dtype=torch.long)
     key_tensor = as_key_tensor(keys, device)

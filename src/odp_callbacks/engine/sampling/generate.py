@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from odp_callbacks.engine.sampling.categorical import check_probabilities, sample_tokens
 from odp_callbacks.engine.sampling.randomness import as_key_tensor, uniforms
-from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest
+from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, stacked_prefixes
 
 
 def sample_with_generate(
@@ -40,11 +40,7 @@ def sample_with_generate(
         FloatingPointError: If the model's logits do not define a distribution (NaN).
     """
     device = next(model.parameters()).device
-    prefixes = [
-        torch.cat([sequences[request.sequence][: request.prefix_length], torch.tensor([request.first_token])])
-        for request in requests
-    ]
-    input_ids = torch.stack(prefixes).to(device)
+    input_ids = stacked_prefixes(sequences, requests, device)  # (B, T)
     prefix_length = input_ids.shape[1]
     generation_config = GenerationConfig(
         do_sample=False,  # `_KeyedSampling` leaves one token to choose from

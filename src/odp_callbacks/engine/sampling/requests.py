@@ -1,7 +1,10 @@
 """What a caller asks for and what it gets: requests for continuations, and the continuations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,31 @@ class ContinuationRequest:
     prefix_length: int
     first_token: int
     max_new_tokens: int
+
+
+def stacked_prefixes(
+    sequences: Sequence[Tensor], requests: Sequence[ContinuationRequest], device: torch.device
+) -> Tensor:
+    """The tokens that the model reads before it samples the first one, of requests whose prefixes are equally long.
+
+    Args:
+        sequences: ``(T_s,)`` int64 each.
+        requests: ``B`` requests; all have the same ``prefix_length``.
+        device: Where the tokens are needed.
+
+    Returns:
+        ``(B, T)`` int64: each prefix and its first token.
+
+    Examples:
+        >>> requests = [ContinuationRequest(0, 2, 9, max_new_tokens=1)]
+        >>> stacked_prefixes([torch.tensor([5, 6, 7])], requests, torch.device("cpu")).tolist()
+        [[5, 6, 9]]
+    """
+    prefixes = [
+        torch.cat([sequences[request.sequence][: request.prefix_length].cpu(), torch.tensor([request.first_token])])
+        for request in requests
+    ]
+    return torch.stack(prefixes).to(device)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.journal import Journal
+from odp_callbacks.engine.journal import Journal, sample_unless_stored
 from odp_callbacks.engine.rollouts import response_text
 from odp_callbacks.engine.sampling.backends import PrefilledRollouts, sample_continuations
 from odp_callbacks.engine.sampling.randomness import Randomness
-from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest
+from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, FinishedCallback
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes, ContinuationTree, Response
 from odp_callbacks.engine.verifier import Scoring, Verifier
 
@@ -135,40 +135,21 @@ class ContinuationSampler:
 
     def _sample_planned(self, plan: ContinuationPlan, responses: "_SubmittedResponses") -> list[Continuation]:
         """Return the continuations of all requests, from the journal or sampled; each is submitted as it finishes."""
-        stored_continuations = {} if self.journal is None else self.journal.continuations
-        continuations = {
-            request_index: stored_continuations[key]
-            for request_index, key in enumerate(plan.keys)
-            if key in stored_continuations
-        }
-        responses.submit(continuations)
-        missing_requests = [
-            request_index for request_index in range(len(plan.requests)) if request_index not in continuations
-        ]
 
-        def receive(finished: Mapping[int, Continuation]) -> None:
-            by_request = {
-                missing_requests[sampled_index]: continuation for sampled_index, continuation in finished.items()
-            }
-            if self.journal is not None:
-                self.journal.write(
-                    {plan.keys[request_index]: continuation for request_index, continuation in by_request.items()}
-                )
-            responses.submit(by_request)
+        def sample(missing: list[int], on_finished: FinishedCallback) -> list[Continuation]:
+            return sample_continuations(
+                self.student,
+                self.prefilled,
+                [plan.requests[request_index] for request_index in missing],
+                temperature=self.config.temperature,
+                eos_token_ids=self.eos_token_ids,
+                keys=[plan.keys[request_index] for request_index in missing],
+                batch_size=self.config.batch_size,
+                max_memory_bytes=self.config.max_memory_bytes,
+                on_finished=on_finished,
+            )
 
-        sampled = sample_continuations(
-            self.student,
-            self.prefilled,
-            [plan.requests[request_index] for request_index in missing_requests],
-            temperature=self.config.temperature,
-            eos_token_ids=self.eos_token_ids,
-            keys=[plan.keys[request_index] for request_index in missing_requests],
-            batch_size=self.config.batch_size,
-            max_memory_bytes=self.config.max_memory_bytes,
-            on_finished=receive,
-        )
-        continuations.update(zip(missing_requests, sampled, strict=True))
-        return [continuations[request_index] for request_index in range(len(plan.requests))]
+        return sample_unless_stored(self.journal, plan.keys, sample, responses.submit)
 
     def _update(
         self,

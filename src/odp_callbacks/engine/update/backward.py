@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from odp_callbacks.functional.gradients import flatten_gradients
+
 
 def vector_jacobian_products(
     outputs: Tensor, leaves: list[Tensor], directions: Tensor, *, retain_graph: bool = False
@@ -29,3 +31,19 @@ def vector_jacobian_products(
         for column, gradient, leaf in zip(columns, gradients, leaves, strict=True):
             column.append(torch.zeros_like(leaf) if gradient is None else gradient)
     return [torch.stack(column) for column in columns]
+
+
+def flat_gradients(outputs: Tensor, leaves: dict[str, Tensor], directions: Tensor) -> Tensor:
+    """Gradients of ``outputs`` for directions, on all leaves side by side.
+
+    Args:
+        outputs: Any shape, with its graph.
+        leaves: What it is differentiated by, with ``P`` numbers together.
+        directions: ``(C, *outputs.shape)``.
+
+    Returns:
+        ``(C, P)`` in float32 or wider.
+    """
+    gradients = vector_jacobian_products(outputs, list(leaves.values()), directions)
+    flat = flatten_gradients(tuple(gradients), leaves)
+    return flat if flat.dtype == torch.float64 else flat.float()

@@ -12,11 +12,8 @@ from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.model_forward import check_embedded
 from odp_callbacks.engine.teachers import Teacher, teacher_prompt_ids
 from odp_callbacks.engine.update.backward import vector_jacobian_products
-from odp_callbacks.engine.update.split_model import SplitModel
+from odp_callbacks.engine.update.split_model import MAXIMUM_LOGITS, SplitModel
 from odp_callbacks.functional.tokens import policy_features
-
-MAXIMUM_LOGITS = 2**23
-"""Logits of one model that are held at a time."""
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,14 @@ def tokens_in_memory(model: nn.Module, max_memory_bytes: float | None = None) ->
         model: The student.
         max_memory_bytes: Limit in bytes; None for half of what is free.
     """
-    parameter = next(model.parameters())
+    device = next(model.parameters()).device
     bytes_of_token = max(1.0, 4 * KEPT_TENSORS * linear_features(model))
-    limit = BATCH_TOKENS.get(parameter.device.type, BATCH_TOKENS_ELSEWHERE)
-    return max(1, min(limit, int(free_bytes(parameter.device, max_memory_bytes) / bytes_of_token)))
+    return max(1, min(useful_tokens(device), int(free_bytes(device, max_memory_bytes) / bytes_of_token)))
+
+
+def useful_tokens(device: torch.device) -> int:
+    """Tokens that go through a model at a time, at most, where memory sets no limit: more make it no faster."""
+    return BATCH_TOKENS.get(device.type, BATCH_TOKENS_ELSEWHERE)
 
 
 def batches_of_rollouts(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from odp_callbacks.engine.gradients.loss_directions import Direction
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.teachers import Teacher
-from odp_callbacks.engine.update.backward import vector_jacobian_products
+from odp_callbacks.engine.update.backward import flat_gradients, vector_jacobian_products
 from odp_callbacks.engine.update.batch_directions import BatchDirections, DirectionsOfBatches
 from odp_callbacks.engine.update.forward_mode import tangents_of_states
 from odp_callbacks.engine.update.layer_recomputation import recomputed_layers
@@ -126,17 +126,15 @@ class UpdateGradients:
         if layout is not None:
             with self._recording(layout, segments) as sums:
                 return segment_gradients(self.model.run(layout), sums, weighted, 1 + max(segments))
-        parameters = {name: p.requires_grad_() for name, p in self._detached_parameters().items()}
+        leaves = self._leaves()
         of_rollouts = weighted.split([len(rollout.response_ids) for rollout in rollouts], dim=1)
         rows = []
         for segment in range(1 + max(segments)):
             inside = [index for index, own in enumerate(segments) if own == segment]
             with torch.inference_mode(False), torch.enable_grad():
-                hidden = self._hidden_states([rollouts[index] for index in inside], parameters)
+                hidden = self._hidden_states([rollouts[index] for index in inside], leaves)
                 cotangents = torch.cat([of_rollouts[index] for index in inside], dim=1)
-                gradients = vector_jacobian_products(hidden, list(parameters.values()), cotangents)
-            wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
-            rows.append(torch.cat([gradient.flatten(1) for gradient in wide], dim=1))
+                rows.append(flat_gradients(hidden, leaves, cotangents))
         return torch.stack(rows)
 
     @contextmanager
@@ -156,7 +154,7 @@ class UpdateGradients:
         self, rollouts: Sequence[Rollout], advantages: Sequence[float], segments: Sequence[int]
     ) -> tuple[Tensor, BatchDirections]:
         """The same by passes for each segment, for parameters that are no weights of linear layers."""
-        parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(self.student).items()}
+        leaves = self._leaves()
         lengths = [len(rollout.response_ids) for rollout in rollouts]
         rows: list[Tensor] = []
         parts: list[tuple[Tensor, Tensor, Tensor]] = [(torch.empty(0),) * 3] * len(rollouts)
@@ -165,13 +163,11 @@ class UpdateGradients:
             chosen = [rollouts[index] for index in inside]
             teacher_states = self._directions.teacher_states(chosen, [0] * len(chosen))
             with torch.inference_mode(False), torch.enable_grad():
-                hidden = self._hidden_states(chosen, parameters)
+                hidden = self._hidden_states(chosen, leaves)
                 directions = self._directions.on_hidden_states(
                     hidden.detach(), chosen, [advantages[index] for index in inside], teacher_states
                 )
-                gradients = vector_jacobian_products(hidden, list(parameters.values()), directions.cotangents)
-            wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
-            rows.append(torch.cat([gradient.flatten(1) for gradient in wide], dim=1))
+                rows.append(flat_gradients(hidden, leaves, directions.cotangents))
             sizes = [lengths[index] for index in inside]
             features = torch.zeros(0, *directions.norms.shape) if directions.features is None else directions.features
             of_rollouts = zip(
@@ -240,16 +236,16 @@ class UpdateGradients:
         self, rollouts: Sequence[Rollout], tangents: Mapping[str, Tensor], directions: BatchDirections
     ) -> Tensor:
         """Send each token's directions back on their own, ``(S, K, N)``."""
-        parameters = {name: p.requires_grad_() for name, p in self._detached_parameters().items()}
+        leaves = self._leaves()
         teachers = directions.cotangents[1:]
         influences = torch.zeros(len(next(iter(tangents.values()))), *teachers.shape[:2], dtype=torch.float64)
         with torch.enable_grad():
-            hidden = self._hidden_states(rollouts, parameters)
+            hidden = self._hidden_states(rollouts, leaves)
             for token in range(hidden.shape[0]):
                 gradients = vector_jacobian_products(
-                    hidden[token], list(parameters.values()), teachers[:, token], retain_graph=True
+                    hidden[token], list(leaves.values()), teachers[:, token], retain_graph=True
                 )
-                for (name, _), gradient in zip(parameters.items(), gradients, strict=True):
+                for name, gradient in zip(leaves, gradients, strict=True):
                     influences[..., token] += (
                         tangents[name].flatten(1).double().cpu() @ gradient.flatten(1).double().cpu().mT
                     )
@@ -257,6 +253,10 @@ class UpdateGradients:
 
     def _detached_parameters(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in lora_parameters(self.student).items()}
+
+    def _leaves(self) -> dict[str, Tensor]:
+        """The parameters as leaves of a graph, which the student's own parameters stay out of."""
+        return {name: p.requires_grad_() for name, p in self._detached_parameters().items()}
 
     def _hidden_states(self, rollouts: Sequence[Rollout], parameters: Mapping[str, Tensor]) -> Tensor:
         """Hidden states of the student ``(N, H)`` at the positions that choose the response tokens."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from odp_callbacks.engine.update.lora_segments import replaced_forward
+from odp_callbacks.engine.replaced_forward import replaced_forward
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.replaced_forward import replaced_forward
 from odp_callbacks.functional.gradients import lora_parameters
 
 
@@ -169,29 +170,15 @@ def _forward_of(layer: SegmentedLinear, sums: SegmentSums) -> Callable[[Tensor],
     return forward
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Call ``forward`` in the place of the module's own, within the block."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
-
-
 def _lora_linears(student: nn.Module) -> list[nn.Linear]:
     """The plain linear layers of the student's active adapters, each once."""
     from peft.tuners.lora import LoraLayer
 
-    found: dict[int, nn.Linear] = {}
+    linears: dict[int, nn.Linear] = {}
     for layer in (module for module in student.modules() if isinstance(module, LoraLayer)):
         for container in (getattr(layer, name) for name in layer.adapter_layer_names):
             for adapter in layer.active_adapters:
                 module: Any = dict(container.items()).get(adapter)
                 if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-                    found[id(module)] = module
-    return list(found.values())
+                    linears[id(module)] = module
+    return list(linears.values())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
-from odp_callbacks.engine.rollouts import Rollout
+from odp_callbacks.engine.rollouts import Rollout, question_indices
 from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.update.batch_directions import BatchDirections
 from odp_callbacks.engine.update.batches import (
@@ -95,7 +95,7 @@ class UpdateMeter:
         teachers = tuple(self.gradients.teachers)
         parameters = lora_parameters(self.gradients.student)
         size = sum(p.numel() for p in parameters.values())
-        question_of = self._question_of(rollouts)
+        question_of = question_indices(rollouts)
         question_count = max(question_of, default=-1) + 1
         rows_of_group = 1 + len(teachers) * (len(CLASSES) + bool(rules))
         groups = self._group_count(question_count, size * rows_of_group)
@@ -105,11 +105,12 @@ class UpdateMeter:
         class_of = [CLASSES.index("correct" if r.reward >= self.success_threshold else "incorrect") for r in rollouts]
 
         folds = min(FOLDS, groups) if influence else 1
-        fold_of = [group * folds // groups for group in group_of]
+        fold_of_group = np.arange(groups) * folds // groups
+        fold_of = fold_of_group[group_of].tolist()
         sums = UpdateRows(groups, len(teachers), sketch)
         scaled = None if square_roots is None else UpdateRows(groups, len(teachers), sketch)
         scale = None if square_roots is None else torch.cat([square_roots[name].flatten().cpu() for name in parameters])
-        whole = torch.zeros(len(teachers), size)
+        summed = torch.zeros(len(teachers), size)
         of_folds = torch.zeros(folds, size)
         stored: list[tuple[list[int], BatchDirections]] = []
         done = 0
@@ -120,7 +121,7 @@ class UpdateMeter:
                 sums.add(group, kind, of_segment, count)
                 if scaled is not None and scale is not None:
                     scaled.add(group, kind, of_segment * scale, count)
-                whole += of_segment[1:]
+                summed += of_segment[1:]
                 of_folds[fold_of[inside[0]]] += of_segment[0]
             if influence or rules:
                 stored.append((batch, on_hidden.cpu()))
@@ -138,12 +139,11 @@ class UpdateMeter:
         )
         assert gram is not None
         if folds > 1:
-            fold_of_group = np.arange(groups) * folds // groups
             gram = replace(gram, folds=fold_of_group)
             preconditioned = None if preconditioned is None else replace(preconditioned, folds=fold_of_group)
         token_influence = None
         if influence and groups > 1:
-            norms = whole.double().norm(dim=-1).numpy()
+            norms = summed.double().norm(dim=-1).numpy()
             weight = np.bincount([fold_of[i] for i in first_of], minlength=folds).astype(float)
             of_folds /= torch.from_numpy(weight).float()[:, None]
             token_influence = self._influence(rollouts, stored, fold_of, weight, of_folds, norms, done, progress)
@@ -154,7 +154,7 @@ class UpdateMeter:
             meter = RuleMeter(self.gradients, rules, rollouts, correct, group_of, stored, features)
             products = meter.measure(sums, progress, done)
         record = UpdateRecord(gram, token_influence, features, products)
-        return UpdateMeasurement(record, preconditioned, whole)
+        return UpdateMeasurement(record, preconditioned, summed)
 
     def _gradients(
         self,
@@ -267,10 +267,6 @@ class UpdateMeter:
         pairs = memory / (ATTENTION_BYTES * layer_sizes(student).heads * directions)
         for fitting in parts_within(batch, [length**2 for length in lengths], pairs):
             yield from in_smaller_batches(influences, fitting)
-
-    def _question_of(self, rollouts: Sequence[Rollout]) -> list[int]:
-        place: dict[int, int] = {}
-        return [place.setdefault(id(rollout.question), len(place)) for rollout in rollouts]
 
     def _advantages(self, rollouts: Sequence[Rollout], question_of: Sequence[int]) -> list[float]:
         """Reward less baseline, divided by the number of rollouts of the question: its gradient is their mean."""

@@ -1,20 +1,15 @@
 """Log-probabilities of responses under a student, also under earlier values of its LoRA parameters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
-from odp_callbacks.engine.update.split_model import Parameters, SplitModel
+from odp_callbacks.engine.update.batches import batches_of_rollouts, useful_tokens
+from odp_callbacks.engine.update.split_model import MAXIMUM_LOGITS, Parameters, SplitModel
 from odp_callbacks.functional.policies import token_log_probs
-
-MAXIMUM_LOGITS = 2**23
-"""Logits that are held at a time."""
-BATCH_TOKENS = {"cpu": 2048}
-"""Prompt and response tokens that go through the model at a time."""
-BATCH_TOKENS_ELSEWHERE = 32768
 
 
 @torch.no_grad()
@@ -34,16 +29,24 @@ def response_log_probs(
     Returns:
         For each rollout ``(T,)`` float64 on the CPU, in nats.
     """
-    device = next(model.model.parameters()).device
-    found: dict[int, Tensor] = {}
-    for batch in _batches(rollouts, BATCH_TOKENS.get(device.type, BATCH_TOKENS_ELSEWHERE)):
+    numbers = range(len(rollouts))
+    batches = batches_of_rollouts(
+        rollouts,
+        numbers,
+        [0] * len(rollouts),
+        [()] * len(rollouts),
+        max_tokens=useful_tokens(next(model.model.parameters()).device),
+        max_segments=1,
+    )
+    of_rollout: dict[int, Tensor] = {}
+    for batch in batches:
         chosen = [rollouts[index] for index in batch]
         positions = [rollout.positions(range(len(rollout.response_ids))) for rollout in chosen]
         hidden = model.hidden_states([rollout.sequence[:-1] for rollout in chosen], positions, parameters)
         tokens = torch.tensor([token for rollout in chosen for token in rollout.response_ids], device=hidden.device)
         log_probs = _log_probs_of_tokens(model, hidden, tokens, temperature, parameters)
-        found.update(zip(batch, log_probs.split([len(rollout.response_ids) for rollout in chosen]), strict=True))
-    return [found[index] for index in range(len(rollouts))]
+        of_rollout.update(zip(batch, log_probs.split([len(rollout.response_ids) for rollout in chosen]), strict=True))
+    return [of_rollout[number] for number in numbers]
 
 
 def _log_probs_of_tokens(
@@ -56,16 +59,3 @@ def _log_probs_of_tokens(
         logits = model.logits(states, parameters)  # (n, V)
         parts.append(token_log_probs(logits, chosen, temperature).double().cpu())
     return torch.cat(parts)
-
-
-def _batches(rollouts: Sequence[Rollout], limit: int) -> Iterator[list[int]]:
-    """Indices of rollouts of similar length that go through the model together."""
-    lengths = [len(rollout.question.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
-    batch: list[int] = []
-    for index in sorted(range(len(rollouts)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[index] > limit:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
+from odp_callbacks.engine.replaced_forward import replaced_forward
 from odp_callbacks.engine.sampling.backend_selection import depends_on_length, independent_groups
 from odp_callbacks.engine.sampling.exact_arithmetic import computes_exactly, exact_arithmetic
 from odp_callbacks.engine.sampling.rotary_state import FixedRotaries
@@ -24,6 +25,8 @@ from odp_callbacks.engine.update.token_layout import (
 )
 from odp_callbacks.functional.gradients import call_with_parameters, forward_arguments
 
+MAXIMUM_LOGITS = 2**23
+"""Logits of one model that are held at a time."""
 Parameters = Mapping[str, Tensor] | None
 """Replacements for parameters of a model, by name."""
 
@@ -158,22 +161,10 @@ class SplitModel:
         if not self.splits:
             return hidden
         output_type = self._output_type
-        decoder = self._decoder
-        own_forward = decoder.__dict__.get("forward")
-
-        def replaced(*_: Any, **__: Any) -> Any:
-            return output_type(last_hidden_state=hidden[None])
-
-        decoder.forward = replaced
-        try:
-            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            keywords = {"input_ids": ids, "use_cache": False}
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        keywords = {"input_ids": ids, "use_cache": False}
+        with replaced_forward(self._decoder, lambda *_, **__: output_type(last_hidden_state=hidden[None])):
             output: Tensor = call_with_parameters(self.model, parameters, keywords).logits[0]
-        finally:
-            if own_forward is None:
-                del decoder.forward
-            else:
-                decoder.forward = own_forward
         return output
 
     def _body(self, keywords: dict[str, Any], parameters: Parameters) -> Tensor:
