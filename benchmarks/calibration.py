@@ -1,11 +1,15 @@
 """Do the intervals cover, and are the figures unbiased? Simulated probes of populations whose truth is known.
 
-Run: python benchmarks/calibration.py --probes 1000
+With ``--gradients 0.5``, gradients are known at a sample of the nodes only, as in a probe.
+
+Run: python benchmarks/calibration.py --probes 1000 [--gradients 0.5]
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
+import torch
 from populations import Population, synthetic
 from scipy import stats
 from sizes import parse_sizes
@@ -15,6 +19,7 @@ from odp_callbacks.analysis.evidence import Evidence
 from odp_callbacks.analysis.jackknife import Estimator, jackknife
 from odp_callbacks.analysis.node_estimates import statuses
 from odp_callbacks.analysis.noise_correction import correct_for_noise
+from odp_callbacks.engine.gradients.gradient_nodes import draw_gradient_nodes, sample_probabilities
 
 FIGURES = ("predicted_gain", "gain_weighted_alignment", "alignment")
 USUAL = {
@@ -25,8 +30,12 @@ USUAL = {
     "links": [0.0],
     "seed": 0,
     "gain_probes": 10_000,
+    "gradients": 1.0,
 }
-SMOKE = {"probes": 4, "questions": [8], "continuations": [2], "spreads": [0.35], "gain_probes": 20}
+SMOKE = {"probes": 4, "questions": [8], "continuations": [2], "spreads": [0.35], "gain_probes": 20, "gradients": 0.5}
+AGREEING_GRADIENTS = 0.1
+LOGIT_SPREAD = 0.3
+"""Standard deviation of the logarithmic norm of a gradient on the parameters, given that on the logits."""
 
 
 def estimators(evidence: Evidence) -> dict[tuple[str, str], Estimator]:
@@ -57,14 +66,30 @@ def population_figures(population: Population) -> dict[tuple[str, str], float]:
     }
 
 
+def with_sampled_gradients(evidence: Evidence, share: float, rng: np.random.Generator) -> Evidence:
+    """The evidence with gradients at a sample of the nodes; those on the logits, which choose it, are similar ones."""
+    if share == 1:
+        return evidence
+    scale = np.exp(LOGIT_SPREAD * rng.normal(size=len(evidence.correct)))[:, None, None]
+    slopes = evidence.gain_form * (1 + LOGIT_SPREAD * rng.normal(size=evidence.gain_form.shape))
+    on_logits = replace(evidence, norm_form=evidence.norm_form * scale**2, gain_form=slopes)
+    probabilities = sample_probabilities(on_logits, evidence.differs, share, AGREEING_GRADIENTS)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    weight = np.zeros(len(probabilities))
+    chosen = draw_gradient_nodes(probabilities, generator)
+    weight[chosen] = 1 / probabilities[chosen]
+    return replace(evidence, gradient_weight=weight)
+
+
 def simulate_probes(
-    population: Population, questions: int, continuations: int, probes: int, seed: int
+    population: Population, questions: int, continuations: int, probes: int, seed: int, gradients: float
 ) -> dict[tuple[str, str], np.ndarray]:
     """For each figure ``(probes, 4)``: value, low and high end, and value before the correction for noise."""
     rng = np.random.default_rng(seed)
     estimates: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     for _ in range(probes):
-        for key, estimator in estimators(population.probe(questions, continuations, rng)).items():
+        evidence = with_sampled_gradients(population.probe(questions, continuations, rng), gradients, rng)
+        for key, estimator in estimators(evidence).items():
             estimate = jackknife(estimator)
             estimates.setdefault(key, []).append((estimate.value, estimate.low, estimate.high, estimate.uncorrected))
     return {key: np.array(values) for key, values in estimates.items()}
@@ -111,6 +136,7 @@ def main(
     links: list[float],
     seed: int,
     gain_probes: int,
+    gradients: float,
 ) -> None:
     """Print a line for each figure of each cell: a population, a number of questions and of continuations."""
     print_bias_of_the_gain(gain_probes)
@@ -125,7 +151,9 @@ def main(
             for question_count in questions:
                 for continuation_count in continuations:
                     start = time.perf_counter()
-                    estimates = simulate_probes(population, question_count, continuation_count, probes, seed + 1)
+                    estimates = simulate_probes(
+                        population, question_count, continuation_count, probes, seed + 1, gradients
+                    )
                     for (figure, part), values in estimates.items():
                         label = f"{figure:24}{part:10}{spread:5}{link:5}{question_count:4}{continuation_count:4}"
                         print_coverage(label, truth[figure, part], values)

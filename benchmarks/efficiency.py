@@ -1,7 +1,7 @@
 """How many tokens does a figure cost? Continuations where they count, against equal numbers for every branch.
 
 Nodes and their true successes are fixed; outcomes are drawn from the truth. The library spends a budget in its own
-rounds, on prefixes that nodes share; the alternative gives every branch of every node the same number. The tokens for
+waves, on prefixes that nodes share; the alternative gives every branch of every node the same number. The tokens for
 equal mean squared errors are read from both curves of error against tokens.
 
 Run: python benchmarks/efficiency.py --seeds 40
@@ -89,7 +89,7 @@ class Drawn:
         return self._observed(rng.binomial(count, self.success), count), float((count * self.length).sum())
 
     def sample_adaptively(self, tokens: float, target: str, rng: np.random.Generator) -> tuple[Evidence, float]:
-        """The library's rounds within a budget, and the tokens that they took."""
+        """The library's waves within a budget, and the tokens that they took."""
         is_open, success, length = (values[self.first_nodes] for values in (self.open, self.success, self.length))
         count, wins, cost = np.zeros(is_open.shape), np.zeros(is_open.shape), ContinuationCost()
 
@@ -104,23 +104,35 @@ class Drawn:
             return AllocationState(evidence, self.group, count, is_open, length.mean(axis=1).clip(min=1))
 
         config = ProbeConfig(budget=max(1, int(tokens)), target=target)
-        sample_rounds(ContinuationBudget(config, cost, rng), is_open.astype(np.int64), sample, read_state)
+        sample_waves(ContinuationBudget(config, cost, rng), is_open.astype(np.int64), sample, read_state)
         return read_state().evidence, float(cost.tokens)
 
 
-def sample_rounds(
+def sample_waves(
     budget: ContinuationBudget,
     first_allocation: np.ndarray,
     sample: Callable[[np.ndarray], None],
     read_state: Callable[[], AllocationState],
 ) -> None:
-    """Sample rounds until the budget is spent, as :class:`~odp_callbacks.engine.tree.rounds.SamplingRounds` does."""
+    """Sample waves until the budget is spent, as :class:`~odp_callbacks.engine.tree.stream.ContinuationStream` does.
+
+    Each wave is planned from the outcomes of all waves before it. The library's plan does not see the last of them.
+    """
     sample(first_allocation)
-    while budget.remaining_tokens():
-        allocation = budget.next_round(read_state())
-        if not allocation.any():
+    while True:
+        plan = budget.next_wave(read_state())
+        if not plan.allocation.any() and not plan.reserve.any():
             return
-        sample(allocation)
+        sample(plan.allocation)
+        if plan.is_last:
+            # The reserve follows in random order until the budget is spent.
+            for place in budget.generator.permutation(np.repeat(np.arange(plan.reserve.size), plan.reserve.ravel())):
+                if budget.cost.tokens >= plan.token_limit:
+                    return
+                one = np.zeros(plan.reserve.size, dtype=np.int64)
+                one[place] = 1
+                sample(one.reshape(plan.reserve.shape))
+            return
 
 
 class Walked(Drawn):
@@ -131,7 +143,7 @@ class Walked(Drawn):
         super().__init__(gather(world.records), world.success, world.length, np.array(world.tree.group_of_node))
 
     def sample_adaptively(self, tokens: float, target: str, rng: np.random.Generator) -> tuple[Evidence, float]:
-        """The library's rounds within a budget, and the tokens that they took."""
+        """The library's waves within a budget, and the tokens that they took."""
         world, cost = self.world, ContinuationCost()
         tree = ContinuationTree(world.tree.rollouts, world.tree.nodes)
         tree.set_branches(world.tree.branches)
@@ -160,7 +172,7 @@ class Walked(Drawn):
             return read_allocation_state(tree, gather(records), world.expected_lengths)
 
         config = ProbeConfig(budget=max(1, int(tokens)), target=target)
-        sample_rounds(ContinuationBudget(config, cost, rng), equal_allocation(tree, 1), sample, read_state)
+        sample_waves(ContinuationBudget(config, cost, rng), equal_allocation(tree, 1), sample, read_state)
         return read_state().evidence, float(cost.tokens)
 
 

@@ -1,129 +1,182 @@
-"""How much narrower are the figures of nodes at the same price with balanced nodes, and how much faster is one stream?
+"""How many times fewer seconds do the figures of single tokens take than before, for the same half-width?
 
-Both halves compare with the path as it was before:
+Two processes take turns with the same jobs: one runs the library as it is, the other one as it was at commit fdee2e6
+(one node in each exponential window, uniform thinning, rounds, a gradient at every node, `diagnose` question by
+question), which `git archive` writes into a temporary folder. Printed for each world and figure:
 
-- *Nodes.* One node in each exponential window, thinned uniformly where the budget is short, against nodes with nearly
-  equal weights, thinned in proportion to their weights. Same questions, rollouts, budget and seeds, alternating.
-  Printed: Kish's effective share of the nodes, half-widths of the figures (mean over teachers), and how many times the
-  seconds the old nodes would need for the half-width of the new ones, with the interval over seeds:
-  ``(old half-width / new half-width)^2 * old seconds / new seconds``.
-- *Stream.* ``diagnose`` question by question against all questions in one batch, with the same figures.
+    (old half-width / new half-width)^2 * old seconds / new seconds
 
-Run: python benchmarks/microscope.py [--task chain_sum products] [--questions 32] [--seeds 3] [--budget 8000]
+as the geometric mean over seeds with its 95 % interval, and for tokens the number of significant tokens a second, new
+over old. Then Kish's effective share of the nodes, the occupancy of the slots, the stages' seconds, and the seconds of
+`diagnose` for the same nodes and continuations.
+
+Run: python benchmarks/microscope.py [--worlds chain_sum products random] [--questions 32] [--seeds 3] [--budget 8000]
 """
 
+import json
+import os
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
-from earlier_probes import uniform_thinning
-from example_tasks import TASKS, ExampleTask, example_task
 from scipy import stats
 from sizes import parse_sizes
-from student import end_of_line, student_and_tokenizer
 
-from odp_callbacks.analysis.summaries import Analysis
-from odp_callbacks.cli import diagnosis
-from odp_callbacks.engine import Probe, ProbeConfig
-from odp_callbacks.records import ProbeReport
-
-USUAL = {"task": list(TASKS), "questions": 32, "seeds": 3, "budget": 8000, "stream_questions": 16}
-SMOKE = {"task": ["chain_sum"], "questions": 2, "seeds": 1, "budget": 100, "stream_questions": 2}
+ROOT = Path(__file__).parent.parent
+EARLIER = "fdee2e6"
+"""The last commit before the probe of single tokens was changed."""
+USUAL = {
+    "worlds": ["chain_sum", "products", "random"],
+    "questions": 32,
+    "seeds": 3,
+    "budget": 8000,
+    "random_questions": 8,
+    "random_budget": 60_000,
+    "diagnose_questions": 32,
+    "diagnose_seeds": 1,
+}
+SMOKE = {
+    "worlds": ["chain_sum"],
+    "questions": 2,
+    "seeds": 1,
+    "budget": 100,
+    "diagnose_questions": 2,
+}
 FIGURES = ("predicted_gain", "gain_weighted_alignment", "alignment")
-WAYS = {"windows": "exponential", "balanced": "balanced"}
-MEASURE = {"rollouts_per_question": 2, "max_new_tokens": 24, "max_branches": 3, "tail_draws": 1, "update": False}
 
 
-def kish_share(report: ProbeReport) -> float:
-    """Effective share of the nodes of a report."""
-    weights = np.array([1 / node.inclusion for node in report.nodes])
-    return float(weights.sum() ** 2 / len(weights) / (weights**2).sum())
+class Version:
+    """A version of the library in a process of its own.
+
+    Args:
+        folder: Holds ``src``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "benchmarks" / "microscope_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(folder / "src")},
+        )
+
+    def __enter__(self) -> "Version":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(self, **job: Any) -> dict[str, Any]:
+        """Have a job done."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the worker ended during {job}; its error is above.")
+        result: dict[str, Any] = json.loads(answer)
+        return result
 
 
-def half_widths(report: ProbeReport) -> list[float]:
-    """Half-width of each figure over all nodes, the mean over teachers that have one."""
-    summaries = [summary for summary in Analysis(report).summaries() if summary.split == "all"]
-    widths = np.array([[summary.figures[figure].half_width for figure in FIGURES] for summary in summaries])
-    means: list[float] = np.nanmean(widths, axis=0).tolist()
-    return means
+def earlier_library(folder: Path) -> Path:
+    """Write the library as it was into a folder."""
+    archive = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", EARLIER, "src"], check=True, stdout=subprocess.PIPE
+    ).stdout
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+    return folder
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(ratios: Sequence[float]) -> str:
     """Geometric mean of ratios with its 95 % interval over seeds."""
-    logs = np.log(values)
+    logs = np.log(ratios)
     if len(logs) < 2:
         return f"{np.exp(logs.mean()):.2f}"
     half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
     return f"{np.exp(logs.mean()):.2f} ({np.exp(logs.mean() - half):.2f} to {np.exp(logs.mean() + half):.2f})"
 
 
-def compare_nodes(task: ExampleTask, sizes: dict[str, Any]) -> None:
-    """Measure with both kinds of nodes, alternating, and print one line for each figure."""
-    student, tokenizer = student_and_tokenizer()
-    options = {**MEASURE, "budget": sizes["budget"], "eos_token_ids": end_of_line(tokenizer), "step_alignment": False}
-    probes = {
-        way: Probe(student, tokenizer, task.reward, task.contexts, ProbeConfig(**options, nodes=nodes))
-        for way, nodes in WAYS.items()
-    }
-    kish: dict[str, list[float]] = {way: [] for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    widths: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+def compare_probes(versions: dict[str, Version], world: str, sizes: dict[str, Any]) -> None:
+    """Measure with both versions, alternating, and print one line for each figure."""
+    is_random = world == "random"
+    questions = sizes["random_questions"] if is_random else sizes["questions"]
+    options = {"budget": sizes["random_budget"] if is_random else sizes["budget"], "rollouts_per_question": 2}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in versions}
     for seed in range(sizes["seeds"]):
-        for way in list(WAYS)[:: 1 if seed % 2 else -1]:
-            start = time.perf_counter()
-            with uniform_thinning() if way == "windows" else nullcontext():
-                report = probes[way].run(task.rows, seed=seed)
-            seconds[way].append(time.perf_counter() - start)
-            kish[way].append(kish_share(report))
-            widths[way].append(half_widths(report))
-            print(
-                f"{task.name}, seed {seed}, {way}: {seconds[way][-1]:.0f} s, {len(report.nodes)} nodes, Kish share "
-                f"{kish[way][-1]:.2f}, half-widths "
-                + ", ".join(f"{name} {width:.3f}" for name, width in zip(FIGURES, widths[way][-1], strict=True)),
-                flush=True,
-            )
-    for place, figure in enumerate(FIGURES):
+        for name in list(versions)[:: 1 if seed % 2 else -1]:
+            result = versions[name].run(world=world, questions=questions, seed=seed, way="probe", options=options)
+            results[name].append(result)
+            print(f"{world}, seed {seed}, {name}: {_described(result)}", flush=True)
+    pairs = list(zip(results["before"], results["now"], strict=True))
+    for figure in FIGURES:
         ratios = [
-            (old[place] / new[place]) ** 2 * old_seconds / new_seconds
-            for old, new, old_seconds, new_seconds in zip(
-                widths["windows"], widths["balanced"], seconds["windows"], seconds["balanced"], strict=True
-            )
+            (before["half_widths"][figure] / now["half_widths"][figure]) ** 2 * before["seconds"] / now["seconds"]
+            for before, now in pairs
         ]
-        print(f"{task.name}, {figure}: seconds for the same half-width, windows / balanced: {interval(ratios)}")
+        ratios = [ratio for ratio in ratios if np.isfinite(ratio)]
+        said = interval(ratios) if ratios else "no interval in one of the versions"
+        print(f"{world}, {figure}: seconds for the same half-width, before / now: {said}", flush=True)
+    tokens = [
+        (now["significant_tokens"] / now["seconds"]) / (before["significant_tokens"] / before["seconds"])
+        for before, now in pairs
+        if before["significant_tokens"] and now["significant_tokens"]
+    ]
+    print(f"{world}, significant tokens a second, now / before: {interval(tokens) if tokens else 'none was found'}")
+    speed = [before["seconds"] / now["seconds"] for before, now in pairs]
+    print(f"{world}, seconds of the probe, before / now: {interval(speed)}", flush=True)
 
 
-def compare_streams(task: ExampleTask, questions: int) -> None:
-    """Time ``diagnose`` question by question, and in one block."""
-    student, tokenizer = student_and_tokenizer()
-    config = ProbeConfig(**MEASURE, continuations=4, eos_token_ids=end_of_line(tokenizer), step_alignment=False)
-    seconds, continuations = {}, {}
-    largest_block = diagnosis.MAXIMUM_BLOCK
-    for name, block in (("one stream", largest_block), ("question by question", 1)):
-        diagnosis.MAXIMUM_BLOCK = block
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            report = diagnosis.run_diagnosis(
-                student, tokenizer, task.rows[:questions], task.reward, task.contexts, Path(folder), config=config
+def compare_diagnoses(versions: dict[str, Version], world: str, sizes: dict[str, Any]) -> None:
+    """Time ``diagnose`` with the same numbers of rollouts and continuations."""
+    options = {"continuations": 4, "rollouts_per_question": 2}
+    ratios = []
+    for seed in range(sizes["diagnose_seeds"]):
+        seconds = {}
+        for name in list(versions)[:: 1 if seed % 2 else -1]:
+            result = versions[name].run(
+                world=world, questions=sizes["diagnose_questions"], seed=seed, way="diagnose", options=options
             )
-            seconds[name] = time.perf_counter() - start
-        continuations[name] = report.stage_seconds["continuations"]
-        print(f"{task.name}, {name}: {seconds[name]:.0f} s, of them continuations {continuations[name]:.0f} s")
-    diagnosis.MAXIMUM_BLOCK = largest_block
-    whole, sampling = (times["question by question"] / times["one stream"] for times in (seconds, continuations))
-    print(f"{task.name}: question by question / one stream: {whole:.2f}, continuations alone {sampling:.2f}")
+            seconds[name] = result["seconds"]
+            print(f"{world}, seed {seed}, diagnose {name}: {_described(result)}", flush=True)
+        ratios.append(seconds["before"] / seconds["now"])
+    print(f"{world}, seconds of diagnose, before / now: {interval(ratios)}", flush=True)
+
+
+def _described(result: dict[str, Any]) -> str:
+    widths = ", ".join(f"{name} {width:.3f}" for name, width in result["half_widths"].items())
+    stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["stages"].items())
+    occupancy = "" if result["occupancy"] is None else f", occupancy {result['occupancy']:.2f}"
+    kish = "none" if result["kish"] is None else f"{result['kish']:.2f}"
+    return (
+        f"{result['seconds']:.0f} s ({stages}), {result['nodes']} nodes, Kish share {kish}, "
+        f"{result['continuations']} continuations{occupancy}, {result['significant_tokens']} significant tokens, "
+        f"half-widths {widths}"
+    )
 
 
 def main() -> None:
     """Run the benchmark."""
     sizes = parse_sizes(__doc__, USUAL, SMOKE)
-    for name in sizes["task"]:
-        task = example_task(name, sizes["questions"], seed=0)
-        compare_nodes(task, sizes)
-        compare_streams(task, sizes["stream_questions"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Version(earlier_library(Path(folder))) as before,
+        Version(ROOT) as now,
+    ):
+        versions = {"before": before, "now": now}
+        for world in sizes["worlds"]:
+            compare_probes(versions, world, sizes)
+            if world != "random":
+                compare_diagnoses(versions, world, sizes)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def synthetic(spread: float, questions: int = 3000, seed: int = 0, link: float =
         total_square=success,
         exact=~every_branch,
         certain=~every_branch[:, 0],
+        gradient_weight=np.ones(node_count),
     )
     return Population(evidence, success, nodes_per_question)
 

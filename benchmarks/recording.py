@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes, ContinuationTree
-from odp_callbacks.engine.tree.rounds import SamplingRounds
+from odp_callbacks.engine.tree.stream import ContinuationStream
 from odp_callbacks.records import NodeRecord
 
 
@@ -13,11 +13,11 @@ from odp_callbacks.records import NodeRecord
 def recording_trees() -> Iterator[list[ContinuationTree]]:
     """Collect the tree of every probe that runs inside the context."""
     trees: list[ContinuationTree] = []
-    run = SamplingRounds.run
+    run = ContinuationStream.run
 
-    def run_and_record(rounds: SamplingRounds, records: Sequence[NodeRecord]) -> list[list[BranchOutcomes]]:
-        trees.append(rounds.sampler.tree)
-        return run(rounds, records)
+    def run_and_record(stream: ContinuationStream, records: Sequence[NodeRecord]) -> list[list[BranchOutcomes]]:
+        trees.append(stream.sampler.tree)
+        return run(stream, records)
 
-    with mock.patch.object(SamplingRounds, "run", run_and_record):
+    with mock.patch.object(ContinuationStream, "run", run_and_record):
         yield trees

@@ -49,6 +49,6 @@ callback = GradientAlignmentTrainerCallback(
 )
 trainer.add_callback(callback)
 trainer.train()
-shown = ("gate/", "odp/alignment", "odp/training/update_gain", "odp/training/success_rate")
+shown = ("gate/", "odp/gate", "odp/update_gain", "odp/training/update_gain", "odp/training/success_rate")
 for row in trainer.state.log_history:
     print({name: round(float(value), 3) for name, value in row.items() if name.startswith(shown)})

@@ -30,6 +30,7 @@ FINGERPRINTS = {
     "version-1-first": "efd524aea3622c0e",
     "version-1": "37e4ab0443e672b5",
     "version-2": "7ad5a29a432cc954",
+    "version-3": "7a24a0d5f20b96d3",
 }
 """Fingerprint of the columns, metadata and files of each version."""
 

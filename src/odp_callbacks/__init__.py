@@ -10,9 +10,16 @@ if TYPE_CHECKING:  # type checkers and editors see plain imports; at run time a 
     from odp_callbacks.callbacks.loss_weights import LossWeightCallback
     from odp_callbacks.callbacks.transformers import GradientAlignmentTrainerCallback
     from odp_callbacks.distillation import OnPolicyDistillation
+    from odp_callbacks.engine.answer_rewards import answer_reward
     from odp_callbacks.engine.config import ProbeConfig
-    from odp_callbacks.engine.probe import Probe, diagnose
+    from odp_callbacks.engine.dataset_columns import preset_rows, with_columns
+    from odp_callbacks.engine.demonstration_summaries import summarise_demonstrations
+    from odp_callbacks.engine.demonstrations import DemonstrationOptions, sample_demonstrations
+    from odp_callbacks.engine.diagnosis import diagnose
+    from odp_callbacks.engine.probe import Probe
+    from odp_callbacks.engine.teacher_responses import sample_teacher_responses
     from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
+    from odp_callbacks.engine.teachers.demonstration_contexts import demonstration_context
     from odp_callbacks.engine.training_rollouts import TrainingRollout
     from odp_callbacks.engine.tree.nodes import (
         BalancedNodes,
@@ -47,9 +54,16 @@ _MODULES = {
     "callbacks.loss_weights": ["LossWeightCallback"],
     "callbacks.transformers": ["GradientAlignmentTrainerCallback"],
     "distillation": ["OnPolicyDistillation"],
+    "engine.answer_rewards": ["answer_reward"],
     "engine.config": ["ProbeConfig"],
-    "engine.probe": ["Probe", "diagnose"],
+    "engine.dataset_columns": ["preset_rows", "with_columns"],
+    "engine.demonstration_summaries": ["summarise_demonstrations"],
+    "engine.demonstrations": ["DemonstrationOptions", "sample_demonstrations"],
+    "engine.diagnosis": ["diagnose"],
+    "engine.probe": ["Probe"],
+    "engine.teacher_responses": ["sample_teacher_responses"],
     "engine.teachers": ["AdapterTeacher", "BaseTeacher", "EMATeacher", "ModelTeacher", "Teacher"],
+    "engine.teachers.demonstration_contexts": ["demonstration_context"],
     "engine.training_rollouts": ["TrainingRollout"],
     "engine.tree.nodes": ["BalancedNodes", "EntropyNodes", "UniformNodes", "every_node", "exponential_windows"],
     "gates.alignment": ["AlignmentGate"],
@@ -80,6 +94,7 @@ __all__ = [
     "AlignmentGate",
     "BalancedNodes",
     "BaseTeacher",
+    "DemonstrationOptions",
     "EMATeacher",
     "EntropyNodes",
     "GradientAlignment",
@@ -98,7 +113,9 @@ __all__ = [
     "TrainingRollout",
     "UniformNodes",
     "__version__",
+    "answer_reward",
     "correct_rollouts",
+    "demonstration_context",
     "diagnose",
     "every_node",
     "everything",
@@ -110,10 +127,15 @@ __all__ = [
     "pass_rate",
     "position",
     "prefix",
+    "preset_rows",
+    "sample_demonstrations",
+    "sample_teacher_responses",
     "score_rules",
+    "summarise_demonstrations",
     "teacher_confidence",
     "teacher_margin",
     "tokens_of",
+    "with_columns",
 ]
 
 

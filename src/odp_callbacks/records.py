@@ -44,6 +44,27 @@ class RolloutRecord:
 
 
 @dataclass(frozen=True)
+class TeacherResponse:
+    """A response that a teacher sampled by itself, under its own context.
+
+    Attributes:
+        teacher: Name of the teacher.
+        question: Id of the question.
+        text: Text of the response as the verifier saw it.
+        reward: Reward in [0, 1].
+        correct: Whether the reward reached the success threshold.
+        truncated: Whether the length limit cut the response.
+    """
+
+    teacher: str
+    question: str
+    text: str
+    reward: float
+    correct: bool
+    truncated: bool
+
+
+@dataclass(frozen=True)
 class NodeRecord:
     """One node with ``A`` branches, ``K`` teachers and ``M`` LoRA modules; it has ``C = A - 1 + K`` directions.
 
@@ -67,11 +88,14 @@ class NodeRecord:
         total: ``(A,)``, sum of their rewards.
         total_square: ``(A,)``, sum of their squared rewards.
         exact: ``(A,)`` bool: the branch ends the response, so its success is known.
-        gram: ``(M, C, C)`` float64, Gram matrix on each module's LoRA parameters.
+        gram: ``(M, C, C)`` float64, Gram matrix on each module's LoRA parameters; NaN where the gradients were not
+            computed.
         logit_gram: ``(C, C)`` float64, Gram matrix on the logits.
         teacher_probability: ``(K, A)``, each teacher's probability of each token.
         teacher_tail: ``(K,)``, each teacher's probability of all tokens that are not candidates.
         predictors: ``(K,)`` each: divergences (nats), cosine and entropies (nats) of student and teacher, by name.
+        gradient_inclusion: Probability with which the gradients were computed, given the outcomes. Its inverse weights
+            sums over nodes of what needs gradients.
     """
 
     rollout: int
@@ -93,6 +117,12 @@ class NodeRecord:
     teacher_probability: Floats
     teacher_tail: Floats
     predictors: Mapping[str, Floats]
+    gradient_inclusion: float = 1.0
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the node's gradients were computed."""
+        return not (self.gram.size and np.isnan(self.gram).all())
 
 
 @dataclass(frozen=True)
@@ -147,7 +177,12 @@ class ProbeReport:
         step: Sums of gradients for the step alignment; None if they were not measured.
         updates: Measurements of the update, one for each process that measured a part; empty if there is none.
         token_text: Text of each token that is a branch somewhere, by token id.
-        left_out: Number of ``questions`` that could not be used, and of ``responses`` that got no reward.
+        left_out: Number of ``questions`` that could not be used, of ``responses`` that got no reward, and of
+            ``continuations`` that count nowhere, because the time ended before those planned with them had finished;
+            and what else there was no time for (:data:`~odp_callbacks.analysis.time_shortage.NOT_DONE`).
+        slot_steps: Slot-steps of the batch of continuations, ``available`` and ``occupied``: a slot-step is one slot
+            during one step of the model, at the largest number of slots that the batch had.
+        teacher_responses: Responses that the teachers sampled by themselves; empty if none were asked for.
         preconditioned: The same nodes and continuations with gradients in another geometry, see
             :class:`~odp_callbacks.engine.gradients.preconditioner.Preconditioner`; None if none was asked for.
 
@@ -170,13 +205,29 @@ class ProbeReport:
     updates: tuple[UpdateRecord, ...] = ()
     token_text: Mapping[int, str] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    slot_steps: Mapping[str, int] = field(default_factory=dict)
+    teacher_responses: tuple[TeacherResponse, ...] = ()
     preconditioned: "ProbeReport | None" = None
 
-    def summary(self, confidence: float = 0.95, by: str = "correctness") -> "list[ClassSummary]":
+    @property
+    def slot_occupancy(self) -> float:
+        """Share of the slots that a continuation occupied, over all steps of the batch; NaN without continuations."""
+        available = self.slot_steps.get("available", 0)
+        return self.slot_steps.get("occupied", 0) / available if available else float("nan")
+
+    @property
+    def confidence(self) -> float:
+        """Level of the intervals that the probe was asked for, by the option of a callback; otherwise 0.95."""
+        return float(self.settings.get("confidence", 0.95))
+
+    def _level(self, confidence: float | None) -> float:
+        return self.confidence if confidence is None else confidence
+
+    def summary(self, confidence: float | None = None, by: str = "correctness") -> "list[ClassSummary]":
         """Summarise the report by teacher and class of nodes, each figure with its interval.
 
         Args:
-            confidence: Level of the intervals, in (0, 1).
+            confidence: Level of the intervals, in (0, 1); None for :attr:`confidence`.
             by: What the nodes are split by: ``"correctness"`` of their rollout, ``"depth"``, ``"module"``,
                 ``"question"`` or ``"rollout"``.
 
@@ -185,22 +236,22 @@ class ProbeReport:
         """
         from odp_callbacks.analysis.summaries import summarise
 
-        return summarise(self, confidence, by)
+        return summarise(self, self._level(confidence), by)
 
-    def ranking(self, confidence: float = 0.95) -> "Ranking":
+    def ranking(self, confidence: float | None = None) -> "Ranking":
         """Rank the teachers by update gain, or by predicted gain where no update was measured.
 
         They are ranked over all rollouts, by class and by question.
 
         Args:
-            confidence: Level of the intervals, in (0, 1).
+            confidence: Level of the intervals, in (0, 1); None for :attr:`confidence`.
 
         Raises:
             ValueError: If ``confidence`` is not in (0, 1).
         """
         from odp_callbacks.analysis.ranking import rank
 
-        return rank(self, confidence)
+        return rank(self, self._level(confidence))
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the report to a folder of Parquet tables, either completely or not at all.
@@ -235,14 +286,14 @@ class ProbeReport:
         return load(folder)
 
     def to_html(
-        self, path: str | os.PathLike[str], *, title: str = "Is my teacher helping?", confidence: float = 0.95
+        self, path: str | os.PathLike[str], *, title: str = "Is my teacher helping?", confidence: float | None = None
     ) -> Path:
         """Write the report as one HTML file that needs no other file.
 
         Args:
             path: File to write.
             title: Headline of the page.
-            confidence: Level of the intervals, in (0, 1).
+            confidence: Level of the intervals, in (0, 1); None for :attr:`confidence`.
 
         Returns:
             The file.
@@ -260,11 +311,11 @@ class ProbeReport:
 
         return write_report(self, path, title=title, confidence=confidence)
 
-    def to_pandas(self, confidence: float = 0.95) -> "DataFrame":
+    def to_pandas(self, confidence: float | None = None) -> "DataFrame":
         """All figures as a pandas table with one row per figure.
 
         Args:
-            confidence: Level of the intervals, in (0, 1).
+            confidence: Level of the intervals, in (0, 1); None for :attr:`confidence`.
 
         Returns:
             A table with the columns ``teacher``, ``split``, ``figure``, ``value``, ``low`` and ``high``, followed by
@@ -284,13 +335,13 @@ class ProbeReport:
         """
         from odp_callbacks.analysis.figure_table import COLUMNS, figure_rows
 
-        return _pandas("to_pandas").DataFrame(figure_rows(self, confidence), columns=list(COLUMNS))
+        return _pandas("to_pandas").DataFrame(figure_rows(self, self._level(confidence)), columns=list(COLUMNS))
 
-    def tokens(self, confidence: float = 0.95) -> "DataFrame":
+    def tokens(self, confidence: float | None = None) -> "DataFrame":
         """Every response token as a row of a pandas table, with its influence on the success of other questions.
 
         Args:
-            confidence: Level of the intervals, in (0, 1).
+            confidence: Level of the intervals, in (0, 1); None for :attr:`confidence`.
 
         Returns:
             A table with the columns ``question``, ``rollout``, ``depth``, ``text`` and ``reward``, followed for each
@@ -307,7 +358,7 @@ class ProbeReport:
         """
         from odp_callbacks.analysis.token_table import token_columns, token_rows
 
-        return _pandas("tokens").DataFrame(token_rows(self, confidence), columns=token_columns(self))
+        return _pandas("tokens").DataFrame(token_rows(self, self._level(confidence)), columns=token_columns(self))
 
 
 def _pandas(method: str) -> Any:

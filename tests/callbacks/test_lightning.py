@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from pyarrow import parquet
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -26,6 +25,7 @@ from odp_callbacks import (
 from odp_callbacks.callbacks.processes import Processes
 from odp_callbacks.storage import load
 from tests.helpers.models import tiny, word_tokenizer
+from tests.helpers.tensorboard import read_events, read_runs
 from tests.helpers.training import (
     ROWS,
     TEACHERS,
@@ -40,15 +40,8 @@ from tests.helpers.training import (
 )
 
 
-def logged_scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of each of TensorBoard's scalars."""
-    events = EventAccumulator(folder)
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def csv_scalars(logger: CSVLogger) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of each scalar that was logged, also where it is NaN."""
+    """Steps and values of each scalar, where it has a number."""
     logger.save()
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -92,28 +85,29 @@ def test_thirty_steps_end_in_the_same_bits_with_and_without_the_callback(optimiz
 
 
 def test_it_logs_every_teacher_and_split_at_optimizer_steps(tmp_path: Path) -> None:
-    callback = make_callback(at_start=True)
+    callback = make_callback(at_start=True, log="all")
     loggers = [TensorBoardLogger(str(tmp_path / "tb")), CSVLogger(str(tmp_path / "csv"))]
     trainer = make_trainer(callback, logger=loggers, accumulate_grad_batches=2, max_epochs=100)
     trainer.fit(make_module(), make_loader())
-    logged, written = logged_scalars(loggers[0].log_dir), csv_scalars(loggers[1])
+    runs, written = read_runs(loggers[0].log_dir), csv_scalars(loggers[1])
     for figure in ("alignment", "predicted_gain", "logit_alignment", "teacher_advantage", "reverse_kl"):
         for teacher in TEACHERS:
             for split in ("all", "correct", "incorrect"):
                 for suffix in ("", "_low", "_high"):
                     name = f"odp/{figure}{suffix}/{teacher}/{split}"
-                    assert [step for step, _ in written[name]] == [0, 2, 4]
-                    with_number = [step for step, value in written[name] if np.isfinite(value)]
-                    assert [step for step, _ in logged.get(name, [])] == [
-                        s for s in (0, 2, 4) if s >= min(with_number, default=9)
+                    assert {step for step, _ in written[name]} <= {0, 2, 4}
+                    assert np.isfinite([value for _, value in written[name]]).all()
+                    group = "odp" if (figure, suffix) == ("predicted_gain", "") else "odp details"
+                    tag = f"{group}/{figure}{suffix}" + (f"/{split}" if split != "all" else "")
+                    assert runs[f"odp/{teacher}"].get(tag, []) == [
+                        (step, pytest.approx(value, rel=1e-6)) for step, value in written[name]
                     ]
-    for name in ("success_rate", "undefined_share", "truncated_share", "nodes", "generated_tokens", "seconds"):
-        assert all(np.isfinite(value) for _, value in logged[f"odp/probe/{name}"])
-    assert all(0 < value < 1 for _, value in logged["odp/probe/time_share"])
-    events = EventAccumulator(loggers[0].log_dir)
-    events.Reload()
-    assert any(tag.startswith("odp/rollout/") for tag in events.Tags()["images"])
-    assert any(tag.startswith("odp/alignment_histogram/answer") for tag in events.Tags()["histograms"])
+    for name in ("undefined_share", "truncated_share", "nodes", "generated_tokens", "seconds"):
+        assert [step for step, _ in runs["."][f"odp details/probe/{name}"]] == [0, 2, 4]
+    assert all(0 < value < 1 for _, value in runs["."]["odp details/probe/time_share"])
+    assert any(tag.startswith("odp pictures/rollout/") for tag in read_events(loggers[0].log_dir).Tags()["images"])
+    of_teacher = read_events(Path(loggers[0].log_dir) / "odp" / "answer")
+    assert any(tag.startswith("odp histograms/alignment/") for tag in of_teacher.Tags()["histograms"])
     assert "odp/alignment/answer/all" in trainer.callback_metrics
 
 
@@ -162,7 +156,7 @@ def test_probes_at_validation(tmp_path: Path) -> None:
     make_trainer(callback, logger=logger).validate(module, DataLoader(ROWS, collate_fn=list), verbose=False)
     assert callback.monitor.probe_count == 1
     logger.finalize("success")
-    assert "odp/update_gain/answer/all" in logged_scalars(logger.log_dir)
+    assert "odp/update_gain" in read_runs(logger.log_dir)["odp/answer"]
 
 
 def test_questions_from_the_current_batch() -> None:
@@ -291,23 +285,22 @@ def test_a_failing_verifier_causes_one_warning_and_training_continues(tmp_path: 
     messages = [str(warning.message) for warning in caught if "no verifier today" in str(warning.message)]
     assert len(messages) == 1
     logger.finalize("success")
-    assert "odp/alignment/answer/all" not in logged_scalars(logger.log_dir), "no card without a number"
+    assert list(read_runs(logger.log_dir)) == ["."], "no run without a number"
     with pytest.raises(ConnectionError, match="no verifier today"):
         make_trainer(make_callback(reward=failing_reward)).fit(make_module(reward=None), make_loader())
 
 
-def test_a_constant_reward_causes_one_warning_and_gives_nan(tmp_path: Path) -> None:
+def test_a_constant_reward_causes_one_warning_and_leaves_figures_empty(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    callback = make_callback(reward=lambda prompts, completions, **_: [0.0] * len(prompts))
+    callback = make_callback(log="all", reward=lambda prompts, completions, **_: [0.0] * len(prompts))
     with pytest.warns(UserWarning, match=r"gave 0\.0 to every rollout") as caught:
         make_trainer(callback, logger=logger).fit(make_module(), make_loader())
     assert len([warning for warning in caught if "to every rollout" in str(warning.message)]) == 1
     logged = csv_scalars(logger)
-    assert all(np.isnan(value) for _, value in logged["odp/alignment/answer/all"])
-    assert [value for _, value in logged["odp/undefined_share/base/all"]]
-    assert all(np.isnan(value) for _, value in logged["odp/alignment/answer/correct"])
-    for figure in ("predicted_gain", "teacher_advantage", "predicted_gain_low"):
-        assert all(np.isnan(value) for _, value in logged[f"odp/{figure}/answer/all"])
+    assert logged["odp/undefined_share/base/all"]
+    assert logged["odp/alignment/answer/correct"] == []
+    for figure in ("alignment", "predicted_gain", "teacher_advantage", "predicted_gain_low"):
+        assert logged[f"odp/{figure}/answer/all"] == [], "a column without a number"
 
 
 def test_the_update_of_the_training_s_own_rollouts_is_measured_at_every_step(tmp_path: Path) -> None:
@@ -318,8 +311,9 @@ def test_the_update_of_the_training_s_own_rollouts_is_measured_at_every_step(tmp
     logger.save()
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     names, rows = lines[0].split(","), [line.split(",") for line in lines[1:]]
-    column = names.index("odp/training/update_gain/answer/all")
+    column = names.index("odp/training/success_rate")
     assert sum(row[column] != "" for row in rows) == 4
+    assert "odp/training/update_gain/answer/all" in names
     assert len(module.last_rollouts) == 4
     assert not any(name.startswith("odp/alignment") for name in names)
 
@@ -428,7 +422,7 @@ def test_a_logger_that_refuses_metrics_stops_neither_the_run_nor_other_loggers(t
     assert trainer.global_step == 4
     assert sum("refused the metrics" in str(warning.message) for warning in caught) == 1
     other_logger.save()
-    assert "odp/predicted_gain/large (7B)/all" in (Path(other_logger.log_dir) / "metrics.csv").read_text()
+    assert "odp/update_gain/large (7B)/all" in (Path(other_logger.log_dir) / "metrics.csv").read_text()
     strict = make_callback(teachers={"large (7B)": BaseTeacher()})
     with pytest.raises(ValueError, match="invalid metric name"):
         make_trainer(strict, logger=[RefusingLogger(tmp_path, name="strict")]).fit(make_module(), make_loader())

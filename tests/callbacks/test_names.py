@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from odp_callbacks import EMATeacher, Teacher
 from odp_callbacks.analysis.scalars import scalars
 from odp_callbacks.callbacks.names import check_name
 from odp_callbacks.storage import load
+from tests.helpers.tensorboard import read_events, read_runs
 from tests.helpers.trainers import add_callback, plain_trainer
 from tests.helpers.training import (
     LearningGate,
@@ -37,26 +37,26 @@ def two_callbacks(**changes: Any) -> list[Any]:
 
 
 def test_each_logs_under_its_own_names(tmp_path: Path) -> None:
-    callbacks = two_callbacks(records=tmp_path / "records")
+    callbacks = two_callbacks(records=tmp_path / "records", log=["predicted_gain"])
     loggers = [TensorBoardLogger(str(tmp_path / "tb")), CSVLogger(tmp_path / "csv")]
     make_trainer(callbacks=callbacks, max_steps=2, logger=loggers).fit(make_module(), make_loader())
-    events = EventAccumulator(loggers[0].log_dir, size_guidance={"histograms": 0, "images": 0}).Reload()
-    tags = events.Tags()
+    tags, runs = read_events(loggers[0].log_dir).Tags(), read_runs(loggers[0].log_dir)
     for callback in callbacks:
         root = f"odp-{callback.monitor.schedule.name}"
         expected = scalars(callback.last_report)["odp/predicted_gain/answer/all"]
-        logged = events.Scalars(f"{root}/predicted_gain/answer/all")[-1].value
-        np.testing.assert_allclose(logged, expected, rtol=1e-6)
-        assert any(tag.startswith(f"{root}/rollout/") for tag in tags["images"])
-        assert any(tag.startswith(f"{root}/alignment_histogram/") for tag in tags["histograms"])
+        run = f"{root}/answer"
+        np.testing.assert_allclose(runs[run][f"{root}/predicted_gain"][-1][1], expected, rtol=1e-6)
+        assert any(tag.startswith(f"{root} pictures/rollout/") for tag in tags["images"])
+        of_teacher = read_events(Path(loggers[0].log_dir) / run).Tags()
+        assert any(tag.startswith(f"{root} histograms/alignment/") for tag in of_teacher["histograms"])
         assert f"{root}/table/text_summary" in tags["tensors"]
         folder = tmp_path / "records" / callback.monitor.schedule.name
         assert load(next(folder.iterdir())).rollouts == callback.last_report.rollouts
     for kind in ("scalars", "images", "histograms"):
-        assert not any(tag.startswith("odp/") for tag in tags[kind])
+        assert not any(tag.startswith(("odp/", "odp ")) for tag in tags[kind])
     header = (Path(loggers[1].log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
     assert len(set(header)) == len(header)
-    assert {"odp-first/alignment/answer/all", "odp-second/alignment/answer/all"} <= set(header)
+    assert {"odp-first/update_gain/answer/all", "odp-second/update_gain/answer/all"} <= set(header)
 
 
 def test_what_a_gate_logs_has_the_callback_s_name_too(tmp_path: Path) -> None:
@@ -148,10 +148,10 @@ def test_two_callbacks_in_a_transformers_trainer(tmp_path: Path) -> None:
     assert [callback.monitor.probe_count for callback in resumed] == [4, 2]
     names = {name for entry in trainer.state.log_history for name in entry if name.startswith("odp")}
     assert {name.split("/")[0] for name in names} == {"odp-every", "odp-some"}
-    (folder,) = {path.parent for path in (tmp_path / "whole").rglob("events.out.tfevents*")}
-    tags = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload().Tags()
-    assert "train/odp-some/predicted_gain/answer/all" in tags["scalars"]
-    assert {tag.split("/")[0] for tag in tags["images"]} == {"odp-every", "odp-some"}
+    (folder,) = (tmp_path / "whole").rglob("runs/*")
+    assert "odp-some/predicted_gain" in read_runs(folder)["odp-some/answer"]
+    images = read_events(folder).Tags()["images"]
+    assert {tag.split("/")[0] for tag in images} == {"odp-every pictures", "odp-some pictures"}
 
 
 def test_equal_names_in_a_transformers_trainer_are_refused(tmp_path: Path) -> None:

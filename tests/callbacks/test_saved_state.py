@@ -139,7 +139,7 @@ def test_a_corrupt_state_in_transformers_costs_no_run(text: Any, tmp_path: Path)
         ("questions", {"position": 3}),
         ("random_stream", torch.zeros(3)),
         ("time_budget", {"run_seconds": 1.0}),
-        ("time_budget", {"run_seconds": 1.0, "probe_seconds": 1.0, "costs": {"probe": (1, "a")}, "skipped_probes": 0}),
+        ("time_budget", {"run_seconds": 1.0, "probe_seconds": 1.0, "costs": {"probe": "a"}, "skipped_probes": 0}),
         ("teachers", [1]),
         ("teachers", {"ema": {"step": 3}}),
     ],

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from odp_callbacks import GradientAlignmentTrainerCallback
@@ -14,6 +13,7 @@ from odp_callbacks.engine import EMATeacher
 from odp_callbacks.functional import lora_parameters
 from odp_callbacks.storage import load
 from tests.helpers.models import tiny, tiny_base, word_tokenizer
+from tests.helpers.tensorboard import read_events, read_runs
 from tests.helpers.trainers import (
     COMMON,
     add_callback,
@@ -85,17 +85,18 @@ def test_log_history_and_tensorboard_get_the_figures(make_trainer: Any, tmp_path
     trainer = make_trainer(tmp_path, report_to=["tensorboard"])
     add_callback(trainer)
     trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "odp/alignment/answer/all" in entry]
+    entries = [entry for entry in trainer.state.log_history if "odp/undefined_share/answer/all" in entry]
     assert [entry["step"] for entry in entries] == [2, 4]
-    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
-    events = EventAccumulator(str(folder), size_guidance={"histograms": 0, "images": 0}).Reload()
-    tags = events.Tags()
-    cards = [tag for tag in tags["scalars"] if tag.startswith("train/odp/")]
-    assert "train/odp/probe/success_rate" in cards
-    assert all(any(np.isfinite(event.value) for event in events.Scalars(tag)) for tag in cards), "no empty card"
-    assert [event.step for event in events.Scalars("train/odp/probe/time_share")] == [2, 4]
-    assert any(tag.startswith("odp/alignment_histogram/") for tag in tags["histograms"])
-    assert any(tag.startswith("odp/rollout/") for tag in tags["images"])
+    (folder,) = (path for path in tmp_path.rglob("runs/*"))
+    runs = read_runs(folder)
+    assert set(runs) == {".", *(f"odp/{run}" for run in ("answer", "base", "answer - base"))}
+    values = [value for scalars in runs.values() for events in scalars.values() for _, value in events]
+    assert np.isfinite(values).all()
+    assert [step for step, _ in runs["."]["odp/probe/success_rate"]] == [2, 4]
+    assert {step for step, _ in runs["odp/base"]["odp/update_gain"]} <= {2, 4}
+    assert not any(tag.startswith("train/odp") for tag in runs["."])
+    assert any(tag.startswith("odp histograms/") for tag in read_events(folder / "odp/answer").Tags()["histograms"])
+    assert any(tag.startswith("odp pictures/rollout/") for tag in read_events(folder).Tags()["images"])
 
 
 @pytest.mark.slow
@@ -103,7 +104,7 @@ def test_adam_s_geometry(make_trainer: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     add_callback(trainer, optimizer_geometry=True)
     trainer.train()
-    assert any("odp/adam/alignment/answer/all" in entry for entry in trainer.state.log_history)
+    assert any("odp/adam/predicted_gain/answer/all" in entry for entry in trainer.state.log_history)
     sgd_trainer = make_trainer(tmp_path, optim="sgd")
     add_callback(sgd_trainer, optimizer_geometry=True)
     with pytest.raises(ValueError, match="trained by SGD; leave `optimizer_geometry` off"):
@@ -172,7 +173,7 @@ def test_a_failing_reward_causes_one_warning_and_training_continues(tmp_path: Pa
     assert len([warning for warning in caught if "no verifier" in str(warning.message)]) == 1
     assert trainer.state.global_step == 4
     first_probe = next(entry for entry in trainer.state.log_history if "odp/probe/left_out" in entry)
-    assert np.isnan(first_probe["odp/alignment/answer/all"])
+    assert "odp/update_gain/answer/all" not in first_probe, "what is undefined is not logged"
 
 
 def test_probes_after_an_evaluation(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from odp_callbacks.engine.config import ProbeOptions, resolve_config
         *((name, bad) for name in ("rollouts_per_question", "max_branches", "batch_size") for bad in (0, 1.0, True)),
         *((name, -1) for name in ("max_new_tokens", "continuations", "tail_draws", "budget")),
         ("budget", True),
-        *((name, bad) for name in ("time_budget", "half_width") for bad in (0.0, -1.0, float("nan"), float("inf"))),
+        *((name, bad) for name in ("seconds", "half_width") for bad in (0.0, -1.0, float("nan"), float("inf"))),
         ("half_width", 0.1),
         ("target", "gain"),
         *(("temperature", bad) for bad in (0.0, -1.0, float("inf"), float("nan"))),
         *((name, bad) for name in ("branch_mass", "success_threshold") for bad in (0.0, 1.5, float("nan"))),
+        *((name, bad) for name in ("teacher_branch_probability", "tail_roulette") for bad in (0.0, 1.0, -0.1)),
+        *((name, bad) for name in ("differing_gradients", "agreeing_gradients") for bad in (0.0, 1.5)),
         ("nodes", "all"),
         ("divergence", "kl"),
         ("top_k", 0),
@@ -55,7 +57,7 @@ def test_an_unknown_option_is_answered_with_the_closest_and_with_all():
     assert all(field.name in str(error.value) for field in fields(ProbeConfig))
     with pytest.raises(TypeError, match=r"unknown option `every_n_step`; did you mean `every_n_steps`\?.*temperature"):
         resolve_config(None, {"every_n_step": 1}, other_arguments=("every_n_steps", "prompts"))
-    with pytest.raises(TypeError, match="unknown option `qqq`; Valid options are batch_size, beta"):
+    with pytest.raises(TypeError, match="unknown option `qqq`; Valid options are agreeing_gradients, batch_size, beta"):
         resolve_config(None, {"qqq": 1})
 
 

@@ -8,8 +8,10 @@ import pytest
 
 from odp_callbacks.engine import BaseTeacher, Probe, ProbeConfig
 from odp_callbacks.engine.journal import Journal
+from odp_callbacks.engine.sampling.request_source import NumberedRequest
 from odp_callbacks.engine.sampling.requests import Continuation
-from odp_callbacks.engine.tree import continuations as module
+from odp_callbacks.engine.tree import stream
+from odp_callbacks.engine.tree.wave_queue import WaveQueue
 from tests.helpers.worlds import World, make_world
 
 
@@ -29,20 +31,22 @@ def test_an_interrupted_probe_samples_no_continuation_twice(
 ) -> None:
     whole = probe(world, **options).run([world.row], seed=1)
     asked: list[int] = []
-    sample = module.sample_continuations
+    stop = True
 
-    def counted(*arguments: Any, keys: list[int], on_finished: Any, **rest: Any) -> Any:
-        asked.extend(keys)
+    class Watched(WaveQueue):
+        """Notes what is sampled, and is interrupted once ten continuations are in the journal."""
 
-        def told(some: Any) -> None:
-            on_finished(some)
-            if len(asked) and stop and len(Journal(tmp_path / "journal").continuations) >= 10:
+        def next_request(self) -> NumberedRequest | None:
+            numbered = super().next_request()
+            asked.extend([numbered.key] if numbered else [])
+            return numbered
+
+        def receive(self, continuations: Any, step: int) -> None:
+            super().receive(continuations, step)
+            if stop and len(Journal(tmp_path / "journal").continuations) >= 10:
                 raise KeyboardInterrupt
 
-        return sample(*arguments, keys=keys, on_finished=told, **rest)
-
-    monkeypatch.setattr(module, "sample_continuations", counted)
-    stop = True
+    monkeypatch.setattr(stream, "WaveQueue", Watched)
     with pytest.raises(KeyboardInterrupt):
         probe(world, batch_size=4, **options).run([world.row], seed=1, journal=Journal(tmp_path / "journal"))
     kept = set(Journal(tmp_path / "journal").continuations)

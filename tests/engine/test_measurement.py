@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from odp_callbacks.analysis.evidence import stack
 from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED, estimate
 from odp_callbacks.analysis.summaries import summarise
 from odp_callbacks.engine import Probe, ProbeConfig, exponential_windows
+from odp_callbacks.engine.tree.nodes import ContributionNodes
 from odp_callbacks.functional import (
     distillation_logit_gradient,
     gradient_alignment,
@@ -88,8 +90,23 @@ def test_tilted_teachers_align_exactly():
         {"branch_mass": 0.3, "max_branches": 1, "tail_draws": 1, "continuations": 2},
         {"branch_mass": 0.6, "max_branches": 2, "tail_draws": 3, "continuations": 1, "nodes": exponential_windows},
         {"continuations": 3, "budget": 6000},
+        {"branch_mass": 0.3, "max_branches": 1, "teacher_branch_probability": 0.25, "tail_roulette": None},
+        {"branch_mass": 0.3, "max_branches": 2, "tail_draws": 1, "tail_roulette": 0.9, "continuations": 1},
+        {"branch_mass": 0.3, "max_branches": 2, "tail_roulette": 0.9, "budget": 4000},
+        {"differing_gradients": 0.2, "agreeing_gradients": 0.2, "continuations": 1},
+        {"nodes": ContributionNodes(1), "continuations": 2, "differing_gradients": 0.5},
     ],
-    ids=["every token", "tail of one draw", "windows", "budget"],
+    ids=[
+        "every token",
+        "tail of one draw",
+        "windows",
+        "budget",
+        "teachers' tokens",
+        "roulette",
+        "roulette and budget",
+        "few gradients",
+        "contribution",
+    ],
 )
 def test_predicted_gain_is_unbiased(config):
     """z-tests at seed 0 over 300 questions of one rollout: sums over the response, node by node, and by class."""
@@ -102,7 +119,7 @@ def test_predicted_gain_is_unbiased(config):
         {"all": np.zeros(questions), True: np.zeros(questions), False: np.zeros(questions)},
     )
     for record, prefix in zip(report.nodes, node_prefixes(world, report), strict=True):
-        gain = float(estimate(record).predicted_gain[0])
+        gain = float(stack([record]).weighted_gain[0, 0])  # nodes with gradients stand for those without
         totals[record.rollout] += gain / record.inclusion
         for split in ("all", record.correct):
             surplus[split][record.rollout] += (gain - truth[prefix]) / record.inclusion
@@ -125,6 +142,45 @@ def world_truth(world, teacher):
         g, d = world.parameter_gradients(node, ideal_logit_gradient(node.logits, node.success), pulls[prefix])
         truth[prefix] = float(g @ d / d.norm())
     return truth, sum(float(n.reach) * truth[p] for p, n in nodes.items())
+
+
+@pytest.mark.parametrize("differing", [1.0, 0.25])
+def test_gradients_only_where_they_matter_change_no_gain(differing):
+    """The same nodes and outcomes: gains and cosines are the same, and where they do not matter none is computed."""
+    world, teacher = make_world(), external_teacher()
+    world.table = {text: float(reward > 0.9) for text, reward in world.table.items()}
+    few_branches = {"branch_mass": 0.3, "max_branches": 1, "tail_draws": 1, "teacher_branch_probability": None}
+    options = {"rollouts_per_question": 1, "continuations": 2, **few_branches}
+    few, whole = (
+        probe_world(world, {"other": teacher}, 24, differing_gradients=share, agreeing_gradients=agreeing, **options)
+        for share, agreeing in ((differing, 0.1), (1.0, 1.0))
+    )
+    without = [not record.has_gradients for record in few.nodes]
+    assert 5 < sum(without) < len(without)
+    for record, expected_record in zip(few.nodes, whole.nodes, strict=True):
+        assert expected_record.has_gradients
+        assert expected_record.gradient_inclusion == 1
+        estimates, expected = estimate(record), estimate(expected_record)
+        if record.has_gradients:
+            np.testing.assert_allclose(record.gram, expected_record.gram, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(estimates.predicted_gain, expected.predicted_gain, rtol=1e-9)
+            np.testing.assert_allclose(estimates.alignment, expected.alignment, rtol=1e-9)
+            assert (estimates.status == expected.status).all()
+            continue
+        assert np.isnan(record.gram).all()
+        assert record.gradient_inclusion < 1
+        assert np.isnan(estimates.alignment).all()
+        if expected.ideal_norm == 0:
+            assert estimates.predicted_gain == expected.predicted_gain == 0
+        else:
+            assert differing < 1
+            assert np.isnan(estimates.predicted_gain).all()
+            assert np.isnan(estimates.ideal_norm)
+    np.testing.assert_array_equal(few.step.gram, whole.step.gram)
+    if differing == 1:
+        for one, other in zip(summarise(few), summarise(whole), strict=True):
+            gain, expected_gain = (summary.figures["predicted_gain"] for summary in (one, other))
+            assert (gain.value, gain.low) == pytest.approx((expected_gain.value, expected_gain.low), nan_ok=True)
 
 
 def test_rewards_that_exist_are_taken_whatever_their_range(student):

@@ -69,7 +69,8 @@ def test_teachers_with_a_context_see_the_same_response(student, tokenizer):
             continued.extend(ids.tolist())
 
     hook = student.get_base_model().register_forward_pre_hook(record, with_kwargs=True)
-    report = measure(student, {"answer": Teacher("{answer} e {prompt}"), "gold": Teacher(lambda row: row["answer"])})
+    teachers = {"answer": Teacher("{answer} e {prompt}"), "gold": Teacher(lambda row: row["answer"])}
+    report = measure(student, teachers)
     hook.remove()
     for question, row in enumerate(ROWS):
         rollouts = [i for i, r in enumerate(report.rollouts) if r.question == str(question)]
@@ -122,9 +123,14 @@ def test_padding_rows_change_nothing(rows, tokenizer):
 
 def test_many_teachers_are_each_measured_as_alone(student):
     teachers = {"base": BaseTeacher(), "answer": Teacher("{answer} {prompt}"), "model": tiny_base("gpt2")}
-    together = measure(student, teachers)
+    config = {
+        "teacher_branch_probability": None,
+        "differing_gradients": 1.0,
+        "agreeing_gradients": 1.0,
+    }  # each teacher proposes branches of its own
+    together = measure(student, teachers, **config)
     for k, (name, teacher) in enumerate(teachers.items()):
-        alone = measure(student, {name: teacher})
+        alone = measure(student, {name: teacher}, **config)
         for a, b in zip(together.nodes, alone.nodes, strict=True):
             estimates, expected = estimate(a), estimate(b)
             np.testing.assert_allclose(estimates.alignment[k], expected.alignment[0], rtol=1e-6)

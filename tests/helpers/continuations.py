@@ -1,10 +1,13 @@
 """Requests for continuations of short prompts and responses, and what greedy decoding answers them."""
 
+import numpy as np
 import torch
 
-from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
+from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations, sample_stream
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.sampling.requests import ContinuationRequest
+from odp_callbacks.engine.tree.budget import ContinuationBudget
+from odp_callbacks.engine.tree.wave_queue import WaveQueue
 
 # Two rollouts of the first question; a response longer and one shorter than the window of 4; an empty prompt.
 PROMPTS = [torch.tensor(ids, dtype=torch.long) for ids in ([1, 6, 7, 8, 9], [], [1, 5, 9, 11, 6, 7])]
@@ -53,3 +56,29 @@ def greedy_tokens(model, request, **options):
             tokens.append(int(model(input_ids=input_ids[None], **options).logits[0, -1].argmax()))
             input_ids = torch.cat([input_ids, torch.tensor(tokens[-1:])])
     return tuple(tokens)
+
+
+def sample_waves(sampler, waves, plan_next=None, deadline=None):
+    """Sample waves of a sampler until the planner has no other; return the queue."""
+    budget = ContinuationBudget(sampler.config, sampler.cost, np.random.default_rng(0), deadline)
+    queue = WaveQueue(sampler, budget, waves, plan_next, lambda *_: None)
+    with torch.no_grad():
+        sample_stream(
+            sampler.student,
+            sampler.prefilled,
+            queue,
+            temperature=sampler.config.temperature,
+            eos_token_ids=sampler.eos_token_ids,
+            batch_size=sampler.config.batch_size,
+            deadline=deadline,
+            slot_use=sampler.cost.slot_use,
+        )
+        queue.finish()
+    return queue
+
+
+def sample_from(model, prefixes, source, **changes):
+    """Sample what a source asks for."""
+    options = {"temperature": 1.0, "eos_token_ids": [], "batch_size": 64}
+    with torch.no_grad():
+        sample_stream(model, prefixes, source, **{**options, **changes})

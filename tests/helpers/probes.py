@@ -10,7 +10,8 @@ import torch
 from odp_callbacks.engine import Probe, ProbeConfig, every_node
 from tests.helpers.models import tiny_base, word_tokenizer
 
-EVERY_TOKEN = {"branch_mass": 1.0, "max_branches": 5, "nodes": every_node, "max_new_tokens": 3}
+ALL_GRADIENTS = {"differing_gradients": 1.0, "agreeing_gradients": 1.0}
+EVERY_TOKEN = {"branch_mass": 1.0, "max_branches": 5, "nodes": every_node, "max_new_tokens": 3, **ALL_GRADIENTS}
 
 
 ROWS = [{"prompt": "a b c", "answer": "d"}, {"prompt": "c", "answer": "e"}, {"prompt": "f e d c b", "answer": "a"}]
@@ -34,7 +35,7 @@ def word_reward(prompts, completions, **columns):
 
 
 def measure(student, teachers, *, reward=word_reward, rows=ROWS, seed=0, tokenizer=None, **config):
-    options = {"rollouts_per_question": 2, "max_new_tokens": 8, "continuations": 2, **config}
+    options = {"rollouts_per_question": 2, "max_new_tokens": 8, "continuations": 2, **ALL_GRADIENTS, **config}
     return Probe(student, tokenizer or word_tokenizer(), reward, teachers, ProbeConfig(**options)).run(rows, seed=seed)
 
 

@@ -268,7 +268,7 @@ def example_report(**fields: Any) -> ProbeReport:
         continuations=24,
         truncated=1,
         stage_seconds={"rollouts": 0.5, "continuations": 1.5},
-        settings={"seed": 0, "time_budget": 2.0, "geometry": "euclidean"},
+        settings={"seed": 0, "seconds": 2.0, "geometry": "euclidean"},
         step=StepSums(("sum", "product"), (True, False), sums + sums.transpose(2, 3, 0, 1)),
         token_text={0: "4", 1: "<end>", 2: "½"},
     )

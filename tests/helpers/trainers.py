@@ -90,7 +90,13 @@ def plain_trainer(folder: Path, dropout: float = 0.0, **changes: Any) -> Trainer
 
 def add_callback(trainer: Any, **changes: Any) -> GradientAlignmentTrainerCallback:
     arguments: dict[str, Any] = {"teachers": dict(TEACHERS), "prompts": ROWS, "reward": odd_length_reward}
-    schedule_options = {"every_n_steps": 2, "max_overhead": None, "questions_per_probe": 2, "strict": True}
+    schedule_options = {
+        "every_n_steps": 2,
+        "max_overhead": None,
+        "questions_per_probe": 2,
+        "strict": True,
+        "log": "all",
+    }
     probe_options = {"rollouts_per_question": 2, "max_new_tokens": 4, "continuations": 2}
     callback = GradientAlignmentTrainerCallback(trainer, **(arguments | schedule_options | probe_options | changes))
     trainer.add_callback(callback)

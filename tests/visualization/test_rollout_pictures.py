@@ -97,8 +97,8 @@ def test_every_token_is_coloured_by_its_influence(make_report: MakeReport) -> No
             red, _, blue, _ = patch.get_edgecolor()
             assert abs(share) < 0.1 or (blue > red) == (share > 0)
     assert plot.axes[0].texts[-1].get_text() == INFLUENCE_KEY.format(level="95%")
-    assert plot.axes[1].get_ylabel() == "influence"
-    assert f"{influence.scale:.1e}" in plot.axes[1].get_yticklabels()[-1].get_text()
+    assert plot.axes[1].get_xlabel() == "influence"
+    assert f"{influence.scale:.1e}" in plot.axes[1].get_xticklabels()[-1].get_text()
 
 
 def test_the_rollout_with_the_most_significant_tokens_is_drawn(make_report: MakeReport) -> None:

@@ -35,7 +35,8 @@ def alignment_intervals(evidence: Evidence, confidence: float = 0.95, draws: int
         draws: Number of draws of each node's successes; the same evidence gives the same draws.
 
     Returns:
-        Lower and upper ends, each ``(N, K)`` in [-1, 1]; NaN where the teacher's gradient is zero or infinite.
+        Lower and upper ends, each ``(N, K)`` in [-1, 1]; NaN where the teacher's gradient is zero, infinite or not
+        known.
 
     Examples:
         >>> from odp_callbacks.analysis.evidence import gather
@@ -52,6 +53,7 @@ def alignment_intervals(evidence: Evidence, confidence: float = 0.95, draws: int
         has_direction = (evidence.teacher_norm[node_indices] > 0) & np.isfinite(evidence.gain_form[node_indices]).all(
             axis=-1
         )
+        has_direction &= evidence.gradient_weight[node_indices, None] > 0
         chunk_ends = np.quantile(cosine, quantiles, axis=-1)
         interval_ends[:, node_indices] = np.where(has_direction, chunk_ends, np.nan)
     return interval_ends[0], interval_ends[1]

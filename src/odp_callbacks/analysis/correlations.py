@@ -37,7 +37,7 @@ def correlations(report: ProbeReport, confidence: float = 0.95) -> dict[tuple[st
 
 
 def _pearson(evidence: Evidence, first: Floats, second: Floats, chosen: NDArray[np.bool_]) -> Estimator:
-    """Pearson correlation of two columns ``(N,)`` over the chosen nodes, each of which counts once."""
+    """Pearson correlation of two columns ``(N,)`` over the chosen nodes."""
     questions, node_count = questions_of(evidence, chosen), int(chosen.sum())
     if node_count < 3 or np.ptp(first[chosen]) == 0 or np.ptp(second[chosen]) == 0:
         withheld = "no difference" if node_count else ""
@@ -46,7 +46,9 @@ def _pearson(evidence: Evidence, first: Floats, second: Floats, chosen: NDArray[
     first, second = first - first[chosen].mean(), second - second[chosen].mean()
     moments = [np.ones_like(first), first, second, first * first, second * second, first * second]
     question_sums = np.zeros((len(questions), len(moments)))
-    np.add.at(question_sums, evidence.question[chosen], np.stack(moments, axis=1)[chosen])
+    # Each node counts once, and for the nodes without gradients that it stands for.
+    weighted = evidence.gradient_weight[:, None] * np.stack(moments, axis=1)
+    np.add.at(question_sums, evidence.question[chosen], weighted[chosen])
 
     def correlation(weights: Floats) -> Floats:
         total_weight, sum_first, sum_second, sum_first_square, sum_second_square, sum_product = np.moveaxis(

@@ -93,18 +93,18 @@ def gradient_figures(
     Returns:
         The figures ``predicted_gain``, ``gain_weighted_alignment`` and ``alignment``.
     """
-    gain = evidence.gain[:, teacher_index]
+    gain = evidence.weighted_gain[:, teacher_index]
     has_gain = chosen & ~np.isnan(gain)
     nonzero = has_gain & (evidence.teacher_norm[:, teacher_index] > 0)
     # Where success differs at no node of the class, every gain is 0: an interval of length 0 would claim knowledge.
-    success_differs = bool((evidence.ideal_norm[chosen] > 0).any())
+    success_differs = bool(evidence.differs[chosen].any())
     no_difference = "no difference" if chosen.any() and not success_differs else ""
     no_gradient = "no gradient" if has_gain.any() and not nonzero.any() else ""
     norm_weight = evidence.token_weight * correction.norm
     with np.errstate(divide="ignore", invalid="ignore"):
         token_weight = evidence.token_weight
         total_gain = (token_weight * np.nan_to_num(gain))[has_gain].sum()
-        uncorrected = float(total_gain / (token_weight * evidence.ideal_norm)[has_gain].sum())
+        uncorrected = float(total_gain / (token_weight * evidence.weighted_norm)[has_gain].sum())
     return {
         "predicted_gain": token_mean(evidence, gain, chosen, no_difference),
         "gain_weighted_alignment": _ratio_of_sums(
@@ -133,19 +133,22 @@ def _mean_alignment(
     """Token mean of the alignment, corrected for noise by the regression of :class:`NoiseCorrection`."""
     cosine = evidence.cosine[:, teacher_index]
     defined = measured & (status == DEFINED)
+    # Nodes with gradients stand for those without.
+    gradient_weight = evidence.gradient_weight
+    sample_weight = evidence.token_weight * gradient_weight
     uncorrected = float("nan")
     if defined.any():
-        uncorrected = float(np.average(cosine[defined], weights=evidence.token_weight[defined]))
+        uncorrected = float(np.average(cosine[defined], weights=sample_weight[defined]))
     cosine = np.nan_to_num(cosine)
     reliability, tilted = correction.reliability, correction.tilted
     columns = [
         np.ones_like(cosine),
         correction.size,
-        reliability * reliability,
-        reliability * tilted,
-        tilted * tilted,
-        reliability * cosine,
-        tilted * cosine,
+        gradient_weight * reliability * reliability,
+        gradient_weight * reliability * tilted,
+        gradient_weight * tilted * tilted,
+        gradient_weight * reliability * cosine,
+        gradient_weight * tilted * cosine,
     ]
     question_sums = _sums_by_question(evidence, columns, measured)
     return Estimator(
@@ -153,7 +156,7 @@ def _mean_alignment(
         questions_of(evidence, measured),
         int(measured.sum()),
         uncorrected=uncorrected,
-        withheld=withheld or _too_noisy(evidence.token_weight, correction, measured),
+        withheld=withheld or _too_noisy(sample_weight, correction, measured),
         bounds=ALIGNMENT_BOUNDS,
     )
 

@@ -22,6 +22,10 @@ class Evidence:
     The ideal gradient is linear in the successes :math:`Q` of the branches, so its squared norm is :math:`Q^\top H Q`
     and its inner product with a teacher's unit direction is :math:`b^\top Q`. Both are 0 if all successes are equal.
 
+    Gradients are computed at a sample of the nodes only. At the others, the forms are those of the gradients on the
+    logits, which only tell teachers without a gradient from others. Sums over nodes of what needs gradients are sums
+    over the sample with :attr:`gradient_weight`. Where all outcomes agree, the gain is 0 whatever the gradients are.
+
     Attributes:
         question: ``(N,)`` int64, a number for each question.
         token_weight: ``(N,)``, inverse inclusion probability.
@@ -37,6 +41,7 @@ class Evidence:
         total_square: ``(N, A)``, sum of squared rewards.
         exact: ``(N, A)`` bool: success is known, because the branch ends the response.
         certain: ``(N,)`` bool: every possible token is a branch whose success is known.
+        gradient_weight: ``(N,)``, inverse probability with which the gradients were computed; 0 where they were not.
     """
 
     question: NDArray[np.int64]
@@ -52,6 +57,7 @@ class Evidence:
     total_square: Floats
     exact: NDArray[np.bool_]
     certain: NDArray[np.bool_]
+    gradient_weight: Floats
 
     @cached_property
     def success(self) -> Floats:
@@ -61,14 +67,36 @@ class Evidence:
 
     @cached_property
     def gain(self) -> Floats:
-        """Predicted gain of each node and teacher, ``(N, K)``."""
+        """Predicted gain of each node and teacher, ``(N, K)``; NaN where it needs gradients that were not computed."""
         gain: Floats = np.einsum("nka,na->nk", self.gain_form, self.offset)
-        return gain
+        unknown = self._lacks_gradients[:, None] & (self.teacher_norm != 0)  # a zero gradient gains nothing
+        return np.where(unknown, np.nan, gain)
 
     @cached_property
     def ideal_norm(self) -> Floats:
         """Norm of the estimated ideal gradient, ``(N,)``; noise in the successes makes it too large on average."""
-        return norm(self.norm_form, self.offset)
+        return np.where(self._lacks_gradients, np.nan, norm(self.norm_form, self.offset))
+
+    @cached_property
+    def weighted_gain(self) -> Floats:
+        """Gains by which sums over all nodes are estimated, ``(N, K)``; 0 at nodes that others stand for."""
+        weighted: Floats = np.where(self._lacks_gradients[:, None], 0, self.gain)
+        return np.where(self.gradient_weight[:, None] > 0, weighted * self.gradient_weight[:, None], weighted)
+
+    @cached_property
+    def weighted_norm(self) -> Floats:
+        """Norms of estimated ideal gradients by which sums over all nodes are estimated, ``(N,)``."""
+        return np.where(self.gradient_weight > 0, self.ideal_norm, 0) * self.gradient_weight
+
+    @property
+    def differs(self) -> NDArray[np.bool_]:
+        """Whether the branches of a node differ in their mean rewards, ``(N,)``."""
+        return np.asarray((self.offset != 0).any(axis=1))
+
+    @property
+    def _lacks_gradients(self) -> NDArray[np.bool_]:
+        """Whether outcomes differ at a node without gradients, ``(N,)``."""
+        return np.asarray((self.gradient_weight == 0) & self.differs)
 
     @cached_property
     def cosine(self) -> Floats:
@@ -90,12 +118,13 @@ class Evidence:
     def norm_square(self) -> Floats:
         r"""Unbiased estimate of the ideal gradient's squared norm, ``(N,)``; it may be negative.
 
-        :math:`\hat Q^\top H \hat Q - \sum_a \hat v_a H_{aa}`; NaN where a branch has a single continuation.
+        :math:`\hat Q^\top H \hat Q - \sum_a \hat v_a H_{aa}`; NaN where a branch has a single continuation, or the
+        gradients were not computed.
         """
         plain_square: Floats = np.einsum("na,nab,nb->n", self.offset, self.norm_form, self.offset)
         diagonal = np.einsum("naa->na", self.norm_form)
         noise_square: Floats = np.where(diagonal > 0, self.variance * diagonal, 0).sum(axis=1)
-        return plain_square - noise_square
+        return np.where(self.gradient_weight > 0, plain_square - noise_square, np.nan)
 
     @cached_property
     def offset(self) -> Floats:
@@ -158,9 +187,15 @@ def stack(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool =
     teacher_norm = np.zeros((shape[0], teachers))
     count, total, total_square = np.ones(shape), np.zeros(shape), np.zeros(shape)
     exact, exists = np.ones(shape, bool), np.zeros(shape, bool)
+    gradient_weight = np.ones(shape[0])
     for node_index, node in enumerate(nodes):
         branches = len(node.tokens)
-        gram = node.logit_gram if logits else node.gram.sum(axis=0) if module is None else node.gram[module]
+        if logits or not node.has_gradients:
+            gram = node.logit_gram
+            gradient_weight[node_index] = float(logits)
+        else:
+            gram = node.gram.sum(axis=0) if module is None else node.gram[module]
+            gradient_weight[node_index] = 1 / node.gradient_inclusion
         node_norm_form, node_gain_form, teacher_norm[node_index] = _forms_in_success(node, gram)
         norm_form[node_index, :branches, :branches] = node_norm_form
         gain_form[node_index, :, :branches] = node_gain_form
@@ -182,6 +217,7 @@ def stack(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool =
         total_square=total_square,
         exact=exact,
         certain=np.array([_is_certain(node) for node in nodes], dtype=bool),
+        gradient_weight=gradient_weight,
     )
 
 
@@ -203,19 +239,34 @@ def pool_neighbours(evidence: Evidence, nodes: Sequence[NodeRecord]) -> Evidence
         next_index = index_of.get((node.rollout, node.depth + 1))
         if next_index is None or evidence.exact[node_index, node.taken]:
             continue
-        weight = nodes[next_index].weight
-        next_count, next_total = evidence.count[next_index, : len(weight)], evidence.total[next_index, : len(weight)]
-        sampled = ~evidence.exact[next_index, : len(weight)]
-        next_variance = float((weight[sampled] ** 2 / next_count[sampled]).sum())
+        next_success, next_variance = _success_of(
+            nodes[next_index], evidence.count[next_index], evidence.total[next_index], evidence.exact[next_index]
+        )
         # The number of continuations of this branch that would have had the same variance.
         equivalent_count = (
             min(1 / next_variance, MAXIMUM_POOLED_CONTINUATIONS) if next_variance > 0 else MAXIMUM_POOLED_CONTINUATIONS
         )
-        next_success = weight @ (next_total / next_count) / weight.sum()
         count[node_index, node.taken] += equivalent_count
         total[node_index, node.taken] += equivalent_count * next_success
         total_square[node_index, node.taken] += equivalent_count * next_success
     return replace(evidence, count=count, total=total, total_square=total_square)
+
+
+def _success_of(node: NodeRecord, count: Floats, total: Floats, exact: NDArray[np.bool_]) -> tuple[float, float]:
+    """Unbiased estimate of the student's success at a node, and its variance in units of that of one reward.
+
+    The variance depends on numbers of continuations only. Where the tail is drawn from with a probability below 1, it
+    is the same whether that happened or not: a weight that depended on it would bias what is pooled with the estimate.
+    """
+    branches = len(node.weight)
+    success = total[:branches] / count[:branches]
+    tail_mass = max(0.0, 1 - float(node.probability[~node.tail].sum()))
+    has_usual_weight = ~node.tail | np.isclose(node.weight[node.tail].sum(), tail_mass)
+    sampled = has_usual_weight & ~exact[:branches]
+    variance = float((node.weight[sampled] ** 2 / count[:branches][sampled]).sum())
+    if not (node.tail & has_usual_weight).any():
+        variance += tail_mass**2
+    return float(success[0] + node.weight[1:] @ (success[1:] - success[0])), variance
 
 
 def _forms_in_success(node: NodeRecord, gram: Floats) -> tuple[Floats, Floats, Floats]:
@@ -241,5 +292,6 @@ def _forms_in_success(node: NodeRecord, gram: Floats) -> tuple[Floats, Floats, F
 def _is_certain(node: NodeRecord) -> bool:
     """Whether every possible token is a branch whose success is known."""
     # A tail may hold more tokens than those drawn from it.
-    tail_is_complete = np.isclose(node.weight[node.tail].sum(), node.probability[node.tail].sum(), rtol=1e-9, atol=0)
+    tail_mass = 1 - node.probability[~node.tail].sum()
+    tail_is_complete = np.isclose(node.probability[node.tail].sum(), tail_mass, rtol=1e-9, atol=1e-12)
     return bool(tail_is_complete) and (len(node.tokens) == 1 or bool(node.exact.all()))

@@ -10,6 +10,8 @@ from odp_callbacks.records import Floats, NodeRecord
 
 DEFINED, UNDEFINED, UNDETERMINED = "defined", "undefined", "undetermined"
 """Status of a node's alignment: it exists; a gradient is zero for certain; the continuations cannot tell."""
+NOT_COMPUTED = "not computed"
+"""Status of an alignment that exists at a node whose gradients were not computed; other nodes stand for it."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,12 @@ class NodeEstimate:
         module_alignment: ``(M, K)``, the same on the parameters of each module alone.
         logit_alignment: ``(K,)``, the same on the logits.
         predicted_gain: ``(K,)``, success probability gained per unit step of the LoRA parameters along the
-            distillation gradient; 0 where that gradient is zero.
+            distillation gradient; 0 where that gradient is zero, NaN where it was not computed although success differs.
         teacher_advantage: ``(K,)``, expected success after the teacher's next token minus that after the student's.
         ideal_norm: Norm of the estimated ideal gradient on the LoRA parameters; noise makes it too large on average.
         success: The student's success probability at the node.
         status: ``(K,)``: ``"defined"``; ``"undefined"`` where a gradient is zero for certain; ``"undetermined"``
-            where the continuations cannot tell.
+            where the continuations cannot tell; ``"not computed"`` where gradients are missing.
     """
 
     alignment: Floats
@@ -53,7 +55,8 @@ def student_success(node: NodeRecord) -> float:
 def statuses(evidence: Evidence) -> NDArray[np.str_]:
     """Status of each node's alignment with each teacher, ``(N, K)``; see :data:`DEFINED`."""
     status_without_ideal = np.where(evidence.certain, UNDEFINED, UNDETERMINED)[:, None]
-    status_with_teacher = np.where(evidence.ideal_norm[:, None] == 0, status_without_ideal, DEFINED)
+    status_with_ideal = np.where(evidence.gradient_weight > 0, DEFINED, NOT_COMPUTED)[:, None]
+    status_with_teacher = np.where(evidence.differs[:, None], status_with_ideal, status_without_ideal)
     status: NDArray[np.str_] = np.where(evidence.teacher_norm > 0, status_with_teacher, UNDEFINED)
     return status
 
@@ -86,11 +89,13 @@ def teacher_advantage(node: NodeRecord) -> Floats:
     is measured from that of the first branch, so that a common constant cancels.
     """
     success, candidates = branch_success(node), ~node.tail
-    reference = success[0]
-    tail_success = reference
+    difference = success - success[0]
+    tail_difference = 0.0
     if node.tail.any():
-        tail_success = float(np.average(success[node.tail], weights=node.weight[node.tail]))
-    teacher_success = node.teacher_probability[:, candidates] @ (success[candidates] - reference)
-    teacher_success = teacher_success + node.teacher_tail * (tail_success - reference)
-    advantage: Floats = teacher_success - (student_success(node) - reference)
+        # Above the tail's mass where it was drawn from with a probability below 1, which the factor makes up for.
+        drawn_weight, tail_mass = node.weight[node.tail].sum(), 1 - node.probability[candidates].sum()
+        tail_difference = float(np.average(difference[node.tail], weights=node.weight[node.tail]))
+        tail_difference *= max(1.0, float(drawn_weight / max(tail_mass, np.finfo(float).tiny)))
+    teacher_gain = node.teacher_probability[:, candidates] @ difference[candidates]
+    advantage: Floats = teacher_gain + node.teacher_tail * tail_difference - node.weight @ difference
     return advantage

@@ -34,8 +34,9 @@ class NoiseCorrection:
     Attributes:
         reliability: ``(N,)``, expected cosine of estimated and true ideal gradient; 0 where the estimate is zero.
         tilted: ``(N,)``, expectation of that cosine times :attr:`size`.
-        size: ``(N,)``, expected size of the true ideal gradient: tanh of its standardised logarithmic norm.
-        norm: ``(N,)``, expected norm of the true ideal gradient.
+        size: ``(N,)``, expected size of the true ideal gradient: tanh of its standardised logarithmic norm. Nodes with
+            gradients stand for those without, which have 0 here: sums over nodes are right.
+        norm: ``(N,)``, expected norm of the true ideal gradient, likewise.
         effective: ``(N,)``, continuations a branch, where each branch counts by how much noise it adds; infinite where
             no branch adds any.
     """
@@ -63,19 +64,20 @@ def correct_for_noise(evidence: Evidence, model: SuccessModel | None = None, dra
     inner_product = np.einsum("nsa,nab,nb->ns", offsets, evidence.norm_form, evidence.offset, optimize=True)
     blank = np.zeros_like(norm_product)
     cosine = np.divide(inner_product, norm_product, out=blank, where=norm_product > 0).clip(-1, 1)
-    size = _standardised_size(true_norm, evidence.token_weight)
+    gradient_weight = evidence.gradient_weight
+    size = _standardised_size(true_norm, evidence.token_weight * gradient_weight)
     return NoiseCorrection(
         reliability=cosine.mean(axis=1),
         tilted=(cosine * size).mean(axis=1),
-        size=size.mean(axis=1),
-        norm=true_norm.mean(axis=1),
+        size=size.mean(axis=1) * gradient_weight,
+        norm=true_norm.mean(axis=1) * gradient_weight,
         effective=_effective_continuations(evidence),
     )
 
 
 def _standardised_size(true_norm: Floats, token_weight: Floats) -> Floats:
     """Tanh of the standardised logarithm of the norms ``(N, S)``; 0 where a norm is 0."""
-    positive = true_norm > 0
+    positive = (true_norm > 0) & (token_weight > 0)[:, None]
     log_norm = np.log(true_norm, out=np.zeros_like(true_norm), where=positive)
     weight = np.where(positive, token_weight[:, None], 0)
     if not weight.sum() > 0:

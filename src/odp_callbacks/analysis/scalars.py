@@ -12,6 +12,7 @@ from odp_callbacks.analysis.summaries import (
     Analysis,
     ClassSummary,
 )
+from odp_callbacks.analysis.time_shortage import response_limit
 from odp_callbacks.records import ProbeReport
 
 
@@ -115,9 +116,14 @@ def _probe_scalars(report: ProbeReport, summaries: list[ClassSummary], rate: Est
         "odp/probe/nodes": float(len(report.nodes)),
         "odp/probe/unused_questions": float(report.left_out.get("questions", 0)),
         "odp/probe/unscored_responses": float(report.left_out.get("responses", 0)),
+        "odp/probe/response_limit": float(response_limit(report) or "nan"),
+        "odp/probe/questions_without_time": float(
+            report.left_out.get("unsampled_questions", 0) + report.left_out.get("questions_without_update", 0)
+        ),
         "odp/probe/generated_tokens": float(sum(report.generated_tokens.values())),
         "odp/probe/seconds": sum(report.stage_seconds.values()),
         **{f"odp/probe/seconds_{stage}": seconds for stage, seconds in report.stage_seconds.items()},
+        **({"odp/probe/slot_occupancy": report.slot_occupancy} if report.slot_steps.get("available") else {}),
     }
 
 

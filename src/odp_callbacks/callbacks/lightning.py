@@ -1,6 +1,7 @@
 """The Lightning callback: probes a running on-policy distillation and logs what each teacher is worth."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,9 +9,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import Unpack, override
 
 from odp_callbacks.callbacks.headlines import Headlines, monitored_figures
+from odp_callbacks.callbacks.logged_scalars import LoggedScalars
 from odp_callbacks.callbacks.monitor import Monitor
 from odp_callbacks.callbacks.names import named_metrics, refuse_equal_names, root_of
-from odp_callbacks.callbacks.number_cards import NumberCards
+from odp_callbacks.callbacks.planned_steps import planned_steps
 from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import ProbeProgress, display_beside
 from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
@@ -40,9 +42,9 @@ class GradientAlignmentCallback(Callback):
     with each teacher's distillation gradient on the LoRA parameters.
 
     The results are logged at the optimizer's step through the trainer's own loggers, as
-    ``odp/update_gain/<teacher>/<all|correct|incorrect>``, likewise for the other figures of
-    :mod:`odp_callbacks.analysis.summaries`, each with the ends ``_low`` and ``_high`` of its interval, and as
-    ``odp/probe/…`` about the probe itself. A TensorBoard logger also gets histograms and coloured rollouts.
+    ``odp/update_gain/<teacher>/<all|correct|incorrect>`` with the ends ``_low`` and ``_high`` of its interval, as
+    ``odp/step/…`` about the training's steps, and as ``odp/probe/…`` about the probe itself; ``log`` chooses more. In
+    TensorBoard each teacher is a run of its own, and there are histograms and coloured rollouts.
 
     The callback preserves the training state: weights, gradients, optimizer, random streams, module modes and adapters
     are bit for bit what they would be without it. A probe that fails issues one warning, and training continues, unless
@@ -70,9 +72,9 @@ class GradientAlignmentCallback(Callback):
         every_n_steps: Number of optimizer steps between probes (100).
         questions_per_probe: Number of questions in a probe, taken from a shuffled order (8).
         max_overhead: The largest share of the training's wall-clock time that probes may take, in (0, 1) (0.1). A probe
-            that would exceed it gets fewer continuations if the probe has a ``budget`` or a ``time_budget``, and is
-            skipped otherwise. The first probe always runs, because its cost is not known before. None: every probe
-            runs in full.
+            that would exceed it is limited to the time that is left, or skipped if that is less than half of what it
+            takes. The first probe is limited to a quarter of what the planned length of the run allows. None: every
+            probe runs in full.
         update_every_n_steps: Number of optimizer steps between measurements on the training's own rollouts:
             update gain at the cost of the gradients, without continuations. The rollouts are taken from the
             LightningModule's ``last_rollouts``, a list of :class:`~odp_callbacks.TrainingRollout` that it sets in each
@@ -90,6 +92,9 @@ class GradientAlignmentCallback(Callback):
             None (the default): records are not saved.
         at_start: Also probe before the first step (False).
         on_validation: Also probe at the end of every validation, and in ``trainer.validate`` (False).
+        log: Which scalars the loggers get: "main" for those that answer what users ask, at most 40 of three teachers,
+            "all" for several hundred, or a list of figures to log besides the main ones, such as ``["alignment"]``
+            ("main").
         confidence: Level of the intervals, in (0, 1) (0.95).
         seed: Seed of the callback's own random stream (0).
         strict: Raise the exception of a failing probe, instead of warning once (False).
@@ -132,7 +137,7 @@ class GradientAlignmentCallback(Callback):
         arguments = ("teachers", "prompts", "reward", "student", "tokenizer", "gate", "config")
         schedule, config = resolve_options(config, options, other_arguments=arguments)
         self.monitor = Monitor(teachers, prompts, reward, schedule=schedule, config=config, gate=gate)
-        self._cards = NumberCards()
+        self.logged_scalars = LoggedScalars(self.monitor)
         self.report_logger = ReportLogger(schedule.confidence, root_of(schedule.name))
         self._is_set_up = False
         self._stage = "fit"
@@ -217,8 +222,8 @@ class GradientAlignmentCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor.is_new_run(trainer.global_step):
             self.headlines.clear()
-            self._cards = NumberCards()
         self._show_headlines(trainer)
+        self._announce_columns(trainer)
         self.monitor.on_train_start(self.trainer_context(trainer))
 
     @override
@@ -241,6 +246,11 @@ class GradientAlignmentCallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.monitor.on_exception()
+        self.report_logger.close()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.report_logger.close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -272,6 +282,7 @@ class GradientAlignmentCallback(Callback):
             optimizers=trainer.optimizers,
             is_training=_is_training(trainer),
             prepare=lambda: self._prepare(trainer.lightning_module),
+            planned_steps=lambda: planned_steps(trainer),
         )
 
     def _has_probes(self, stage: str) -> bool:
@@ -306,17 +317,23 @@ class GradientAlignmentCallback(Callback):
 
     def _log(self, trainer: Trainer, metrics: dict[str, float], report: ProbeReport | None) -> None:
         """Log to every logger at the optimizer's step, and to the metrics that other callbacks read."""
-        step = trainer.global_step
+        step, is_training = trainer.global_step, _is_training(trainer)
         context = self.trainer_context(trainer)
+        monitored = monitored_figures(trainer, root_of(self.monitor.schedule.name))
+        scalars = self.logged_scalars.selected(metrics, monitored)
+        charted = self.logged_scalars.for_tensorboard(metrics, monitored)
+        if report is not None:
+            self.logged_scalars.explain(context, metrics, tensorboard=any(map(is_tensorboard, trainer.loggers)))
         metrics = named_metrics(metrics, self.monitor.schedule.name)
         with self.monitor.failures.guarded(context, "failed to show the headlines of a probe to other callbacks"):
             self._update_headlines(trainer, metrics, report)
         for logger in trainer.loggers:
             with self.monitor.failures.guarded(context, f"{type(logger).__name__} refused the metrics of a probe"):
-                logger.log_metrics(self._cards.shown(metrics) if is_tensorboard(logger) else metrics, step=step)
+                shown = charted if is_tensorboard(logger) else scalars
+                self.report_logger.log_scalars(logger, shown, list(self.teachers), step, is_training=is_training)
             if report is not None and trainer.is_global_zero:
                 try:
-                    self.report_logger.log(logger, report, step)
+                    self.report_logger.log(logger, report, step, is_training=is_training)
                 except Exception as error:  # even if `strict`: the figures themselves were logged
                     self.monitor.failures.warn_of_error(context, "failed to log the pictures of a probe", error)
 
@@ -330,6 +347,16 @@ class GradientAlignmentCallback(Callback):
         trainer.callback_metrics.update(headlines.shown(worst_values if _is_training(trainer) else {}))
         if report is not None and (complaint := headlines.unknown(worst_values, metrics)):
             self.monitor.failures.warn_once(self.trainer_context(trainer), complaint)
+
+    def _announce_columns(self, trainer: Trainer) -> None:
+        """Name the scalars to loggers that write a table, whose columns then stay the same.
+
+        A logger that refuses them will refuse the metrics of the first probe too, which is warned about.
+        """
+        columns = self.logged_scalars.columns(monitored_figures(trainer, root_of(self.monitor.schedule.name)))
+        for logger in trainer.loggers:
+            with suppress(Exception):
+                self.report_logger.announce(logger, columns, trainer.global_step)
 
     def _show_headlines(self, trainer: Trainer) -> None:
         """Show the headlines before the first probe."""

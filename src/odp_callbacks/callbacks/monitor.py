@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -137,6 +138,8 @@ class Monitor:
         self._student_is_new = True
         self.probe = Probe(student, tokenizer, self.reward, self.teachers, self.config, training_template=template)
         self.training_updates.prepare(self.probe, template, sampling or {})
+        for probe in filter(None, (self.probe, self.training_updates.probe)):
+            probe.says_shortage = False  # the callback does, of all processes together
         if self.schedule.step_gain_every_n_steps is not None:
             for probe in filter(None, (self.probe, self.training_updates.probe)):
                 probe.summed_directions = self.step_gain.directions
@@ -167,7 +170,7 @@ class Monitor:
         self.run_records.start(context, self.failures, is_new_run=is_new_run and self.last_step >= 0)
         if is_new_run:
             self.last_step, self.last_probe_step, self.training_updates.is_due = context.step, -1, False
-            self.time_budget = TimeBudget(self.schedule.max_overhead)
+            self.time_budget = TimeBudget(self.schedule.max_overhead, first_step=context.step)
             self.pooled_updates.clear()
             self.failures.forget_warnings()
         self._student_is_new = self._was_restored = False
@@ -277,10 +280,8 @@ class Monitor:
         """
         self._run_watch.probed = True
         self._warn_of_dropped_states(context)
-        has_time, time_limit = decide_together(
-            context, self.time_budget, FULL_PROBE, can_be_shortened=self.config.adaptive
-        )
-        if not has_time:
+        limit = decide_together(context, self.time_budget, FULL_PROBE)
+        if not limit.has_time:
             return
         start_time = time.perf_counter()
         self.probe_count += 1
@@ -290,9 +291,9 @@ class Monitor:
         figures = ["update_gain"] * self.config.update + ["alignment"] * self.config.measures_nodes
         metrics = {"/".join(["odp", *parts]): float("nan") for parts in product(figures, self.teachers, SPLITS)}
         with self.failures.guarded(context, "a probe failed; training continues without it"):
-            measured = measure_questions(self, context, batch, time_limit)
+            measured = measure_questions(self, context, batch, limit)
             metrics = scalars(measured, self.schedule.confidence)
-            report = measured
+            report = replace(measured, settings={**measured.settings, "confidence": self.schedule.confidence})
         if report is not None:
             with self.failures.guarded(context, "update gain was not pooled over the probes"):
                 metrics |= self.pooled_updates.observe(report)
@@ -303,8 +304,7 @@ class Monitor:
             self.time_budget.record_probe(
                 FULL_PROBE,
                 time.perf_counter() - start_time,
-                0.0 if report is None else report.stage_seconds.get("continuations", 0.0),
-                shortened=time_limit is not None,
+                limit.seconds,
             )
         metrics["odp/probe/time_share"] = self.time_budget.time_share
         metrics["odp/probe/left_out"] = float(self.time_budget.skipped_probes)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from odp_callbacks.callbacks.constant_reward import warn_of_constant_reward
 from odp_callbacks.callbacks.missing_gains import inform_of_missing_gains
 from odp_callbacks.callbacks.report_merging import merge_processes
+from odp_callbacks.callbacks.shortage import inform_of_shortage
+from odp_callbacks.callbacks.time_budget import ProbeLimit
 from odp_callbacks.callbacks.trainer_context import TrainerContext
 from odp_callbacks.engine.rewards import RewardHost
 from odp_callbacks.engine.user_defaults import remembering_user_defaults
@@ -14,14 +16,14 @@ if TYPE_CHECKING:
     from odp_callbacks.callbacks.monitor import Monitor
 
 
-def measure_questions(monitor: "Monitor", context: TrainerContext, batch: Any, time_limit: float | None) -> ProbeReport:
+def measure_questions(monitor: "Monitor", context: TrainerContext, batch: Any, limit: ProbeLimit) -> ProbeReport:
     """Measure the next questions of a monitor.
 
     Args:
         monitor: The monitor.
         context: The trainer.
         batch: The batch, whose rows are the questions where there are no ``prompts``.
-        time_limit: Number of seconds after which to stop sampling continuations; None for no limit.
+        limit: How long the probe may take.
 
     Returns:
         The report on the questions of all processes.
@@ -42,7 +44,7 @@ def measure_questions(monitor: "Monitor", context: TrainerContext, batch: Any, t
                 rows,
                 seed=seed,
                 ids=question_ids,
-                time_budget=time_limit,
+                seconds=limit.seconds,
                 progress=progress,
                 preconditioner=monitor.preconditioner(context),
             )
@@ -51,4 +53,5 @@ def measure_questions(monitor: "Monitor", context: TrainerContext, batch: Any, t
     assert report is not None, "a probe has questions"
     warn_of_constant_reward(context, monitor.failures, report)
     inform_of_missing_gains(context, monitor.failures, report)
+    inform_of_shortage(context, report, limit)
     return report

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from odp_callbacks.analysis.confidence_sequences import check_decay
 from odp_callbacks.analysis.jackknife import check_confidence
+from odp_callbacks.analysis.scalar_selection import LogOption, check_log
 from odp_callbacks.callbacks.names import check_name
 from odp_callbacks.engine.config import ProbeConfig, ProbeOptions, resolve_config
 from odp_callbacks.files import local_path
@@ -28,6 +29,7 @@ class ScheduleOptions(TypedDict, total=False):
     records: str | PathLike[str] | None
     at_start: bool
     on_validation: bool
+    log: LogOption
     confidence: float
     seed: int
     strict: bool
@@ -51,9 +53,9 @@ class ProbeSchedule:
         questions_per_probe: Number of questions in a probe. They are taken from a shuffled order, in which every
             question comes once before any comes twice.
         max_overhead: The largest share of the training's wall-clock time that probes may take, in (0, 1). A probe that
-            would exceed it gets fewer continuations if the probe has a ``budget`` or a ``time_budget``, and is skipped
-            otherwise. The first probe always runs, because its cost is not known before. None: every probe runs in
-            full.
+            would exceed it is limited to the time that is left, or skipped if that is less than half of what it takes.
+            The first probe is limited to a quarter of what the planned length of the run allows. None: every probe
+            runs in full.
         update_every_n_steps: Number of optimizer steps between measurements on the training's own rollouts:
             update gain at the cost of the gradients, without continuations. None: no such measurements.
         step_gain_every_n_steps: Number of optimizer steps between figures about the steps that the training took: what
@@ -67,7 +69,10 @@ class ProbeSchedule:
             :mod:`odp_callbacks.storage`. None: records are not saved.
         at_start: Also probe before the first step.
         on_validation: Also probe at the end of every validation.
-        confidence: Level of the intervals, in (0, 1).
+        log: Which scalars the loggers get: "main" for those that answer what users ask, at most 40 of three teachers,
+            "all" for several hundred, or a list of figures to log besides the main ones, such as ``["alignment"]``.
+        confidence: Level of the intervals, in (0, 1), in scalars, pictures and texts, and by default in what a
+            report says (:attr:`~odp_callbacks.ProbeReport.confidence`).
         seed: Seed of the callback's own random stream.
         strict: Raise the exception of a failing probe, instead of warning once and continuing the training.
         optimizer_geometry: Also measure in the geometry of Adam's next step, with its second moments as the
@@ -93,6 +98,7 @@ class ProbeSchedule:
     records: str | PathLike[str] | None = None
     at_start: bool = False
     on_validation: bool = False
+    log: LogOption = "main"
     confidence: float = 0.95
     seed: int = 0
     strict: bool = False
@@ -110,6 +116,7 @@ class ProbeSchedule:
                 raise ValueError(f"`{name}` must be a positive integer, but {count!r} was given.")
         if self.max_overhead is not None and not 0 < self.max_overhead < 1:
             raise ValueError(f"`max_overhead` must lie in (0, 1) or be None, but {self.max_overhead!r} was given.")
+        object.__setattr__(self, "log", check_log(self.log))
         check_confidence(self.confidence)
         check_decay("pooled_decay", self.pooled_decay)
         if self.records is not None:

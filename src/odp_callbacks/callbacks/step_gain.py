@@ -183,7 +183,7 @@ class StepGain:
         time_budget.update_run_time()
         has_time = True
         if time_budget.max_share is not None and KIND in time_budget.costs:
-            seconds = time_budget.costs[KIND].seconds
+            seconds = time_budget.costs[KIND]
             own_share = SHARE * time_budget.max_share * time_budget.run_seconds
             has_time = self.seconds + seconds <= own_share and seconds <= time_budget.affordable_seconds
         return has_time

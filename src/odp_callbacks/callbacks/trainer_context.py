@@ -28,6 +28,7 @@ class TrainerContext:
         optimizers: The optimizers that train the student.
         is_training: Whether a training is under way; False in a validation on its own.
         trainer_state: The state that TRL passes to reward functions; None for a trainer that has none.
+        planned_steps: Returns the optimizer step at which the training will end; None if that is not known.
         prepare: Finds the student as it is now, and prepares the monitor for it (:meth:`Monitor.prepare`).
     """
 
@@ -43,3 +44,4 @@ class TrainerContext:
     is_training: bool = True
     trainer_state: Any = None
     prepare: Callable[[], None] = lambda: None
+    planned_steps: Callable[[], int | None] = lambda: None

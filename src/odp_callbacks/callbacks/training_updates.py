@@ -11,6 +11,7 @@ from odp_callbacks.callbacks.missing_gains import inform_of_missing_gains
 from odp_callbacks.callbacks.report_merging import merge_processes
 from odp_callbacks.callbacks.reward_memory import RewardMemory
 from odp_callbacks.callbacks.schedule import ProbeSchedule
+from odp_callbacks.callbacks.shortage import inform_of_shortage
 from odp_callbacks.callbacks.time_budget import TimeBudget, decide_together
 from odp_callbacks.callbacks.trainer_context import TrainerContext
 from odp_callbacks.engine.chat_template import ChatTemplate
@@ -24,6 +25,8 @@ from odp_callbacks.records import ProbeReport
 
 KIND = "update probe"
 """What the time budget calls such a measurement."""
+MINIMUM_SECONDS = 1e-3
+"""What is left for a measurement if reading the rollouts took all of its time."""
 
 
 class TrainingUpdates:
@@ -63,7 +66,7 @@ class TrainingUpdates:
         if self.schedule.update_every_n_steps is None:
             return
         # The influences of tokens are not logged.
-        without_nodes = replace(full_probe.config, budget=0, time_budget=None, half_width=None, step_alignment=False)
+        without_nodes = replace(full_probe.config, budget=0, seconds=None, half_width=None, step_alignment=False)
         config = replace(without_nodes, influence=False, **sampling)
         self.probe = Probe(
             full_probe.student,
@@ -92,8 +95,8 @@ class TrainingUpdates:
             next_seed: Returns the seed.
         """
         self.is_due = False
-        has_time, _ = decide_together(context, time_budget, KIND, can_be_shortened=False)
-        if not has_time:
+        limit = decide_together(context, time_budget, KIND)
+        if not limit.has_time:
             return
         start_time = time.perf_counter()
         metrics = {f"odp/training/update_gain/{teacher}/all": float("nan") for teacher in self.teachers}
@@ -101,20 +104,26 @@ class TrainingUpdates:
             context, "the update gain of the training's rollouts was not measured; training continues without it"
         ):
             seed = next_seed()
-            report = merge_processes(context, self.failures, lambda: self._own_share(context, training_rollouts, seed))
+            report = merge_processes(
+                context, self.failures, lambda: self._own_share(context, training_rollouts, seed, limit.seconds)
+            )
             if report is None:
                 self.is_due = True
                 return
             metrics = update_scalars(report, self.schedule.confidence)
             inform_of_missing_gains(context, self.failures, report)
+            inform_of_shortage(context, report, limit)
         time_budget.update_run_time()
         metrics["odp/training/seconds"] = time.perf_counter() - start_time
-        time_budget.record_probe(KIND, metrics["odp/training/seconds"])
+        time_budget.record_probe(KIND, metrics["odp/training/seconds"], limit.seconds)
         with self.failures.guarded(context, "failed to log the metrics of a probe"):
             context.log(metrics, None)
 
-    def _own_share(self, context: TrainerContext, training_rollouts: TrainingRollouts, seed: int) -> ProbeReport | None:
-        """Measure the rollouts of this process; None if it has none."""
+    def _own_share(
+        self, context: TrainerContext, training_rollouts: TrainingRollouts, seed: int, seconds: float | None
+    ) -> ProbeReport | None:
+        """Measure the rollouts of this process, in so many seconds at most; None if it has none."""
+        start_time = time.perf_counter()
         context.prepare()
         assert self.probe is not None
         self.probe.reward_host = RewardHost(context.trainer_state, context.step)
@@ -131,6 +140,8 @@ class TrainingUpdates:
         if not rows:
             return None
         question_ids = [f"{context.processes.rank}.{position}" for position in range(len(rows))]
+        if seconds is not None:  # reading and scoring the rollouts took some of it
+            seconds = max(MINIMUM_SECONDS, seconds - (time.perf_counter() - start_time))
         with remembering_user_defaults(), context.precision_context():
             return self.probe.run(
                 list(rows.values()),
@@ -138,6 +149,7 @@ class TrainingUpdates:
                 ids=question_ids,
                 responses=list(responses.values()),
                 rewards=list(rewards.values()),
+                seconds=seconds,
             )
 
     def _scored(self, rollouts: list[TrainingRollout]) -> list[TrainingRollout]:

@@ -5,6 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from typing_extensions import Unpack
 
+from odp_callbacks.callbacks.logged_scalars import LoggedScalars
 from odp_callbacks.callbacks.monitor import Monitor
-from odp_callbacks.callbacks.names import named_metrics, refuse_equal_names, root_of
-from odp_callbacks.callbacks.number_cards import NumberCards
+from odp_callbacks.callbacks.names import refuse_equal_names, root_of
 from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import Bar, ProbeProgress
 from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
@@ -42,9 +43,9 @@ STATE_KEY = "odp_callbacks"
 """Where a callback without a name keeps its state in a checkpoint's ``trainer_state.json``."""
 
 PRINTING_CALLBACKS = (ProgressCallback, PrinterCallback)
-"""Callbacks that print everything that is logged; a probe has about two hundred metrics."""
-HEADLINES = ("odp/update_gain/", "odp/training/update_gain/")
-"""How the names of the metrics begin that are printed."""
+"""Callbacks that print everything that is logged."""
+HEADLINES = ("update_gain", "training/update_gain")
+"""Figures that are printed."""
 
 console_log = logging.getLogger(__name__)
 
@@ -79,9 +80,9 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         every_n_steps: Number of optimizer steps between probes (100).
         questions_per_probe: Number of questions in a probe, taken from a shuffled order (8).
         max_overhead: The largest share of the training's wall-clock time that probes may take, in (0, 1) (0.1). A probe
-            that would exceed it gets fewer continuations if the probe has a ``budget`` or a ``time_budget``, and is
-            skipped otherwise. The first probe always runs, because its cost is not known before. None: every probe
-            runs in full.
+            that would exceed it is limited to the time that is left, or skipped if that is less than half of what it
+            takes. The first probe is limited to a quarter of what the planned length of the run allows. None: every
+            probe runs in full.
         update_every_n_steps: Number of optimizer steps between measurements on the rollouts that the training itself
             samples: update gain at the cost of the gradients, logged as ``odp/training/…``. It needs one of TRL's
             trainers that sample from the student (:mod:`odp_callbacks.callbacks.trl_rollouts`). A reward that the
@@ -99,6 +100,9 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             None (the default): records are not saved.
         at_start: Also probe before the first step (False).
         on_validation: Also probe at the end of every evaluation (False).
+        log: Which scalars the loggers get: "main" for those that answer what users ask, at most 40 of three teachers,
+            "all" for several hundred, or a list of figures to log besides the main ones, such as ``["alignment"]``
+            ("main").
         confidence: Level of the intervals, in (0, 1) (0.95).
         seed: Seed of the callback's own random stream (0).
         strict: Raise the exception of a failing probe, instead of warning once (False).
@@ -143,13 +147,13 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             )
         prompts = rows_of_dataset(trainer.train_dataset) if prompts is None else prompts
         self.monitor = Monitor(teachers, prompts, reward, schedule=schedule, config=config, gate=gate)
-        self.tensorboard = TensorBoardReports(schedule.confidence, prefix="train/", root=root_of(schedule.name))
+        self.tensorboard = TensorBoardReports(schedule.confidence, root=root_of(schedule.name))
         self.trainer = trainer
         self.student = student
         self.tokenizer = getattr(trainer, "processing_class", None) if tokenizer is None else tokenizer
         if self.tokenizer is None:
             raise ValueError("`trainer` has no `processing_class`; give the student's tokenizer as `tokenizer`.")
-        self._cards = NumberCards()
+        self.logged_scalars = LoggedScalars(self.monitor)
         self.rollouts: TrainerRollouts | None = None
         if schedule.update_every_n_steps is not None:
             self.rollouts = TrainerRollouts(trainer, self.monitor.failures, self.trainer_context)
@@ -186,8 +190,6 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._prepare()  # a gate may have been added to the trainer in the meantime
         if saved_state := (state.stateful_callbacks or {}).get(self.state_key):
             self.monitor.load_state_dict(read_state(saved_state))
-        if self.monitor.is_new_run(state.global_step):
-            self._cards = NumberCards()
         self.monitor.on_train_start(self.trainer_context())
         if self.rollouts is not None:
             template = template_of(self.config, training_template(self.trainer))
@@ -214,6 +216,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Stop the clock, and leave the trainer as it was."""
         self.monitor.on_train_end(self.trainer_context())
+        self.tensorboard.close()
         if self.rollouts is not None:
             self.rollouts.stop()
 
@@ -239,6 +242,7 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
             is_training=trainer.is_in_train,
             trainer_state=trainer.state,
             prepare=self._prepare,
+            planned_steps=lambda: trainer.state.max_steps if trainer.state.max_steps > 0 else None,
         )
 
     def _prepare(self) -> None:
@@ -284,29 +288,55 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         should_log, callbacks = trainer.control.should_log, trainer.callback_handler.callbacks
         printing = [callback for callback in callbacks if isinstance(callback, PRINTING_CALLBACKS)]
         tensorboards = [callback for callback in callbacks if isinstance(callback, TensorBoardCallback)]
-        name = self.monitor.schedule.name
-        headlines = {metric: value for metric, value in metrics.items() if metric.startswith(HEADLINES)}
+        scalars = self.logged_scalars.selected(metrics)
+        if report is not None:
+            self.logged_scalars.explain(self.trainer_context(), metrics, tensorboard=bool(tensorboards))
+        numbers = {metric: value for metric, value in scalars.items() if isfinite(value)}
+        root = self.logged_scalars.root
+        beginnings = tuple(f"{root}/{figure}/" for figure in HEADLINES)
+        headlines = {metric: value for metric, value in numbers.items() if metric.startswith(beginnings)}
         try:
             apart = [*printing, *tensorboards]
             trainer.callback_handler.callbacks = [callback for callback in callbacks if callback not in apart]
-            Trainer.log(trainer, named_metrics(metrics, name))
-            if _of_every_step(metrics) and trainer.state.global_step % max(1, trainer.state.logging_steps):
+            if numbers:
+                Trainer.log(trainer, dict(numbers))
+            if numbers and _of_every_step(metrics) and trainer.state.global_step % max(1, trainer.state.logging_steps):
                 trainer.state.log_history.pop()  # it is saved in checkpoints, and would grow with every step
             for callback in tensorboards:
-                shown = self._cards.shown(named_metrics(metrics, name))
-                callback.on_log(trainer.args, trainer.state, trainer.control, logs=shown)
+                self._write_scalars(callback, self.logged_scalars.for_tensorboard(metrics))
             for callback in printing if headlines else ():
-                callback.on_log(trainer.args, trainer.state, trainer.control, logs=named_metrics(headlines, name))
+                callback.on_log(trainer.args, trainer.state, trainer.control, logs=headlines)
         finally:
             trainer.callback_handler.callbacks = callbacks
             trainer.control.should_log = should_log
-        if report is None or not trainer.is_world_process_zero():
+        if report is not None and trainer.is_world_process_zero():
+            self._write_report(report)
+
+    def _write_scalars(self, callback: TensorBoardCallback, scalars: dict[str, float]) -> None:
+        """Write scalars to TensorBoard, where each teacher has a run of its own."""
+        trainer = self.trainer
+        if not trainer.is_world_process_zero():
             return
+        if callback.tb_writer is None:
+            callback.on_log(trainer.args, trainer.state, trainer.control, logs={})  # opens the writer
+        if callback.tb_writer is None:  # tensorboard is not installed
+            return
+        step = trainer.state.global_step
+        own = self.tensorboard.write_scalars(
+            callback.tb_writer, scalars, list(self.teachers), step, is_training=trainer.is_in_train
+        )
+        for tag, value in own.items():
+            callback.tb_writer.add_scalar(tag, value, step)
+        callback.tb_writer.flush()
+
+    def _write_report(self, report: ProbeReport) -> None:
+        """Write the pictures and texts of a report to TensorBoard."""
+        trainer = self.trainer
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 try:
                     step = trainer.state.global_step
-                    self.tensorboard.write(callback.tb_writer, report, step)
+                    self.tensorboard.write(callback.tb_writer, report, step, is_training=trainer.is_in_train)
                 except Exception as error:  # even if `strict`: the figures themselves were logged
                     context = self.trainer_context()
                     self.monitor.failures.warn_of_error(context, "failed to log the pictures of a probe", error)

@@ -11,13 +11,18 @@ from typing import Any
 
 from torch import nn
 
+from odp_callbacks.analysis.time_shortage import NOT_DONE, response_limit
+from odp_callbacks.cli.teacher_accuracy import measured_responses
 from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Question, Row
 from odp_callbacks.engine.rewards import RewardFunction, UnscoredError
 from odp_callbacks.engine.sampling.memory import cache_bytes_of_token, free_bytes
+from odp_callbacks.engine.time_plan import UPDATE_SHARE
 from odp_callbacks.engine.timing import Progress
+from odp_callbacks.engine.unit_costs import UnitCosts
 from odp_callbacks.files import read_json_object, write_atomically
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.storage import DamagedRecordsError, load, merge, save
@@ -28,6 +33,10 @@ BLOCKS_FOLDER = "blocks"
 UPDATE_FOLDER = "update"
 JOURNAL_FILE = "journal"
 BLOCK_SIZE = "questions_per_block"
+LIMITS = ("max_new_tokens", "response_limit")
+"""Settings of the update that say how long responses could be, and were."""
+MINIMUM_SECONDS = 1e-3
+"""What is left for a part of the diagnosis if all its time was used up before."""
 MAXIMUM_BLOCK = 64
 """Questions whose nodes are measured together, so that the batch of their continuations stays full."""
 
@@ -43,6 +52,7 @@ def run_diagnosis(
     config: ProbeConfig,
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
+    teacher_accuracy: int = 0,
     on_stage: Progress | None = None,
 ) -> ProbeReport:
     """Measure the update of all questions, then their nodes, block by block; each part is saved when it is done.
@@ -51,7 +61,8 @@ def run_diagnosis(
     continuations are kept in a journal, so that an interruption loses none of them. The random draws of a question
     depend on the seed and on its place alone, so that an interrupted diagnosis ends with the figures of one that was
     not interrupted. A block holds all questions, up to :data:`MAXIMUM_BLOCK` and as far as the keys and values of their
-    rollouts fit in memory. A ``budget`` or ``time_budget`` is divided among the blocks by their questions.
+    rollouts fit in memory. A ``budget`` or ``seconds`` is divided among the blocks by their questions; ``seconds`` are
+    those of this call.
 
     Args:
         student: A peft model.
@@ -64,14 +75,18 @@ def run_diagnosis(
         seed: Seed of all random draws.
         identity: What else distinguishes this diagnosis, such as the student's path. A folder that holds a diagnosis
             with another identity is refused.
+        teacher_accuracy: How many responses to each question every teacher gives by itself; 0 for none.
         on_stage: Called with the name of a stage, the amount done, and the total.
 
     Raises:
         ValueError: If the folder holds another diagnosis, or if an argument does not work.
     """
+    deadline, costs = Deadline(config.seconds), UnitCosts()
 
     def probe_with(**changes: Any) -> Probe:
-        return Probe(student, tokenizer, reward, teachers, replace(config, **changes))
+        probe = Probe(student, tokenizer, reward, teachers, replace(config, **changes))
+        probe.unit_costs, probe.says_shortage = costs, False
+        return probe
 
     probe = probe_with()
     questions = probe.validate(rows, [str(question_index) for question_index in range(len(rows))])
@@ -81,15 +96,34 @@ def run_diagnosis(
     journal = Journal(output / JOURNAL_FILE)
     update = None
     if config.update:
-        update_probe = probe_with(budget=0, time_budget=None, half_width=None, step_alignment=False)
+        share = UPDATE_SHARE if config.measures_nodes else 1.0
+        seconds = seconds_left(deadline.at_share(share))
+        update_probe = probe_with(budget=0, seconds=seconds, half_width=None, step_alignment=False)
         update = _measured(update_probe, questions, output / UPDATE_FOLDER, "the update", seed, journal, on_stage)
     diagnosis = update
     if config.measures_nodes:
+        sampled = None if update is None else {rollout.question for rollout in update.rollouts}
+        if sampled is not None and update is not None and update.left_out.get("unsampled_questions"):
+            questions = [question for question in questions if question.id in sampled]
+        limit = None if update is None else response_limit(update)
+        config = config if limit is None else replace(config, max_new_tokens=limit)
         blocks = [questions[first : first + block_size] for first in range(0, len(questions), block_size)]
-        diagnosis = _measure_blocks(probe_with, config, blocks, output / BLOCKS_FOLDER, seed, journal, on_stage)
+        diagnosis = _measure_blocks(
+            probe_with, config, blocks, output / BLOCKS_FOLDER, seed, journal, on_stage, deadline
+        )
         if update is not None:
             diagnosis = with_updates_of(diagnosis, update)
+            without_time = {name: count for name, count in update.left_out.items() if name in NOT_DONE}
+            kept_settings = {name: update.settings[name] for name in LIMITS if name in update.settings}
+            diagnosis = replace(
+                diagnosis,
+                left_out={**diagnosis.left_out, **without_time},
+                settings={**diagnosis.settings, **kept_settings},
+            )
     assert diagnosis is not None, "a configuration measures the update or nodes"
+    if teacher_accuracy:
+        responses = measured_responses(probe, questions, output, teacher_accuracy, seed, journal, on_stage)
+        diagnosis = replace(diagnosis, teacher_responses=responses)
     scored = {rollout.question for rollout in diagnosis.rollouts}
     diagnosis = replace(diagnosis, left_out={**diagnosis.left_out, "questions": len(rows) - len(scored)})
     save(diagnosis, output / "records", overwrite=True)
@@ -105,6 +139,7 @@ def _measure_blocks(
     seed: int,
     journal: Journal,
     on_stage: Progress | None,
+    deadline: Deadline,
 ) -> ProbeReport:
     """Measure the nodes of all blocks; a block whose questions have no reward is left out if others have one."""
     question_count = sum(map(len, blocks))
@@ -115,7 +150,8 @@ def _measure_blocks(
         probe = probe_with(
             update=False,
             budget=max(1, round(config.budget * share)) if config.budget else config.budget,
-            time_budget=None if config.time_budget is None else config.time_budget * share,
+            max_new_tokens=config.max_new_tokens,
+            seconds=seconds_left(deadline.part(len(blocks) - place)),
         )
         try:
             reports.append(_measured(probe, block, folder / f"{place:05d}", f"block {place}", seed, journal, on_stage))
@@ -127,6 +163,11 @@ def _measure_blocks(
     for report in reports:
         stage_seconds.update(report.stage_seconds)
     return replace(merge(reports), stage_seconds=dict(stage_seconds))
+
+
+def seconds_left(deadline: Deadline) -> float | None:
+    """The seconds until a deadline, as a probe takes them; None without one."""
+    return max(deadline.remaining_seconds, MINIMUM_SECONDS) if deadline.is_finite else None
 
 
 def _measured(

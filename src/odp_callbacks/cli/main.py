@@ -52,6 +52,11 @@ COMMANDS = {
         "odp_callbacks.cli.diagnose:run_command",
         after_interruption="; the same command resumes from here",
     ),
+    "demonstrations": Command(
+        "Sample and verify correct and wrong responses to show to a teacher.",
+        "odp_callbacks.cli.demonstrations:run_command",
+        after_interruption="; the same command resumes from here",
+    ),
     "report": Command("Build the HTML report of saved records.", "odp_callbacks.cli.report:run_command"),
     "compare": Command("Compare two runs, or two checkpoints of one run.", "odp_callbacks.cli.compare:run_command"),
     "demo": Command(

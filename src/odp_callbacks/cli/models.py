@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,42 @@ def load_student(model: str | None, inform: Inform) -> tuple[nn.Module, Any]:
         # Moved only when it is complete: an interrupted download leaves no incomplete student behind.
         os.replace(converted_folder, cached_folder)
     return _load(str(cached_folder))
+
+
+def load_named_model(argument: str, name: str | None, inform: Callable[[str], None]) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer; an error names the argument.
+
+    Args:
+        argument: The argument that names the model.
+        name: As in :func:`load_student`.
+        inform: Called with a line of text about each step that takes time.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    try:
+        return load_student(name, inform)
+    except (OSError, ValueError) as error:
+        if name is None:
+            raise
+        raise ValueError(
+            f"`{argument}` names {name!r}, which is neither a folder with a model nor available on the hub "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+
+
+def stop_token_ids(texts: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """The last token of each text, sorted.
+
+    Raises:
+        ValueError: If a text has no token.
+    """
+    token_ids = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
+    if texts_without_token := [text for text, ids in token_ids.items() if not ids]:
+        raise ValueError(
+            f"`stop` has {texts_without_token[0]!r}, which has no token; give texts such as '\\n', or none."
+        )
+    return tuple(sorted({ids[-1] for ids in token_ids.values()}))
 
 
 def _load(source: str) -> tuple[nn.Module, Any]:

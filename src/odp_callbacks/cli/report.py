@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from odp_callbacks.analysis.jackknife import check_confidence
-from odp_callbacks.cli.arguments import add_confidence_argument, add_json_argument, command_parser
+from odp_callbacks.cli.arguments import add_json_argument, command_parser
 from odp_callbacks.cli.results import result_console, show_ranking
 from odp_callbacks.cli.saved_records import load_reports
 from odp_callbacks.files import check_can_be_written, local_path
@@ -20,16 +20,20 @@ def run_command(arguments: Sequence[str]) -> int:
         " of records, such as that of a demo, stands for all of them.",
     )
     parser.add_argument("--output", type=str, default="report.html", help="The HTML file. (default: report.html)")
-    add_confidence_argument(parser)
+    parser.add_argument(
+        "--confidence", type=float, help="Level of the intervals. (default: that of the last probe's callback, or 0.95)"
+    )
     add_json_argument(parser)
     options = parser.parse_args(list(arguments))
-    check_confidence(options.confidence)
+    if options.confidence is not None:
+        check_confidence(options.confidence)
     page = local_path("output", options.output)
     check_can_be_written("output", page.parent)
+    reports = load_reports(options.records)
     show_ranking(
-        load_reports(options.records),
+        reports,
         page,
-        options.confidence,
+        reports[-1][1].confidence if options.confidence is None else options.confidence,
         result_console(options.json),
         options.json,
     )

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from odp_callbacks.analysis.ranking import rank
+from odp_callbacks.cli.teacher_accuracy import accuracy_as_json
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import printable
+from odp_callbacks.visualization.accuracy_table import accuracy_table
 from odp_callbacks.visualization.html_report import write_report
 from odp_callbacks.visualization.table import summary_table
 
@@ -42,9 +44,14 @@ def show_ranking(
             split: [asdict(ranked_teacher) for ranked_teacher in ranked_teachers]
             for split, ranked_teachers in ranking.classes.items()
         }
-        print_json({"answer": ranking.answer, "report": str(page), "classes": classes})
+        printed = {"answer": ranking.answer, "report": str(page), "classes": classes}
+        if accuracy := accuracy_as_json(last_report, confidence):
+            printed["accuracy"] = accuracy
+        print_json(printed)
         return
     console.print(summary_table(last_report, confidence))
+    if (own_accuracy := accuracy_table(last_report, confidence)) is not None:
+        console.print("", own_accuracy)
     console.print(f"\n[bold]{terminal_text(ranking.answer)}[/bold]\nThe report: {terminal_text(page)}")
 
 

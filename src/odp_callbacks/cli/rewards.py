@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from odp_callbacks.engine.answer_rewards import answer_reward, check_references, completion_text
+from odp_callbacks.engine.answers import ANSWER_RULES
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.reward_arguments import SIGNATURE, check_reward, missing_arguments
 from odp_callbacks.engine.rewards import RewardFunction
@@ -22,8 +24,9 @@ def load_reward(name: str, task_reward: RewardFunction | None, rows: Sequence[Ro
     """Find a reward function by its name.
 
     Args:
-        name: ``"task"`` for the function that came with the questions, ``"exact"``, ``"math-verify"``, or the import
-            path of a TRL reward function, as in ``my_package.rewards.correct``.
+        name: ``"task"`` for the function that came with the questions, ``"exact"``, ``"math-verify"``, a rule of
+            :data:`~odp_callbacks.engine.answers.ANSWER_RULES` such as ``"number"``, or the import path of a TRL reward
+            function, as in ``my_package.rewards.correct``.
         task_reward: The function that came with the questions, or None.
         rows: The questions. They must have the columns that the function reads.
 
@@ -37,8 +40,8 @@ def load_reward(name: str, task_reward: RewardFunction | None, rows: Sequence[Ro
     if name == TASK_REWARD:
         if task_reward is None:
             raise ValueError(
-                "`reward` is 'task', but this dataset has no reward function of its own; give 'exact', 'math-verify' "
-                "or an import path."
+                "`reward` is 'task', but this dataset has no reward function of its own; give one of "
+                f"{sorted(REWARDS)}, an import path, or a `preset`."
             )
         return task_reward
     if name in REWARDS:
@@ -49,6 +52,8 @@ def load_reward(name: str, task_reward: RewardFunction | None, rows: Sequence[Ro
             )
         if name == "math-verify":
             _require_math_verify()
+        if name in ANSWER_RULES:
+            check_references(name, rows)
         return REWARDS[name]
     reward = _import_reward(name)
     for row_index, row in enumerate(rows):
@@ -79,7 +84,7 @@ def _import_reward(path: str) -> RewardFunction:
 def exact(prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
     """Give 1 where the completion equals the column ``answer``, apart from white space, else 0; None without answer."""
     return [
-        None if is_missing(expected) else float(_completion_text(completion).strip() == str(expected).strip())
+        None if is_missing(expected) else float(completion_text(completion).strip() == str(expected).strip())
         for completion, expected in zip(completions, answer, strict=True)
     ]
 
@@ -90,7 +95,7 @@ def math_verify(prompts: list[Any], completions: list[Any], answer: list[Any], *
 
     with _alarm_kept():
         return [
-            None if is_missing(expected) else float(verify(parse(str(expected)), parse(_completion_text(completion))))
+            None if is_missing(expected) else float(verify(parse(str(expected)), parse(completion_text(completion))))
             for completion, expected in zip(completions, answer, strict=True)
         ]
 
@@ -112,7 +117,11 @@ def _alarm_kept() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(seconds_left - elapsed, SHORTEST_ALARM))
 
 
-REWARDS: dict[str, Callable[..., list[float | None]]] = {"exact": exact, "math-verify": math_verify}
+REWARDS: dict[str, Callable[..., list[float | None]]] = {
+    "exact": exact,
+    "math-verify": math_verify,
+    **{rule: answer_reward(rule) for rule in ANSWER_RULES},
+}
 NEEDS_ANSWER = frozenset(REWARDS)
 
 
@@ -130,8 +139,3 @@ def _require_math_verify() -> None:
                 f"`reward` is 'math-verify', which needs the package {error.name or module}: "
                 "pip install 'odp-callbacks[math]'."
             ) from error
-
-
-def _completion_text(completion: Any) -> str:
-    """The text of a completion: a string, or chat messages of which the last counts."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])

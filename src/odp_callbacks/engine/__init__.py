@@ -1,7 +1,8 @@
 """The measurement itself; it needs torch, transformers and peft, and can be used alone as a diagnosis."""
 
 from odp_callbacks.engine.config import ProbeConfig, ProbeOptions
-from odp_callbacks.engine.probe import Probe, diagnose
+from odp_callbacks.engine.diagnosis import diagnose
+from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.rewards import RewardError
 from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
 from odp_callbacks.engine.tree.nodes import BalancedNodes, EntropyNodes, UniformNodes, every_node, exponential_windows

@@ -18,10 +18,12 @@ SIMPLE_TYPES = (str, int, float, tuple, type(None))
 """Types of option values that a record can hold as they are."""
 COUNTS = ("rollouts_per_question", "max_new_tokens", "continuations", "max_branches", "tail_draws", "batch_size")
 """Options that must be positive integers."""
-LIMITS = ("time_budget", "half_width", "max_memory_bytes", "reward_timeout")
+LIMITS = ("seconds", "half_width", "max_memory_bytes", "reward_timeout")
 """Options that must be positive finite numbers or None."""
-SHARES = ("branch_mass", "success_threshold")
+SHARES = ("branch_mass", "success_threshold", "differing_gradients", "agreeing_gradients")
 """Options that must lie in (0, 1]."""
+OPTIONAL_SHARES = ("teacher_branch_probability", "tail_roulette")
+"""Options that must lie in (0, 1), or None."""
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -32,7 +34,7 @@ class ProbeOptions(TypedDict, total=False):
     temperature: float
     continuations: int
     budget: int | None
-    time_budget: float | None
+    seconds: float | None
     target: str
     half_width: float | None
     step_alignment: bool
@@ -43,6 +45,10 @@ class ProbeOptions(TypedDict, total=False):
     branch_mass: float
     max_branches: int
     tail_draws: int
+    teacher_branch_probability: float | None
+    tail_roulette: float | None
+    differing_gradients: float
+    agreeing_gradients: float
     projections: int | None
     divergence: Divergence | UserLoss
     beta: float | None
@@ -68,13 +74,15 @@ class ProbeConfig:
         max_new_tokens: Maximum length of a response in tokens.
         temperature: Sampling temperature. It also divides the logits of both models in a named distillation loss.
         continuations: Number of continuations sampled from each branch. It applies where neither ``budget`` nor
-            ``time_budget`` is given.
+            ``seconds`` is given.
         budget: Number of tokens to spend on continuations, met to within 5 %. Every branch first gets one
             continuation; the others go to the branches where they narrow the interval of ``target`` most. If one
             continuation per branch costs too much of the budget, a random subset of the nodes is measured. With 0, no
             node is measured and no continuation sampled: update gain and token influence need rollouts only.
-        time_budget: Number of seconds to spend on continuations, distributed like ``budget``. If both are given,
-            sampling stops at whichever is reached first.
+        seconds: Number of seconds that the whole probe may take, from rollouts to gradients. Where it is too short,
+            responses are cut at a common length and whole questions are left out, and the report and a message say
+            so. With nodes it also limits continuations, which are distributed like those of a ``budget``; with both,
+            sampling stops at whichever is reached first. None: no limit.
         target: The figure whose interval a budget narrows: ``"predicted_gain"``, ``"gain_weighted_alignment"`` or
             ``"alignment"``.
         half_width: Stop before the budget is spent, once the 95 % interval of ``target`` over all nodes has at most
@@ -93,6 +101,15 @@ class ProbeConfig:
         branch_mass: Total probability that the most likely branches of a node must reach, in (0, 1].
         max_branches: Maximum number of most likely branches of a node.
         tail_draws: Number of tokens drawn from the remaining probability mass at each node.
+        teacher_branch_probability: Tokens to which a teacher gives more than this probability are branches too, at most
+            ``max_branches`` of them. None: only tokens that the student chose or may choose.
+        tail_roulette: Where the remaining mass is smaller than this, tokens are drawn from it with the probability
+            ``mass / tail_roulette`` only, and weigh more in return. None always draws.
+        differing_gradients: Share of the nodes whose gradients are computed, among those where outcomes differ but no
+            alignment is decided. They are drawn by the size of the ideal gradient on the logits, and stand for the
+            others; where an alignment is decided on the logits, gradients are always computed. In (0, 1].
+        agreeing_gradients: The same among the nodes where all outcomes agree, which have no gain whatever their
+            gradients are. In (0, 1].
         projections: Number of random directions that gradients are projected on with ``nodes="every"``, wherever
             projection is cheaper (long responses). The cosine at a node then has a standard error of about
             ``1 / sqrt(projections)``, and modules are not told apart. None never projects.
@@ -125,7 +142,7 @@ class ProbeConfig:
     temperature: float = 1.0
     continuations: int = 4
     budget: int | None = None
-    time_budget: float | None = None
+    seconds: float | None = None
     target: str = "predicted_gain"
     half_width: float | None = None
     step_alignment: bool = True
@@ -136,6 +153,10 @@ class ProbeConfig:
     branch_mass: float = 0.95
     max_branches: int = 4
     tail_draws: int = 2
+    teacher_branch_probability: float | None = 0.02
+    tail_roulette: float | None = 0.05
+    differing_gradients: float = 0.5
+    agreeing_gradients: float = 0.1
     projections: int | None = 256
     divergence: Divergence | UserLoss = "reverse_kl"
     beta: float | None = None
@@ -166,7 +187,7 @@ class ProbeConfig:
             if given is not None and not 0 < given < float("inf"):
                 raise ValueError(f"`{option}` must be a positive number or None, but {given!r} was given.")
         if self.half_width is not None and not self.adaptive:
-            raise ValueError("`half_width` needs a `budget` or `time_budget` to stop before, but neither was given.")
+            raise ValueError("`half_width` needs a `budget` or `seconds` to stop before, but neither was given.")
         for option in ("update", "influence"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"`{option}` must be True or False, but {getattr(self, option)!r} was given.")
@@ -180,6 +201,10 @@ class ProbeConfig:
             raise ValueError(f"`target` must be one of {list(TARGETS)}, but {self.target!r} was given.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be a positive number, but {self.temperature!r} was given.")
+        for option in OPTIONAL_SHARES:
+            given = getattr(self, option)
+            if given is not None and not 0 < given < 1:
+                raise ValueError(f"`{option}` must lie in (0, 1) or be None, but {given!r} was given.")
         for option in SHARES:
             if not 0 < getattr(self, option) <= 1:
                 raise ValueError(f"`{option}` must lie in (0, 1], but {getattr(self, option)!r} was given.")
@@ -205,7 +230,7 @@ class ProbeConfig:
     @property
     def adaptive(self) -> bool:
         """Whether continuations are allocated to the branches where they help most, within a budget."""
-        return bool(self.budget) or (self.time_budget is not None and self.measures_nodes)
+        return bool(self.budget) or (self.seconds is not None and self.measures_nodes)
 
     @property
     def selector(self) -> NodeSelector:
@@ -250,7 +275,7 @@ def resolve_config(
         >>> resolve_config(None, {"temprature": 0.7})
         Traceback (most recent call last):
         ...
-        TypeError: unknown option `temprature`; did you mean `temperature`? Valid options are batch_size, beta, ...
+        TypeError: unknown option `temprature`; did you mean `temperature`? Valid options are agreeing_gradients, ...
     """
     if config is not None and not isinstance(config, ProbeConfig):
         raise TypeError(

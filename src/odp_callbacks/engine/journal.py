@@ -55,6 +55,7 @@ def sample_unless_stored(
     keys: Sequence[int],
     sample: Callable[[list[int], FinishedCallback], Sequence[Continuation]],
     on_finished: FinishedCallback | None = None,
+    max_new_tokens: int | None = None,
 ) -> list[Continuation]:
     """Take the continuations that a journal holds, sample the others, and write these as they finish.
 
@@ -64,12 +65,18 @@ def sample_unless_stored(
         sample: From the indices of the continuations to sample, and a function to be called with those that have
             finished, by their place among these, to the continuations in that order.
         on_finished: Called with continuations by index, those of the journal first.
+        max_new_tokens: The limit of all continuations. Those that the journal holds with a lower one are sampled again,
+            and those with a higher one are cut. None: they had the same limit.
 
     Returns:
         The continuations in the order of ``keys``.
     """
     stored = {} if journal is None else journal.continuations
-    continuations = {index: stored[key] for index, key in enumerate(keys) if key in stored}
+    continuations = {
+        index: _within_limit(stored[key], max_new_tokens)
+        for index, key in enumerate(keys)
+        if key in stored and _has_reached(stored[key], max_new_tokens)
+    }
     if on_finished is not None:
         on_finished(dict(continuations))
     missing = [index for index in range(len(keys)) if index not in continuations]
@@ -84,6 +91,18 @@ def sample_unless_stored(
     if missing:
         continuations.update(zip(missing, sample(missing, receive), strict=True))
     return [continuations[index] for index in range(len(keys))]
+
+
+def _has_reached(continuation: Continuation, max_new_tokens: int | None) -> bool:
+    """Whether a continuation has ended, or is as long as the limit."""
+    return max_new_tokens is None or not continuation.truncated or len(continuation.tokens) >= max_new_tokens
+
+
+def _within_limit(continuation: Continuation, max_new_tokens: int | None) -> Continuation:
+    """The continuation as it would have been with the limit."""
+    if max_new_tokens is None or len(continuation.tokens) <= max_new_tokens:
+        return continuation
+    return Continuation(continuation.tokens[:max_new_tokens], truncated=True)
 
 
 def _line(key: int, continuation: Continuation) -> bytes:

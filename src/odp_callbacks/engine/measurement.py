@@ -1,45 +1,44 @@
 """One run of a probe: the stages from questions to a report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
 from odp_callbacks.engine.gradients.random_projection import (
     ALL_MODULES,
-    RandomProjection,
-    projection_is_cheaper,
-    supports_projection,
 )
 from odp_callbacks.engine.gradients.step_sums import StepAccumulator
 from odp_callbacks.engine.journal import Journal
+from odp_callbacks.engine.node_measurement import NodeMeasurement
+from odp_callbacks.engine.node_time import NodeTime
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import (
     Rollout,
     given_rollouts,
-    question_indices,
+    reached_limit,
     sample_rollouts,
     score_rollouts,
     scored_rollouts,
     with_entropy,
     with_given_rewards,
 )
-from odp_callbacks.engine.sampling.backends import PrefilledRollouts, prefill_rollouts
 from odp_callbacks.engine.sampling.randomness import Randomness
+from odp_callbacks.engine.time_plan import TimePlan
 from odp_callbacks.engine.timing import StageTimer
-from odp_callbacks.engine.tree.continuations import ContinuationCost, ContinuationSampler
-from odp_callbacks.engine.tree.nodes import Node, every_node, select_nodes
-from odp_callbacks.engine.tree.planning import MeasuredNodes, plan_branches
-from odp_callbacks.engine.tree.recording import is_scored, with_outcomes, without_unscored
-from odp_callbacks.engine.tree.rounds import SamplingRounds
+from odp_callbacks.engine.tree.continuations import ContinuationCost
+from odp_callbacks.engine.unit_costs import UnitCosts, work_of_sequence
+from odp_callbacks.engine.update.cost_trial import try_update
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.engine.update.measurement import UpdateMeasurement, UpdateMeter
+from odp_callbacks.engine.update.update_time import GAIN
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord
@@ -64,6 +63,8 @@ class Measurement:
         preconditioner: A second geometry of the LoRA parameters to measure in; None for the Euclidean one alone.
         summed_directions: Filled with each teacher's summed distillation gradient if the update is measured; None: not
             kept.
+        deadline: When the probe must have ended.
+        costs: What units of work take, as far as known; it receives what this run measures.
     """
 
     student: nn.Module
@@ -78,6 +79,25 @@ class Measurement:
     journal: Journal | None = None
     preconditioner: Preconditioner | None = None
     summed_directions: dict[str, Tensor] | None = None
+    deadline: Deadline = field(default_factory=Deadline)
+    costs: UnitCosts = field(default_factory=UnitCosts)
+
+    @cached_property
+    def plan(self) -> TimePlan:
+        """The deadlines of the stages."""
+        return TimePlan(self.config, self.deadline, self.costs, self.randomness)
+
+    @cached_property
+    def update_gradients(self) -> UpdateGradients:
+        """Computes the gradients of the update."""
+        return UpdateGradients(
+            self.student,
+            self.tokenizer,
+            self.differentiator.teachers,
+            self.differentiator.direction,
+            self.config.temperature,
+            features=self.config.influence or bool(self.config.rules),
+        )
 
     @property
     def randomness(self) -> Randomness:
@@ -99,62 +119,94 @@ class Measurement:
             rewards: For each question, the rewards of these responses where they exist already; None where the verifier
                 shall score.
         """
-        config = self.config
+        self.try_update(questions)
         sampled = self.score(questions, responses, rewards)
+        limit = None if responses is not None else reached_limit(sampled, self.config.max_new_tokens)
+        # Continuations have the limit that rollouts have had: success means the same for both.
+        limited = self if limit is None else replace(self, config=replace(self.config, max_new_tokens=limit))
+        report = limited.measure(sampled, rollouts_are_given=responses is not None)
+        missing = len(questions) - len({id(rollout.question) for rollout in sampled})
+        left_out = {**report.left_out, "unsampled_questions": missing} if missing else report.left_out
+        if not self.deadline.is_finite:
+            return report
+        limits = {"seconds": self.deadline.seconds, "response_limit": limit}
+        settings = {**report.settings, "max_new_tokens": self.config.max_new_tokens, **limits}
+        return replace(report, left_out=left_out, settings=settings)
+
+    def measure(self, sampled: Sequence[Rollout], rollouts_are_given: bool) -> ProbeReport:
+        """Measure the update and the nodes of rollouts, and report.
+
+        Args:
+            sampled: The rollouts with their rewards.
+            rollouts_are_given: Whether they existed before, so that they cost no tokens.
+        """
+        config = self.config
         rollouts = scored_rollouts(sampled)
         left_out = {
             "questions": len({id(rollout.question) for rollout in sampled} - {id(one.question) for one in rollouts}),
             "responses": len(sampled) - len(rollouts),
         }
         square_roots = None if self.preconditioner is None else self.preconditioner.square_roots(self.student)
-        rollout_tokens = sum(len(rollout.response_ids) for rollout in sampled) if responses is None else 0
-        update = self.measure_update(rollouts, square_roots) if config.update else None
-        if not config.measures_nodes:
+        rollout_tokens = sum(len(rollout.response_ids) for rollout in sampled) if not rollouts_are_given else 0
+        node_time = NodeTime(self.plan, self.student, len(self.differentiator.teachers))
+        if config.update and config.measures_nodes and not node_time.fits(rollouts):
+            # Nothing is kept for nodes, so that the update gets all the time.
+            left_out["questions_without_nodes"] = len({id(rollout.question) for rollout in rollouts})
+            config = replace(config, budget=0, half_width=None)
+        limited = self if config is self.config else replace(self, config=config)
+        update = limited.measure_update(rollouts, square_roots, left_out) if config.update else None
+        with_nodes = node_time.affordable(rollouts) if config.measures_nodes else []
+        left_out |= node_time.left_out
+        if not with_nodes:
             report = self.report(rollouts, [], ContinuationCost(), None, [], None, rollout_tokens, update)
             return replace(report, left_out=left_out)
-        nodes = select_nodes(config.selector, rollouts, self.randomness)
         accumulators = self.step_accumulators(square_roots)
-        measured = self.choose_branches(rollouts, nodes)
-        projections = self.projections(rollouts, measured)
-        records, preconditioned_grams = self.differentiator.measure_nodes(
-            rollouts,
-            measured,
-            accumulators,
+        nodes = NodeMeasurement(
+            self.student,
+            self.tokenizer,
+            config,
+            self.differentiator,
+            self.verifier,
+            self.eos_token_ids,
+            self.randomness,
             self.timer,
-            projection=RandomProjection(projections, self.randomness) if projections else None,
-            square_roots=square_roots,
-        )
-        cost, records = self.measure_success(rollouts, measured, records, accumulators)
-        for accumulator in accumulators:
-            accumulator.leave_out(record for record in records if not is_scored(record))
-        records, preconditioned_grams = without_unscored(records, preconditioned_grams)
+            self.journal,
+            square_roots,
+            node_time if self.deadline.is_finite else None,
+        ).measure([rollouts[index] for index in with_nodes], accumulators)
         report = self.report(
             rollouts,
-            records,
-            cost,
-            accumulators,
-            preconditioned_grams,
-            projections,
+            [replace(record, rollout=with_nodes[record.rollout]) for record in nodes.records],
+            nodes.cost,
+            accumulators if nodes.has_steps else None,
+            nodes.preconditioned_grams,
+            nodes.projections,
             rollout_tokens,
             update,
         )
-        return replace(report, left_out={**left_out, "responses": left_out["responses"] + cost.unscored})
+        left_out |= node_time.left_out
+        left_out["responses"] += nodes.cost.unscored
+        if nodes.cost.is_cut:
+            left_out["continuations"] = nodes.cost.cut
+        return replace(report, left_out=left_out)
 
     def measure_update(
-        self, rollouts: Sequence[Rollout], square_roots: Mapping[str, Tensor] | None
-    ) -> UpdateMeasurement:
-        """Measure update gain, and the influence of every token where that is asked for."""
+        self, rollouts: Sequence[Rollout], square_roots: Mapping[str, Tensor] | None, left_out: dict[str, int]
+    ) -> UpdateMeasurement | None:
+        """Measure update gain, and the influence of every token where that is asked for.
+
+        Args:
+            rollouts: The rollouts.
+            square_roots: Of the preconditioner.
+            left_out: Receives what there was no time for.
+
+        Returns:
+            What was measured; None if there was no time for one question.
+        """
         config, differentiator = self.config, self.differentiator
-        gradients = UpdateGradients(
-            self.student,
-            self.tokenizer,
-            differentiator.teachers,
-            differentiator.direction,
-            config.temperature,
-            features=config.influence or bool(config.rules),
-        )
+        time = self.plan.for_update()
         meter = UpdateMeter(
-            gradients, success_threshold=config.success_threshold, max_memory_bytes=config.max_memory_bytes
+            self.update_gradients, success_threshold=config.success_threshold, max_memory_bytes=config.max_memory_bytes
         )
         total = len(rollouts) * (1 + config.influence + len(config.rules or ()))
         with self.timer.stage("update", total) as progress:
@@ -164,8 +216,14 @@ class Measurement:
                 rules=config.rules,
                 square_roots=square_roots,
                 progress=progress,
+                time=time,
             )
-        if self.summed_directions is not None:
+        if self.deadline.is_finite:
+            question_count = len({id(rollout.question) for rollout in rollouts})
+            missing = question_count - time.questions
+            left_out |= {"questions_without_update": missing} if missing else {}
+            left_out |= {f"updates_without_{kind}": 1 for kind in time.dropped}
+        if self.summed_directions is not None and measured is not None:
             self.summed_directions.update(zip(differentiator.teachers, measured.directions, strict=True))
         return measured
 
@@ -184,18 +242,23 @@ class Measurement:
             rollouts = given_rollouts(self.tokenizer, questions, responses, config.max_new_tokens, self.eos_token_ids)
         else:
             with self.timer.stage("rollouts", len(questions) * config.rollouts_per_question):
+                order = self.plan.order(len(questions))
                 rollouts = sample_rollouts(
                     self.student,
                     self.tokenizer,
-                    questions,
+                    [questions[place] for place in order],
                     per_question=config.rollouts_per_question,
-                    max_new_tokens=config.max_new_tokens,
+                    max_new_tokens=self.plan.longest_rollout(self.prompt_work(questions)),
                     temperature=config.temperature,
                     eos_token_ids=self.eos_token_ids,
                     randomness=self.randomness,
                     batch_size=config.batch_size,
                     journal=self.journal,
+                    deadline=self.plan.for_rollouts(self.prompt_work(questions)),
+                    costs=self.costs,
                 )
+                place_of = {id(question): place for place, question in enumerate(questions)}
+                rollouts.sort(key=lambda rollout: place_of[id(rollout.question)])
         with self.timer.stage("verifier", len(rollouts)):
             if rewards is None:
                 rollouts = score_rollouts(self.verifier, rollouts)
@@ -212,6 +275,16 @@ class Measurement:
             rollouts = [with_entropy(rollout, self.student, config.temperature) for rollout in rollouts]
         return rollouts
 
+    def prompt_work(self, questions: Sequence[Question]) -> list[float]:
+        """The work of one pass over each question's prompt."""
+        return [work_of_sequence(self.student, len(question.prompt_ids)) for question in questions]
+
+    def try_update(self, questions: Sequence[Question]) -> None:
+        """Find out what the update will take, unless that is known: how much is sampled depends on it."""
+        if self.deadline.is_finite and questions and not self.costs.knows(GAIN):
+            with self.timer.stage("cost_trial", 1):
+                try_update(self.update_gradients, questions[0], self.config.max_new_tokens, self.costs, self.deadline)
+
     def step_accumulators(self, square_roots: Mapping[str, Tensor] | None) -> list[StepAccumulator]:
         """Make the sums of gradients for the step alignment: Euclidean, and preconditioned where that is asked for."""
         size = sum(parameter.numel() for parameter in lora_parameters(self.student).values())
@@ -221,85 +294,6 @@ class Measurement:
             scale = torch.cat([square_root.flatten() for square_root in square_roots.values()])
             accumulators.append(StepAccumulator(size, teacher_count, scale))
         return accumulators
-
-    def choose_branches(self, rollouts: list[Rollout], nodes: list[Node]) -> MeasuredNodes:
-        """Choose the branches of the nodes; nodes are subsampled if the budget is too small for all of them."""
-        with self.timer.stage("branches", len(rollouts)):
-            return plan_branches(
-                self.student,
-                rollouts,
-                nodes,
-                self.config,
-                eos_token_ids=self.eos_token_ids,
-                token_budget=self.token_budget(rollouts),
-                randomness=self.randomness,
-            )
-
-    def token_budget(self, rollouts: Sequence[Rollout]) -> float:
-        """Return the budget in tokens; a time budget is converted at the speed at which rollouts were sampled."""
-        limits = [float(self.config.budget)] if self.config.budget else []
-        if self.config.time_budget is not None and (seconds := self.timer.seconds.get("rollouts")):
-            tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-            limits.append(self.config.time_budget * tokens / seconds)
-        return min(limits, default=float("inf"))
-
-    def projections(self, rollouts: Sequence[Rollout], measured: MeasuredNodes) -> int | None:
-        """Return the number of random directions to project gradients on; None where they are computed exactly.
-
-        Gradients are projected where every token is a node and that is cheaper.
-        """
-        if self.config.selector is not every_node or not measured.nodes:
-            return None
-        positions: dict[int, list[int]] = {}
-        direction_counts: dict[int, list[int]] = {}
-        for node, branches in zip(measured.nodes, measured.branches, strict=True):
-            positions.setdefault(node.rollout, []).extend(rollouts[node.rollout].positions([node.depth]))
-            direction_counts.setdefault(node.rollout, []).append(len(branches) - 1 + len(self.differentiator.teachers))
-        lengths = [max(rollout_positions) + 1 for rollout_positions in positions.values()]
-        is_cheaper = projection_is_cheaper(
-            self.config.projections, lengths, list(positions.values()), list(direction_counts.values())
-        )
-        return self.config.projections if is_cheaper and supports_projection(self.student) else None
-
-    def measure_success(
-        self,
-        rollouts: list[Rollout],
-        measured: MeasuredNodes,
-        records: list[NodeRecord],
-        accumulators: Sequence[StepAccumulator],
-    ) -> tuple[ContinuationCost, list[NodeRecord]]:
-        """Measure the success of all branches by continuations, and add the ideal gradients to the sums."""
-        sampler = ContinuationSampler(
-            self.student,
-            self.tokenizer,
-            self.verifier,
-            self.prefill(rollouts),
-            measured.tree,
-            self.config,
-            self.eos_token_ids,
-            self.randomness,
-            self.journal,
-        )
-        rounds = SamplingRounds(sampler, np.random.default_rng(self.randomness.key("rounds")), self.timer)
-        outcomes = rounds.run(records)
-        records = [
-            with_outcomes(record, node_outcomes) for record, node_outcomes in zip(records, outcomes, strict=True)
-        ]
-        if self.config.step_alignment:
-            self.differentiator.add_ideal_gradients(rollouts, measured, records, outcomes, accumulators, self.timer)
-        return sampler.cost, records
-
-    def prefill(self, rollouts: Sequence[Rollout]) -> PrefilledRollouts:
-        """Compute the keys and values of all rollouts, each prompt once."""
-        questions = list({id(rollout.question): rollout.question for rollout in rollouts}.values())
-        # A rollout's last prompt token belongs to its response: a branch at depth 0 must not see it twice.
-        return prefill_rollouts(
-            self.student,
-            [question.prompt_ids[:-1] for question in questions],
-            [rollout.sequence[len(rollout.question.prompt_ids) - 1 : -1] for rollout in rollouts],
-            question_indices(rollouts),
-            max_new_tokens=self.config.max_new_tokens,
-        )
 
     def report(
         self,
@@ -327,6 +321,7 @@ class Measurement:
             continuations=cost.continuations,
             truncated=cost.truncated + sum(rollout.truncated for rollout in rollouts),
             stage_seconds=self.timer.seconds,
+            slot_steps={"occupied": cost.slot_use.occupied, "available": cost.slot_use.available},
             settings={**settings, "geometry": "euclidean"},
             step=step_sums[0],
             updates=() if update is None else (update.record,),

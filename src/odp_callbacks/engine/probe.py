@@ -1,5 +1,6 @@
 """The probe: measures the alignment of teachers on a student's own rollouts."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
@@ -9,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from odp_callbacks.analysis.time_shortage import time_shortage
 from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.config import ProbeConfig, ProbeOptions, resolve_config
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.gradients.gram_matrices import lora_modules
 from odp_callbacks.engine.gradients.loss_directions import distillation_direction
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
@@ -28,15 +31,18 @@ from odp_callbacks.engine.teachers import Teacher, as_teachers
 from odp_callbacks.engine.timing import Progress, StageTimer
 from odp_callbacks.engine.training_rollouts import TrainingRollout, as_scored_rollouts
 from odp_callbacks.engine.training_state import preserving_training_state
+from odp_callbacks.engine.unit_costs import UnitCosts
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import ProbeReport
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Probe:
     """Measures on a student's own rollouts what each teacher is worth: update gain, and single tokens.
 
-    It can be used alone, as a diagnosis without training; :func:`diagnose` is the short form.
+    It can be used alone, as a diagnosis without training; :func:`~odp_callbacks.diagnose` is the short form.
 
     Args:
         student: A causal language model with LoRA (peft).
@@ -58,6 +64,9 @@ class Probe:
         eos_token_ids: Tokens that end a response.
         summed_directions: For each teacher ``(P,)`` float32 on the CPU, its distillation gradient summed over the
             rollouts of the last run that measured the update; empty before. None (the default): not kept.
+
+        unit_costs: What units of work took in earlier runs, by which a run with a limit of its seconds is planned.
+        says_shortage: Whether a run that had to leave something out for lack of time says so in the log.
 
     Raises:
         TypeError: If ``reward`` is not callable, or an option is unknown.
@@ -102,6 +111,8 @@ class Probe:
             template_of(self.config, training_template),
         )
         self._has_warned_of_rows = False
+        self.unit_costs = UnitCosts()
+        self.says_shortage = True
         self.summed_directions: dict[str, Tensor] | None = None
 
     @property
@@ -201,7 +212,7 @@ class Probe:
         ids: Sequence[str] | None = None,
         responses: Sequence[Sequence[Sequence[int]]] | None = None,
         rewards: Sequence[Sequence[float | None]] | None = None,
-        time_budget: float | None = None,
+        seconds: float | None = None,
         progress: Progress | None = None,
         preconditioner: Preconditioner | None = None,
         journal: Journal | None = None,
@@ -219,8 +230,7 @@ class Probe:
                 the training, for example); None samples them.
             rewards: For each row, the rewards of these responses, if they have been scored already: any finite number,
                 NaN for a response that shall not count, None where ``reward`` shall score it. None scores all.
-            time_budget: Number of seconds after which to stop sampling continuations. It lowers the limit of a
-                configuration with a ``budget`` or ``time_budget``, and is ignored otherwise.
+            seconds: Number of seconds that this run may take; it lowers the ``seconds`` of the configuration.
             progress: Called with the stage's name, the amount done, and the total.
             preconditioner: A second geometry of the LoRA parameters to measure in, with the same nodes and
                 continuations; it becomes the report's ``preconditioned``.
@@ -231,8 +241,9 @@ class Probe:
             ValueError: If no row can be used, or a response cannot.
         """
         config = self.config
-        if time_budget is not None and config.adaptive:
-            config = replace(config, time_budget=min(time_budget, config.time_budget or time_budget))
+        if seconds is not None and config.seconds is not None:
+            config = replace(config, seconds=min(seconds, config.seconds))
+        deadline = Deadline(seconds if config.seconds is None else config.seconds)
         # Since the probe was made, adapters may have been merged, switched, deleted, frozen or unfrozen.
         check_student(self.student)
         self._check_teachers()
@@ -251,6 +262,8 @@ class Probe:
                 journal=journal,
                 preconditioner=preconditioner,
                 summed_directions=self.summed_directions,
+                deadline=deadline,
+                costs=self.unit_costs,
             )
             usable = self._usable(rows, ids, ValueError)
             if responses is not None and usable.errors:
@@ -258,6 +271,8 @@ class Probe:
             if rewards is not None and usable.errors:
                 rewards = [rewards[place] for place in usable.places]
             report = measurement.run(usable.questions, responses, rewards)
+        if self.says_shortage and (sentence := time_shortage(report)):
+            LOGGER.warning("odp-callbacks: %s", sentence)
         unused = report.left_out.get("questions", 0) + len(usable.errors)
         return replace(report, left_out={**report.left_out, "questions": unused})
 
@@ -270,36 +285,3 @@ class Probe:
             self._has_warned_of_rows = True
             warnings.warn(usable.complaint, stacklevel=3)
         return usable
-
-
-def diagnose(
-    student: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    reward: RewardFunction,
-    teachers: object,
-    *,
-    config: ProbeConfig | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Unpack[ProbeOptions],
-) -> ProbeReport:
-    """Measure on the student's own rollouts which teacher would help it, without training.
-
-    Args:
-        student: A causal language model with LoRA (peft).
-        tokenizer: Its tokenizer.
-        rows: Questions in TRL's convention.
-        reward: The verifier, a TRL reward function.
-        teachers: Teachers by name, or anything else that :func:`~odp_callbacks.engine.teachers.as_teachers` accepts.
-        config: How to measure; None for the defaults.
-        seed: Seed of everything random.
-        progress: Called with the stage's name, the amount done, and the total.
-        **options: Fields of :class:`~odp_callbacks.engine.config.ProbeConfig`, which replace those of ``config``.
-
-    Raises:
-        TypeError: If an option is unknown.
-        ValueError: If an argument cannot be used; the message says which, and what would work.
-    """
-    probe = Probe(student, tokenizer, reward, teachers, config, **options)
-    return probe.run(probe.validate(rows), seed=seed, progress=progress)

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.gradients.logits import node_logits
 from odp_callbacks.engine.journal import Journal, sample_unless_stored
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rewards import UnscoredError
+from odp_callbacks.engine.rollout_cuts import cut_rollouts
 from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
 from odp_callbacks.engine.sampling.randomness import Randomness, fresh_keys
 from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, FinishedCallback
+from odp_callbacks.engine.unit_costs import TOKENS, UnitCosts
 from odp_callbacks.engine.verifier import Verifier
 
 
@@ -82,8 +85,13 @@ def sample_rollouts(
     randomness: Randomness | None,
     batch_size: int,
     journal: Journal | None = None,
+    deadline: Deadline | None = None,
+    costs: UnitCosts | None = None,
 ) -> list[Rollout]:
     """Sample responses to questions; each prompt is prefilled once.
+
+    With a deadline, responses that have not finished by then are cut at a common length, and the last questions may
+    be left out (:func:`~odp_callbacks.engine.rollout_cuts.cut_rollouts`).
 
     Args:
         model: The student, in evaluation mode.
@@ -98,9 +106,12 @@ def sample_rollouts(
         batch_size: Maximum number of responses sampled at a time.
         journal: Stores responses as they finish; those that it holds already are not sampled again. It needs
             ``randomness``.
+        deadline: When to stop; None: when all responses have finished.
+        costs: Receives what sampling took; None: not measured.
 
     Returns:
-        ``len(questions) * per_question`` rollouts, those of one question together, without rewards.
+        ``len(questions) * per_question`` rollouts, those of one question together, without rewards; fewer where a
+        deadline left questions out.
     """
     requests = [
         ContinuationRequest(question_index, len(question.prompt_ids) - 1, int(question.prompt_ids[-1]), max_new_tokens)
@@ -116,18 +127,32 @@ def sample_rollouts(
 
     def sample(missing: list[int], on_finished: FinishedCallback) -> list[Continuation]:
         prompts = [question.prompt_ids[:-1] for question in questions]
-        return sample_continuations(
+        prefilled = prefill_rollouts(model, prompts, max_new_tokens=max_new_tokens)
+        clock = deadline or Deadline()
+        start = clock.elapsed_seconds
+        sampled = sample_continuations(
             model,
-            prefill_rollouts(model, prompts, max_new_tokens=max_new_tokens),
+            prefilled,
             [requests[index] for index in missing],
             temperature=temperature,
             eos_token_ids=eos_token_ids,
             keys=[keys[index] for index in missing],
             batch_size=batch_size,
             on_finished=on_finished,
+            deadline=deadline,
         )
+        if costs is not None and (tokens := sum(len(one.tokens) for one in sampled)):
+            costs.record(TOKENS, tokens, clock.elapsed_seconds - start)
+        return sampled
 
-    continuations = sample_unless_stored(journal, keys, sample)
+    sampled = sample_unless_stored(journal, keys, sample, max_new_tokens=max_new_tokens)
+    continuations = sampled
+    if deadline is not None:
+        continuations = cut_rollouts(sampled, per_question).continuations
+        if journal is not None:  # for another probe with the limit at which they were cut
+            journal.write(
+                {key: one for key, one, whole in zip(keys, continuations, sampled, strict=False) if one is not whole}
+            )
     return [
         Rollout(
             questions[request.sequence],
@@ -135,8 +160,20 @@ def sample_rollouts(
             response_text(tokenizer, continuation.tokens, eos_token_ids),
             continuation.truncated,
         )
-        for request, continuation in zip(requests, continuations, strict=True)
+        for request, continuation in zip(requests, continuations, strict=False)  # the last questions may be left out
     ]
+
+
+def reached_limit(rollouts: Sequence[Rollout], max_new_tokens: int) -> int | None:
+    """The length at which rollouts were cut for lack of time; None if they were not.
+
+    Args:
+        rollouts: Those that were cut have a common length.
+        max_new_tokens: The limit that they should have had.
+    """
+    return next(
+        (len(one.response_ids) for one in rollouts if one.truncated and len(one.response_ids) < max_new_tokens), None
+    )
 
 
 def score_rollouts(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Rollout]:

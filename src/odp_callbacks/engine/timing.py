@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, how much of it is done, and how much there is in all."""
 
+GrowingProgress = Callable[[int, int], None]
+"""Called with how much of a stage is done, and how much there is in all as far as known."""
+
 
 @dataclass
 class StageTimer:
@@ -48,4 +51,28 @@ class StageTimer:
         report_progress(0)
         yield report_progress
         report_progress(len(work_range))
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_time
+
+    @contextmanager
+    def growing_stage(self, name: str) -> Iterator[GrowingProgress]:
+        """Time a stage whose amount of work is only known when it ends.
+
+        Args:
+            name: The stage's name.
+
+        Yields:
+            A function that reports how much is done, and how much there is in all as far as known.
+        """
+        start_time = time.perf_counter()
+        most_done = 0
+
+        def report_progress(done: int, total: int) -> None:
+            nonlocal most_done
+            most_done = max(most_done, done)
+            if self.progress is not None:
+                self.progress(name, done, max(done, total))
+
+        report_progress(0, 0)
+        yield report_progress
+        report_progress(most_done, most_done)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_time

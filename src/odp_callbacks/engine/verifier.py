@@ -203,6 +203,15 @@ class Scoring:
         numbers, *arguments = (list(column) for column in zip(*submissions, strict=True))
         return numbers, tuple(arguments)
 
+    def start(self) -> None:
+        """Let the other thread score what has been submitted, without waiting for a whole batch."""
+        if self._waiting and self.verifier.uses_thread:
+            self._start_job()
+
+    def is_ready(self) -> bool:
+        """Whether :meth:`rewards` would not wait for the other thread."""
+        return all(job.done.is_set() for _, job in self._jobs)
+
     def rewards(self) -> dict[int, float]:
         """Wait until all responses are scored, and return their rewards by number.
 
@@ -211,9 +220,8 @@ class Scoring:
             Exception: What the reward function raised.
         """
         rewards: dict[int, float] = {}
-        if self._waiting and self.verifier.uses_thread:
-            self._start_job()
-        elif self._waiting:
+        self.start()
+        if self._waiting:
             numbers, arguments = self._take_waiting()
             for first in range(0, len(numbers), BATCH_SIZE):
                 part = slice(first, first + BATCH_SIZE)

@@ -1,4 +1,4 @@
-"""The gate of the paper's first finding: distil where the student failed."""
+"""A gate after the first finding of arXiv:2605.10889: distil where the student failed."""
 
 from torch import Tensor
 
@@ -8,9 +8,10 @@ from odp_callbacks.functional.tokens import Tokens
 class IncorrectRolloutGate:
     """Distil on incorrect rollouts, and leave correct ones out.
 
-    On correct rollouts the teacher's signal was found to be noise (arXiv:2605.10889); a probe tells whether that holds
-    for your student and teacher (``odp/predicted_gain/<teacher>/correct``). In a batch without an incorrect rollout the
-    loss and its gradients are exactly 0; the optimizer's momentum and weight decay act as usual.
+    The gate is ours. arXiv:2605.10889 finds a higher mean logit cosine on incorrect rollouts (0.028 to 0.058) than on
+    correct ones (0.001 to 0.012), and trains no student. A probe tells what holds for your student and teacher
+    (``odp/predicted_gain/<teacher>/correct``). In a batch without an incorrect rollout the loss and its gradients are
+    exactly 0; the optimizer's momentum and weight decay act as usual.
 
     Args:
         correct_weight: Weight of the tokens of correct rollouts; those of incorrect ones have the weight 1.

@@ -99,9 +99,9 @@ class NodeEvidence(ClassEvidence):
 def _sums_by_class(report: ProbeReport, windows: Sequence[int]) -> SumsByClass:
     """The sums ``(K, 4)`` of a probe, by class and question."""
     evidence = gather(report.nodes, teachers=len(report.teachers))
-    weight = evidence.token_weight[:, None] * np.isfinite(evidence.gain)
-    ideal_norm, differs = correct_for_noise(evidence).norm[:, None], (evidence.ideal_norm > 0)[:, None]
-    columns = [weight, weight * np.nan_to_num(evidence.gain), weight * ideal_norm, weight * differs]
+    weight = evidence.token_weight[:, None] * np.isfinite(evidence.weighted_gain)
+    ideal_norm, differs = correct_for_noise(evidence).norm[:, None], evidence.differs[:, None]
+    columns = [weight, weight * np.nan_to_num(evidence.weighted_gain), weight * ideal_norm, weight * differs]
     node_terms = np.stack(columns, axis=-1)  # (N, K, 4)
     window_index = np.searchsorted(np.array(windows), evidence.depth, side="right") - 1
     sums_by_class: SumsByClass = {}

@@ -31,15 +31,17 @@ class NodeScoring:
         evidence = gather(report.nodes, teachers=len(report.teachers))
         sampled_success = fit_success_model(evidence).draw(evidence)  # (N, S, A)
         sampled_offset = sampled_success - sampled_success[:, :, :1]
-        ideal_norm = norm(evidence.norm_form, sampled_offset).mean(axis=1)
+        # Nodes with gradients stand for those without.
+        gradient_weight = evidence.gradient_weight
+        ideal_norm = norm(evidence.norm_form, sampled_offset).mean(axis=1) * gradient_weight
         sampled_gain = np.einsum("nka,nsa->nks", np.nan_to_num(evidence.gain_form), sampled_offset)  # (N, K, S)
-        expected_help = sampled_gain.clip(min=0).mean(axis=2)
-        expected_harm = (-sampled_gain).clip(min=0).mean(axis=2)
+        expected_help = sampled_gain.clip(min=0).mean(axis=2) * gradient_weight[:, None]
+        expected_harm = (-sampled_gain).clip(min=0).mean(axis=2) * gradient_weight[:, None]
         self._by_teacher = [
             _TeacherScoring(
                 evidence,
-                np.isfinite(evidence.gain[:, index]),
-                np.nan_to_num(evidence.gain[:, index]),
+                np.isfinite(evidence.weighted_gain[:, index]),
+                np.nan_to_num(evidence.weighted_gain[:, index]),
                 ideal_norm,
                 expected_help[:, index],
                 expected_harm[:, index],
@@ -121,7 +123,7 @@ class _TeacherScoring:
             value: Floats = total[..., 0] / total[..., 1]
             return 1 - value if complement else value
 
-        informative = (self.evidence.ideal_norm[self.defined] > 0).any() or not self.defined.any()
+        informative = self.evidence.differs[self.defined].any() or not self.defined.any()
         used = self.defined & (denominator > 0)
         return Estimator(
             ratio,

@@ -16,7 +16,7 @@ def everything(tokens: Tokens) -> Tensor:
 
 
 def incorrect_rollouts(tokens: Tokens) -> Tensor:
-    """Keep incorrect rollouts only. Source: arXiv:2605.10889, which finds the teacher's signal there."""
+    """Keep incorrect rollouts only: arXiv:2605.10889 finds a higher mean logit cosine there."""
     return (~tokens.need("correct")).float()
 
 

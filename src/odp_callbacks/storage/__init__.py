@@ -13,6 +13,7 @@ The columns are the attributes of :class:`~odp_callbacks.records.NodeRecord` and
 - ``teacher_probability`` is ``(K, A)``, row by row;
 - each predictor is a column ``predictor_<name>``.
 
+``teacher_responses.parquet`` has one row for each :class:`~odp_callbacks.records.TeacherResponse`, where there are any.
 If the probe was measured in another geometry as well, the folder ``preconditioned`` holds the same two tables for it.
 
 ``manifest.json`` has the SHA-256 of each file. :func:`load` refuses a folder of which a file is missing or is not what

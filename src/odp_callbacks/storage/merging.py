@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from odp_callbacks.analysis.time_shortage import response_limit
 from odp_callbacks.records import NodeRecord, ProbeReport, StepSums, step_sums
 from odp_callbacks.update_records import UpdateRecord
 
@@ -37,8 +38,12 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
         nodes += [replace(node, rollout=node.rollout + rollout_offset) for node in report.nodes]
         updates += [update.with_rollout_offset(rollout_offset) for update in report.updates]
         rollout_offset += len(report.rollouts)
+    settings = dict(first.settings)
+    if limits := [limit for report in reports if (limit := response_limit(report)) is not None]:
+        settings["response_limit"] = min(limits)
     return replace(
         first,
+        settings=settings,
         rollouts=tuple(rollout for report in reports for rollout in report.rollouts),
         nodes=tuple(nodes),
         updates=tuple(updates),
@@ -48,6 +53,8 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
         stage_seconds=_sum_by_stage(report.stage_seconds for report in reports),
         token_text={token: text for report in reports for token, text in report.token_text.items()},
         left_out=_sum_by_stage(report.left_out for report in reports),
+        slot_steps=_sum_by_stage(report.slot_steps for report in reports),
+        teacher_responses=tuple(response for report in reports for response in report.teacher_responses),
         step=first.step if len(reports) == 1 else None,
         preconditioned=_combine_preconditioned(reports, concatenate),
     )
@@ -101,6 +108,7 @@ def pool(reports: Sequence[ProbeReport]) -> ProbeReport:
         continuations=sum(report.continuations for report in reports),
         truncated=sum(report.truncated for report in reports) - repeated_rollouts,
         stage_seconds=_sum_by_stage(report.stage_seconds for report in reports),
+        slot_steps=_sum_by_stage(report.slot_steps for report in reports),
         step=first.step if len(reports) == 1 else None,
         preconditioned=_combine_preconditioned(reports, pool),
     )

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 from zipfile import BadZipFile
 
+import pyarrow as pa
+
 from odp_callbacks.files import local_path, parse_json_object
 from odp_callbacks.records import NodeRecord, ProbeReport
 from odp_callbacks.storage.manifest import DamagedRecordsError, check_version, read_contents
@@ -19,6 +21,7 @@ from odp_callbacks.storage.schema import (
     row_to_node,
     row_to_rollout,
 )
+from odp_callbacks.storage.teacher_responses import TEACHER_RESPONSES_FILE, read_teacher_responses
 from odp_callbacks.storage.updates import UPDATES_FILE, read_updates
 from odp_callbacks.storage.validation import (
     NODE_SCHEMA,
@@ -32,11 +35,13 @@ from odp_callbacks.storage.validation import (
 from odp_callbacks.update_records import UpdateRecord
 
 RENAMED_SETTINGS = {
-    "seconds": "time_budget",
+    "time_budget": "seconds",
     "memory": "max_memory_bytes",
     "reward_seconds": "reward_timeout",
 }
-"""Settings of a probe that had other names in version 1."""
+"""Settings of a probe that had other names in earlier records."""
+FIRST_VERSION_WITH_INCLUSION = 3
+"""Before this version, the gradients of every node were computed."""
 PRECONDITIONED_FOLDERS = (PRECONDITIONED_FOLDER, "in_metric")
 """The folder of the same probe in another geometry, and what version 1 called it."""
 
@@ -78,11 +83,13 @@ def _report(contents: Mapping[str, bytes], name: str) -> ProbeReport:
         continuations=metadata["continuations"],
         truncated=metadata["truncated"],
         left_out=metadata["left_out"],
+        slot_steps=metadata["slot_steps"],
         stage_seconds=metadata["stage_seconds"],
         settings=metadata["settings"],
         step=None if step is None else metadata_to_step(step, len(teachers)),
         updates=_updates(contents, len(rollout_rows), name),
         token_text={int(token): text for token, text in metadata["token_text"].items()},
+        teacher_responses=read_teacher_responses(contents.get(TEACHER_RESPONSES_FILE), name),
         preconditioned=_preconditioned(contents, name),
     )
     check_preconditioned(report, name)
@@ -107,7 +114,9 @@ def _read_nodes(content: bytes, name: str, *, has_manifest: bool) -> tuple[dict[
         metadata = _upgrade_from_version_1(metadata)
     elif not has_manifest:
         raise DamagedRecordsError(f"`folder` is damaged: {MANIFEST_FILE} is missing in {name}.")
-    metadata = {"left_out": {}, **metadata}  # which the first files lacked
+    if metadata["version"] < FIRST_VERSION_WITH_INCLUSION:
+        table = _with_all_gradients(table)
+    metadata = {"left_out": {}, "slot_steps": {}, **metadata}  # which the first files lacked
     check_metadata(metadata, name)
     if metadata.pop("free", False):
         raise ValueError(
@@ -115,6 +124,11 @@ def _read_nodes(content: bytes, name: str, *, has_manifest: bool) -> tuple[dict[
             "Measure again with `budget=0`."
         )
     return metadata, checked_rows(table, NODE_SCHEMA, table_name)
+
+
+def _with_all_gradients(table: pa.Table) -> pa.Table:
+    """A table of nodes whose gradients were all computed, with the column that says so."""
+    return table.append_column("gradient_inclusion", pa.array([1.0] * len(table), pa.float64()))
 
 
 def _nodes(rows: list[dict[str, Any]], teachers: int, modules: int, rollouts: int, name: str) -> tuple[NodeRecord, ...]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord, StepSums
 
-VERSION = 2
+VERSION = 3
 METADATA_KEY = b"odp_callbacks"
 NODES_FILE, ROLLOUTS_FILE = "nodes.parquet", "rollouts.parquet"
 MANIFEST_FILE = "manifest.json"
@@ -27,7 +27,7 @@ RUN_SETTING = "run"
 
 SCALAR_COLUMNS = {
     "rollout": pa.int64(), "question": pa.string(), "depth": pa.int64(), "inclusion": pa.float64(),
-    "correct": pa.bool_(), "taken": pa.int64(),
+    "correct": pa.bool_(), "taken": pa.int64(), "gradient_inclusion": pa.float64(),
 }  # fmt: skip
 LIST_COLUMNS = {
     "tokens": pa.int64(), "probability": pa.float64(), "weight": pa.float64(), "tail": pa.bool_(), "count": pa.int64(),
@@ -73,6 +73,7 @@ def _metadata(report: ProbeReport) -> dict[str, Any]:
         "continuations": report.continuations,
         "truncated": report.truncated,
         "left_out": dict(report.left_out),
+        "slot_steps": dict(report.slot_steps),
         "stage_seconds": dict(report.stage_seconds),
         "settings": dict(report.settings),
         "step": None

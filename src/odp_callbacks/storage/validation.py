@@ -60,6 +60,7 @@ METADATA_ENTRIES: dict[str, Callable[[object], bool]] = {
     "continuations": _is_count,
     "truncated": _is_count,
     "left_out": _is_table_of(_is_count),
+    "slot_steps": _is_table_of(_is_count),
     "stage_seconds": _is_table_of(_is_number),
     "settings": lambda value: isinstance(value, dict),
     "step": _is_step,

@@ -20,6 +20,7 @@ from odp_callbacks.storage.schema import (
     node_to_row,
     rollout_to_row,
 )
+from odp_callbacks.storage.teacher_responses import write_teacher_responses
 from odp_callbacks.storage.updates import write_updates
 from odp_callbacks.storage.validation import check_report
 
@@ -82,6 +83,7 @@ def _write_files(report: ProbeReport, folder: Path) -> None:
         with (folder / name).open("wb") as file:
             parquet.write_table(table, file, compression="zstd")
     write_updates(report.updates, folder)
+    write_teacher_responses(report.teacher_responses, folder)
     if report.preconditioned is not None:
         preconditioned_folder = folder / PRECONDITIONED_FOLDER
         preconditioned_folder.mkdir()

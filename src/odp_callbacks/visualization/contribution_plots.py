@@ -65,7 +65,7 @@ def plot_contributions(analysis: Analysis) -> Figure | None:
         if (of_class := [part for part in parts if part.split == split])
         for sums in [_update_contributions(analysis, split)]
     ]
-    return _plot(analysis, groups, "depth of the tokens, in correct and then in incorrect rollouts")
+    return _plot(analysis, groups, "depth of the tokens, in correct\nand then in incorrect rollouts")
 
 
 def plot_module_contributions(analysis: Analysis) -> Figure | None:
@@ -93,7 +93,7 @@ def plot_module_contributions(analysis: Analysis) -> Figure | None:
             ("module ", of_modules.kinds, True),
         )
     )
-    return _plot(analysis, [layers, kinds], "layer, and then kind of module: the same update in two ways")
+    return _plot(analysis, [layers, kinds], "layer, and then kind of module:\nthe same update in two ways")
 
 
 def _update_contributions(analysis: Analysis, split: str) -> tuple[Estimate, ...]:
@@ -107,7 +107,7 @@ def _plot(analysis: Analysis, groups: Sequence[_Group], axis_label: str) -> Figu
     wholes = _update_contributions(analysis, "all")
     panel_height = PANEL_HEIGHT if len(teachers) <= 4 else LOW_PANEL_HEIGHT
     with rc_context(STYLE):
-        plot = Figure(figsize=(WIDTH, 1.1 + panel_height * len(teachers)), layout="constrained")
+        plot = Figure(figsize=(WIDTH, 1.4 + panel_height * len(teachers)), layout="constrained")
         panels = plot.subplots(len(teachers), sharex=True, sharey=True, squeeze=False)[:, 0]
         for teacher_index, (teacher, axes) in enumerate(zip(teachers, panels, strict=True)):
             labels = _draw_waterfall(axes, groups, teacher_index, wholes[teacher_index])
@@ -120,7 +120,7 @@ def _plot(analysis: Analysis, groups: Sequence[_Group], axis_label: str) -> Figu
         )
         interval = f"{level(analysis.confidence)} interval"
         panels[-1].set_xlabel(
-            f"{axis_label}\npurple: helps · orange: harms · pale: {interval} includes 0\nhollow: sums, with {interval}",
+            f"{axis_label}\npurple: helps · orange: harms\npale: {interval} includes 0\nhollow: sums, with {interval}",
             fontsize=8,
         )
         plot.supylabel("contribution to the update gain", fontsize=9, color=GREY)

@@ -105,7 +105,7 @@ def _plot_maps(analysis: Analysis, grid: ModuleGrid, figure: str, *, is_cosine: 
         map_axes[-1].set_xticks(
             np.arange(0, len(grid.layers), label_interval) + 0.5, layer_labels[::label_interval], fontsize=8
         )
-        stripes_key = " · striped: not corrected for noise" if grid.uncorrected.any() else ""
+        stripes_key = "\nstriped: not corrected for noise" if grid.uncorrected.any() else ""
         map_axes[-1].set_xlabel(f"layer\ndot: interval excludes 0{stripes_key}", fontsize=9)
         module_plot.colorbar(colour_mesh, ax=list(map_axes), label=figure_title(figure))
         return module_plot

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 from odp_callbacks.analysis.summaries import Analysis
+from odp_callbacks.visualization.card_size import fit_card
 
 
 def pictures(analysis: Analysis) -> Iterator[tuple[str, Any]]:
-    """Draw the pictures of a report, one by one.
+    """Draw the pictures of a report, one by one, at the size of TensorBoard's cards.
 
     A picture that cannot be drawn is skipped with a warning. Without matplotlib there are none.
 
@@ -25,6 +26,7 @@ def pictures(analysis: Analysis) -> Iterator[tuple[str, Any]]:
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             try:
                 plot = draw_picture()
+                plot = None if plot is None else fit_card(plot)
             except Exception as error:
                 message = f"odp-callbacks: the picture {picture_name} was skipped: {type(error).__name__}: {error}"
                 warnings.warn(message, stacklevel=2)

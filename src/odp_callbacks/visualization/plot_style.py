@@ -21,8 +21,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 MARKERS = "osD^vPX*"
 WIDTH = 5.0
 """Inches. TensorBoard scales a picture down to its card, so the text of a wider one would be too small."""
-LEGEND_CHARACTERS = 62
-"""Characters that fit in one row of the legend."""
+LEGEND_CHARACTERS = 48
+"""Characters that fit in one row of the legend, on a card of TensorBoard as well."""
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "odp-callbacks", "font.size": 10, "text.color": GREY,
     "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,

@@ -60,10 +60,12 @@ def plot_gains(summaries: Sequence[ClassSummary], teachers: Sequence[str], figur
                 position = split_index * rows_per_class + teacher_index
                 draw_estimate(axes, estimates[teacher, split], position, teacher_index, horizontal=True)
         class_centres = [index * rows_per_class + (len(teachers) - 1) / 2 for index in range(len(splits))]
-        axes.set_yticks(class_centres, [class_title(split).replace(" minus ", "\nminus ") for split in splits])
+        axes.set_yticks(
+            class_centres, [class_title(split).replace(" minus correct ", "\nminus correct\n") for split in splits]
+        )
         axes.set_ylim(len(splits) * rows_per_class - 1.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=1)
-        axes.set_xlabel(f"harms  ←  0  →  helps\n{figure_title(figure)}: success probability per unit step")
+        axes.set_xlabel(f"harms  ←  0  →  helps\n{figure_title(figure)}: success\nprobability per unit step")
         draw_teacher_legend(plot, teachers)
         return plot
 
@@ -170,10 +172,10 @@ def plot_alignment_against_divergence(analysis: Analysis, predictor: str = "reve
         axes.set_ylim(-1.05, 1.05)
         axes.set_ylabel("alignment")
         _scale_divergence_axis(axes, largest_divergence)
-        subsampling_note = f" · one in {interval} tokens drawn" if interval > 1 else ""
+        subsampling_note = f"\none in {interval} tokens drawn" if interval > 1 else ""
         axes.set_xlabel(
             f"{figure_title(predictor)} divergence (nats)\n"
-            f"filled: {level(analysis.confidence)} interval of the alignment excludes 0{subsampling_note}"
+            f"filled: {level(analysis.confidence)} interval\nof the alignment excludes 0{subsampling_note}"
         )
         draw_legend(plot, [_describe_correlation(name, estimates[name, predictor]) for name in report.teachers])
         return plot

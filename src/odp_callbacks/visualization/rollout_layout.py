@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from odp_callbacks.text import display_width, displayable
 
-MAXIMUM_COLUMNS = 88
-"""Columns of a line."""
+MAXIMUM_COLUMNS = 42
+"""Columns of a line; more would not be legible on a card of TensorBoard."""
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,22 @@ COLOURS = "PuOr"
 FRAME_COLOURS = LinearSegmentedColormap.from_list("frames", ["#b35806", "#8c8c8c", "#542788"])
 """For frames of tokens whose alignment is not significant: the ends of :data:`COLOURS`, with a middle that is visible
 on white."""
-MINIMUM_COLUMNS = 46
+MINIMUM_COLUMNS = 40
 """Width of a picture at least, so that the key fits."""
 MAXIMUM_LINES, MINIMUM_LINES = 40, 4
 """Lines of a picture, which its teachers share, and lines that each teacher has at least."""
 KEY = (
-    "filled: the {level} interval excludes 0 · coloured frame: it includes 0\n"
-    "dashed: undetermined, too few continuations · dotted: no alignment exists"
+    "filled: the {level} interval excludes 0\n"
+    "coloured frame: it includes 0\n"
+    "dashed: undetermined, too few continuations\n"
+    "dotted: no alignment exists"
 )
 """Explains how tokens are drawn that are coloured by their alignment."""
 INFLUENCE_KEY = (
-    "influence: what distilling on a token adds to the success of other questions\n"
-    "filled: the {level} interval excludes 0 · coloured frame: it includes 0"
+    "influence: what distilling on a token adds\n"
+    "to the success of other questions\n"
+    "filled: the {level} interval excludes 0\n"
+    "coloured frame: it includes 0"
 )
 """Explains how tokens are drawn that are coloured by their influence."""
 
@@ -171,32 +175,37 @@ def _draw(
     title = _title(rollout)
     row_count = (len(lines) + 1) * len(teachers)
     # As wide as the text: TensorBoard scales a picture down to its card, and empty space would shrink the text.
-    column_count = max([MINIMUM_COLUMNS, display_width(title), *(token.end for line in lines for token in line)])
+    widths = [display_width(row) for row in title.splitlines()]
+    column_count = max([MINIMUM_COLUMNS, *widths, *(token.end for line in lines for token in line)])
+    key_rows = 0.6 * (1 + key.count("\n"))
     rollout_plot = Figure(
-        figsize=(1.2 + 0.085 * column_count, 1.2 + 0.3 * row_count), facecolor="white", layout="constrained"
+        figsize=(0.2 + 0.085 * column_count, 1.3 + 0.3 * (row_count + key_rows)),
+        facecolor="white",
+        layout="constrained",
     )
     axes = rollout_plot.add_subplot()
     axes.set_xlim(0, column_count)
-    axes.set_ylim(row_count + 0.7, -0.2)
+    axes.set_ylim(row_count + key_rows, -0.2)
     axes.axis("off")
     axes.set_title(title, loc="left", fontsize=9, parse_math=False, family=font_families("DejaVu Sans"))
     for teacher_index, teacher in enumerate(teachers):
         _draw_response(axes, teacher, teacher_index * (len(lines) + 1), lines, styles[teacher_index])
-    axes.text(0, row_count + 0.3, key, fontsize=7, color="#555555", va="center", parse_math=False)
+    axes.text(0, row_count, key, fontsize=8, color="#555555", va="top", parse_math=False)
     colour_scale = ScalarMappable(Normalize(-1, 1), COLOURS)
-    colour_bar = rollout_plot.colorbar(colour_scale, ax=axes, fraction=0.025, pad=0.01, ticks=np.linspace(-1, 1, 5))
+    places = np.linspace(-1, 1, 3)
+    colour_bar = rollout_plot.colorbar(colour_scale, ax=axes, location="bottom", aspect=30, pad=0.01, ticks=places)
     if influence_scale is not None:
-        ends = [f"{share * influence_scale:+.1e}" if share else "0" for share in np.linspace(-1, 1, 5)]
-        colour_bar.set_ticks(np.linspace(-1, 1, 5).tolist(), labels=[f"≤{ends[0]}", *ends[1:-1], f"≥{ends[-1]}"])
+        ends = [f"{share * influence_scale:+.1e}" if share else "0" for share in places]
+        colour_bar.set_ticks(places.tolist(), labels=[f"≤{ends[0]}", *ends[1:-1], f"≥{ends[-1]}"])
     colour_bar.set_label("alignment" if influence_scale is None else "influence", fontsize=8)
-    colour_bar.ax.tick_params(labelsize=7)
+    colour_bar.ax.tick_params(labelsize=8)
     return rollout_plot
 
 
 def _title(rollout: RolloutRecord) -> str:
     outcome = "correct" if rollout.correct else "incorrect"
-    question = displayable(extract_question(rollout.prompt)[-50:], 50)
-    return f"{outcome}, question {displayable(rollout.question, 16)}: {question}"
+    question = displayable(extract_question(rollout.prompt)[-44:], 44)
+    return f"{outcome}, question {displayable(rollout.question, 16)}:\n{question}"
 
 
 def _draw_response(axes: Axes, teacher: str, first_row: int, lines: list[Line], styles: dict[int, Style]) -> None:

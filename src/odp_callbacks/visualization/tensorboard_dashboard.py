@@ -1,155 +1,118 @@
 """TensorBoard's custom-scalars dashboard and hyperparameter page."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Mapping
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.api_pb2 import MetricInfo, MetricName
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT, SPLITS, Analysis
+from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.visualization.wording import class_title, tag_of
+from odp_callbacks.visualization.tensorboard_tags import DETAILS, interval_tags, run_names
+from odp_callbacks.visualization.wording import class_title
 
-CHARTS = {
-    "Update gain": "update_gain",
-    "Predicted gain": "predicted_gain",
-    "Alignment (gain-weighted)": "gain_weighted_alignment",
-    "Alignment (token mean)": "alignment",
+GAINS = {"Update gain": "update_gain", "Predicted gain": "predicted_gain"}
+"""Titles of the first pages, and the figure that each shows."""
+CLASSES = ("", "/correct", "/incorrect", f"/{INCORRECT_MINUS_CORRECT}")
+"""How the tags of a figure go on; nothing for all rollouts."""
+OTHERS = {
+    "Update gain": {
+        "All probes so far": "pooled/update_gain",
+        "The training's own rollouts": "training/update_gain",
+        "In the geometry of Adam": "adam/update_gain",
+    },
+    "Predicted gain": {"In the geometry of Adam": "adam/predicted_gain"},
 }
-"""Titles of a teacher's charts, and the figure that each shows."""
+"""Further charts of these pages."""
+STEPS = {
+    "Sum of the expected gains, and change of the reward": "step/gain_sum",
+    "Expected gain of each step": "step/gain",
+    "Reward of the training": "step/reward",
+}
+PROBES = {"Student's success rate": "probe/success_rate", "Share of training time spent on probes": "probe/time_share"}
 
 
-@dataclass(frozen=True)
-class _Chart:
-    """A chart, and whether a number stands in it from the first report on."""
-
-    chart: Any
-    has_number: bool
-
-
-def write_dashboard(writer: Any, analysis: Analysis, prefix: str = "", root: str = "odp") -> None:
+def write_dashboard(writer: Any, tags: Mapping[str, bool], root: str = "odp") -> None:
     """Write the layout of the custom-scalars dashboard.
 
-    Each chart shows a figure with its interval as a band. ``SummaryWriter.add_custom_scalars`` allows one band in a
-    chart; this function puts all teachers into one.
+    Each chart shows a figure with its interval as a band, and the runs of all teachers, each in its own colour.
 
     Args:
         writer: A ``torch.utils.tensorboard.SummaryWriter``.
-        analysis: Of the first report.
-        prefix: Prefix of the scalars' names.
-        root: How the names of the scalars go on.
+        tags: The tags of all scalars, and whether each has had a number.
+        root: How the names of the scalars begin.
     """
-    layout_bytes = dashboard_layout(analysis, prefix, root).SerializeToString()
+    layout_bytes = dashboard_layout(tags, root).SerializeToString()
     layout_tensor = TensorProto(dtype="DT_STRING", string_val=[layout_bytes], tensor_shape=TensorShapeProto())
     plugin_metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars"))
     value = Summary.Value(tag="custom_scalars__config__", tensor=layout_tensor, metadata=plugin_metadata)
     writer._get_file_writer().add_summary(Summary(value=[value]))
 
 
-def dashboard_layout(analysis: Analysis, prefix: str = "", root: str = "odp") -> Any:
-    """Lay out the dashboard: a page that compares the teachers, a page for each of them, and a page on the cost.
+def dashboard_layout(tags: Mapping[str, bool], root: str = "odp") -> Any:
+    """Lay out the dashboard: pages on the gain of the teachers, on the steps that training took, and on the probes.
 
-    The first page is on the update gain where it was measured. Charts and pages without a number in the first report
-    come after the others, so that nobody sees an empty chart first. All of a run's series in one chart have the same
-    colour, so each teacher also has a page of its own. TensorBoard shows the charts of a page in reverse order.
+    Charts and pages without a number so far come after the others, so that nobody sees an empty chart first.
+    Of a page, TensorBoard shows the charts without a band first, in their order, and those with one in reverse order.
 
     Args:
-        analysis: Of the first report.
-        prefix: Prefix of the scalars' names.
-        root: How the names of the scalars go on.
+        tags: The tags of all scalars, and whether each has had a number.
+        root: How the names of the scalars begin.
 
     Returns:
         A ``tensorboard.plugins.custom_scalar.layout_pb2.Layout``.
     """
-    estimates = {
-        (figure, summary.teacher, summary.split): estimate.value
-        for summary in analysis.summaries()
-        for figure, estimate in summary.figures.items()
-    }
-    figures, teachers = {figure for figure, _, _ in estimates}, analysis.report.teachers
-
-    def chart(title: str, figure: str, split: str, shown: Sequence[str]) -> _Chart:
-        tags = [f"{root}/{figure}/{tag_of(teacher)}/{split}" for teacher in shown]
-        has_number = any(isfinite(estimates[figure, teacher, split]) for teacher in shown)
-        return _Chart(_band_chart(title, tags, prefix), has_number)
-
-    pages = [
-        (
-            f"{title}, all teachers",
-            [
-                chart(_capitalise(class_title(split)), figure, split, teachers)
-                for split in (*SPLITS, INCORRECT_MINUS_CORRECT)
-            ],
-        )
-        for title, figure in list(CHARTS.items())[:2]
-        if figure in figures
-    ]
-    for teacher in teachers:
-        charts = [
-            chart(f"{title}, {class_title(split)}", figure, split, [teacher])
-            for title, figure in CHARTS.items()
-            for split in (*SPLITS[1:], INCORRECT_MINUS_CORRECT)
-            if figure in figures
-        ]
-        pages.append((f"Teacher: {tag_of(teacher)}", charts))
-    pages.append(("Success and cost", _success_and_cost(prefix, root)))
-    in_order = sorted(pages, key=lambda page: not any(chart.has_number for chart in page[1]))
-    return layout_pb2.Layout(
-        category=[layout_pb2.Category(title=title, chart=_numbers_first(charts)[::-1]) for title, charts in in_order]
-    )
+    pages: dict[str, dict[str, str]] = {}
+    for page, figure in GAINS.items():
+        by_class = {_capitalise(class_title(rest.strip("/") or "all")): f"{figure}{rest}" for rest in CLASSES}
+        pages[page] = {**by_class, **OTHERS[page]}
+    pages |= {"Steps": STEPS, "Success and cost": PROBES}
+    tag_of = {figure: _known_tag(figure, tags, root) for charts in pages.values() for figure in charts.values()}
+    has_number = {figure: tags.get(tag, False) for figure, tag in tag_of.items()}
+    categories = []
+    for page, charts in sorted(pages.items(), key=lambda item: not any(map(has_number.get, item[1].values()))):
+        # Steps are logged when they are taken, which may be after the first report.
+        known = {title: figure for title, figure in charts.items() if page == "Steps" or tag_of[figure] in tags}
+        in_order = sorted(known.items(), key=lambda item: not has_number[item[1]])
+        if in_order:
+            drawn = [_chart(title, tag_of[figure], tags, root) for title, figure in in_order]
+            bands = [chart for chart in drawn if chart.HasField("margin")]
+            lines = [chart for chart in drawn if not chart.HasField("margin")]
+            categories.append(layout_pb2.Category(title=page, chart=[*lines, *bands[::-1]]))
+    return layout_pb2.Layout(category=categories)
 
 
-def _numbers_first(charts: Sequence[_Chart]) -> list[Any]:
-    return [chart.chart for chart in sorted(charts, key=lambda chart: not chart.has_number)]
+def _known_tag(figure: str, tags: Mapping[str, bool], root: str) -> str:
+    """Tag of a figure, in whichever group it is."""
+    in_details = f"{root}{DETAILS}/{figure}"
+    return in_details if in_details in tags else f"{root}/{figure}"
 
 
-def _success_and_cost(prefix: str, root: str) -> list[_Chart]:
-    share_lines = layout_pb2.MultilineChartContent(
-        tag=[f"^{prefix}{root}/probe/{tag}$" for tag in ("time_share", "undetermined_share")]
-    )
-    shares = layout_pb2.Chart(
-        title="Share of training time spent on probes, share of undetermined tokens", multiline=share_lines
-    )
-    success = _band_chart("Student's success rate", [f"{root}/probe/success_rate"], prefix)
-    return [_Chart(success, True), _Chart(shares, True)]
-
-
-def _band_chart(title: str, scalar_tags: Sequence[str], prefix: str) -> Any:
-    """Chart scalars, each with its interval as a band."""
-    band_series = [
-        layout_pb2.MarginChartContent.Series(
-            value=prefix + tag, lower=prefix + _end_tag(tag, "low"), upper=prefix + _end_tag(tag, "high")
-        )
-        for tag in scalar_tags
-    ]
-    return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=band_series))
-
-
-def _end_tag(tag: str, end: str) -> str:
-    """Name one end of a scalar's interval: ``odp/figure/rest`` becomes ``odp/figure_low/rest``."""
-    first_part, figure, *other_parts = tag.split("/")
-    if figure == "probe":
-        return f"{tag}_{end}"
-    return "/".join([first_part, f"{figure}_{end}", *other_parts])
+def _chart(title: str, tag: str, tags: Mapping[str, bool], root: str) -> Any:
+    """Chart a scalar with its interval as a band, unless it has a number without one, which would not be shown."""
+    low, high = interval_tags(tag, root)
+    if low in tags and high in tags and (tags[low] or not tags[tag]):
+        band = layout_pb2.MarginChartContent.Series(value=tag, lower=low, upper=high)
+        return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=[band]))
+    return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$"]))
 
 
 def _capitalise(title: str) -> str:
     return title[0].upper() + title[1:]
 
 
-def write_hyperparameters(writer: Any, report: ProbeReport, prefix: str = "", root: str = "odp") -> None:
-    """Write the probe's settings to TensorBoard's page of hyperparameters.
+def write_hyperparameters(writer: Any, report: ProbeReport, root: str = "odp") -> None:
+    """Write the probe's settings to TensorBoard's page of hyperparameters, with the gain of each teacher.
 
     Args:
         writer: A ``torch.utils.tensorboard.SummaryWriter``.
         report: The probe's report.
-        prefix: Prefix of the scalars' names.
-        root: How the names of the scalars go on.
+        root: How the names of the scalars begin.
     """
     settings = {
         f"{root}/{setting_name}": value if isinstance(value, bool | int | float | str) else str(value)
@@ -157,6 +120,15 @@ def write_hyperparameters(writer: Any, report: ProbeReport, prefix: str = "", ro
         if setting_name != "seed"
     }
     figure = "update_gain" if report.updates else "predicted_gain"
-    metrics = {f"{prefix}{root}/{figure}/{tag_of(teacher)}/all": None for teacher in report.teachers}
-    for summary in hparams(settings, metrics):
+    experiment, *others = hparams(settings, {})
+    content = HParamsPluginData.FromString(experiment.value[0].metadata.plugin_data.content)
+    runs = run_names(report.teachers)
+    # A group is the path of another run, seen from the run that has the settings.
+    names = [MetricName(group=f"{root}/{runs[teacher]}", tag=f"{root}/{figure}") for teacher in report.teachers]
+    content.experiment.metric_infos.extend(
+        MetricInfo(name=name, display_name=f"{figure}, {teacher}")
+        for name, teacher in zip(names, report.teachers, strict=True)
+    )
+    experiment.value[0].metadata.plugin_data.content = content.SerializeToString()
+    for summary in (experiment, *others):
         writer._get_file_writer().add_summary(summary)

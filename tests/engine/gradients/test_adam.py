@@ -306,7 +306,7 @@ def test_both_geometries_use_the_same_nodes_and_continuations(
     other: nn.Module, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "projections" in config:
-        monkeypatch.setattr("odp_callbacks.engine.measurement.projection_is_cheaper", lambda *_: True)
+        monkeypatch.setattr("odp_callbacks.engine.gradients.gradient_stage.projection_is_cheaper", lambda *_: True)
     world = make_world(seed=3, initializer_range=0.5)
     before = Snapshot(world.model)
     report = run_probe(world, other, random_preconditioner(world.model), **config)

@@ -3,7 +3,7 @@ import torch
 
 from odp_callbacks.engine.gradients.gram_matrices import lora_modules
 from odp_callbacks.engine.gradients.random_projection import supports_projection
-from odp_callbacks.engine.gradients.vjp import WeightedSum, node_gram_matrices, summed_vjps
+from odp_callbacks.engine.gradients.vjp import node_gram_matrices, summed_vjps
 from odp_callbacks.functional import lora_gradients, lora_parameters
 from tests.helpers.models import Snapshot, relative, tiny
 
@@ -101,12 +101,12 @@ def test_sums_over_nodes_are_those_of_the_reference_gradients(family):
     model, cotangents = tiny(family), directions((3, 2, 5))
     cotangents[1][1] = 0  # a teacher that equals the student at one node
     weights = [1.0, 4.0, 0.5]
-    sums = node_gram_matrices(model, IDS, POSITIONS, cotangents, weighted_sum=WeightedSum(weights, 2)).sums
     rows = [reference_gradients(model, p, v)[-2:] for p, v in zip(POSITIONS, cotangents, strict=True)]
     expected = sum(w * r for w, r in zip(weights, rows, strict=True))
-    assert relative(sums.double(), expected) < 1e-6
     together = torch.stack([w * v[-2:] for w, v in zip(weights, cotangents, strict=True)], dim=1)
     assert relative(summed_vjps(model, IDS, POSITIONS, together).double(), expected) < 1e-6
+    one_by_one = summed_vjps(model, IDS, POSITIONS, together, max_memory_bytes=1)
+    assert relative(one_by_one.double(), expected) < 1e-6
 
 
 def test_the_backward_from_a_node_ends_with_its_segment(student):
@@ -147,18 +147,14 @@ class UnbatchedLayer(torch.autograd.Function):
 def test_layers_whose_backward_is_not_batched_give_the_same_results(student):
     layer = student.get_base_model().model.layers[0].mlp
     hook = layer.register_forward_hook(lambda module, args, output: 2 * output)
-    expected, sums, _ = node_gram_matrices(
-        student, IDS, POSITIONS, directions(), weighted_sum=WeightedSum([1.0] * 3, 1)
-    )
+    expected = node_gram_matrices(student, IDS, POSITIONS, directions()).grams
     together = torch.stack([v[-1:] for v in directions()], dim=1)
+    sums = summed_vjps(student, IDS, POSITIONS, together)
     hook.remove()
     layer.register_forward_hook(lambda module, args, output: UnbatchedLayer.apply(output))
-    grams, unbatched_sums, _ = node_gram_matrices(
-        student, IDS, POSITIONS, directions(), weighted_sum=WeightedSum([1.0] * 3, 1)
-    )
+    grams = node_gram_matrices(student, IDS, POSITIONS, directions()).grams
     for gram, batched in zip(grams, expected, strict=True):
         torch.testing.assert_close(gram, batched, rtol=1e-9, atol=0)
-    torch.testing.assert_close(unbatched_sums, sums, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(summed_vjps(student, IDS, POSITIONS, together), sums, rtol=1e-4, atol=1e-5)
     assert not supports_projection(student)
     assert supports_projection(tiny())

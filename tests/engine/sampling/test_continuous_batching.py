@@ -19,8 +19,8 @@ def test_logits_are_those_of_the_full_forward(family, batch_size, monkeypatch):
 
     def record_logits(batch, *arguments):
         places = [
-            (request, int(length))
-            for request, length in zip(batch.request_of_slot, batch.view.suffix_lengths, strict=True)
+            (numbered.number, int(length))
+            for numbered, length in zip(batch.running, batch.view.suffix_lengths, strict=True)
         ]
         recorded = []
         with monkeypatch.context() as patch:

@@ -82,7 +82,7 @@ def test_a_probe_of_four_questions_equals_two_probes_of_parts(
     )
     monkeypatch.setattr(BackendSelection, "warn_of", lambda selection, model, verdict: None)
     if "projections" in options:
-        monkeypatch.setattr("odp_callbacks.engine.measurement.projection_is_cheaper", lambda *_: True)
+        monkeypatch.setattr("odp_callbacks.engine.gradients.gradient_stage.projection_is_cheaper", lambda *_: True)
     config = ProbeConfig(**{"rollouts_per_question": 3, "max_new_tokens": 3, "continuations": 3, **options})
     probe = Probe(
         world.model, world.tokenizer, world.reward, {"base": BaseTeacher(), "b": Teacher("b {prompt}")}, config

@@ -12,6 +12,7 @@ from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
 from odp_callbacks.engine.tree.continuations import ContinuationSampler
 from odp_callbacks.engine.tree.nodes import Node
 from odp_callbacks.engine.verifier import Verifier
+from tests.helpers.continuations import sample_waves
 from tests.helpers.worlds import make_world
 
 WORLD = make_world()
@@ -40,7 +41,7 @@ def measure(allocation, reward=WORLD.reward, tree=None, seed=0, eos_token_ids=(0
             eos_token_ids,
             Randomness(seed),
         )
-        sampler.sample(allocation)
+    sample_waves(sampler, [sampler.plan(allocation, [2.0] * len(tree.first_nodes))])
     return tree.outcomes, sampler.cost
 
 

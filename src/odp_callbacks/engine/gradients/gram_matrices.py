@@ -14,12 +14,10 @@ class NodeGrams(NamedTuple):
     Attributes:
         grams: ``(M, C_n, C_n)`` float64 on the CPU for each node: one matrix for each of the ``M`` modules of
             :func:`lora_modules`. Their sum over ``M`` is the Gram matrix on all LoRA parameters.
-        sums: ``(D, P)`` float32: weighted sums over the nodes of their last ``D`` gradients; None if not asked for.
         preconditioned: The Gram matrices of the preconditioned gradients; empty if not asked for.
     """
 
     grams: list[Tensor]
-    sums: Tensor | None
     preconditioned: list[Tensor]
 
 
@@ -73,29 +71,6 @@ class ScaledDirections:
             of_scaled = _module_gram_matrices(gradients, names, modules)
             gram_matrices[:, self.nonzero[:, None], self.nonzero] = of_scaled * (scales[:, None] * scales)
         return gram_matrices
-
-    def last_gradients(self, gradients: Sequence[Tensor], count: int, weight: float) -> Tensor:
-        """Gradients of the last ``count`` directions, times ``weight``.
-
-        Args:
-            gradients: ``(C', size)`` for each parameter, as for :meth:`gram_matrices`.
-            count: ``D``.
-            weight: The factor.
-
-        Returns:
-            ``(D, P)`` float32, on the device of the gradients; zeros for zero directions.
-        """
-        device = gradients[0].device
-        first_index = len(self.scales) - count
-        chosen = (self.nonzero >= first_index).nonzero().squeeze(1)
-        parameter_count = sum(gradient.shape[1] for gradient in gradients)
-        last_gradients = torch.zeros(count, parameter_count, device=device, dtype=torch.float32)
-        if not len(chosen):
-            return last_gradients
-        factors = (self.scales[self.nonzero] * weight)[chosen].to(device)[:, None].float()
-        flat_gradients = torch.cat([gradient[chosen.to(device)].float() for gradient in gradients], dim=1)
-        last_gradients[(self.nonzero[chosen] - first_index).to(device)] = flat_gradients * factors
-        return last_gradients
 
 
 def lora_modules(names: Sequence[str]) -> list[str]:

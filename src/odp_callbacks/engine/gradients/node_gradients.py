@@ -1,58 +1,29 @@
-"""From rollouts, nodes and branches to records: teachers' logits, directions on the logits, and Gram matrices."""
+"""Directions on the logits of nodes, and Gram matrices of the gradients that belong to them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.gradients.gram_matrices import NodeGrams
+from odp_callbacks.engine.gradients.gram_matrices import NodeGrams, lora_modules
 from odp_callbacks.engine.gradients.loss_directions import Direction
+from odp_callbacks.engine.gradients.node_logits import RolloutLogits
 from odp_callbacks.engine.gradients.random_projection import RandomProjection, projected_gram_matrices
 from odp_callbacks.engine.gradients.step_sums import StepAccumulator, half_coefficients
-from odp_callbacks.engine.gradients.vjp import WeightedSum, node_gram_matrices, summed_vjps
-from odp_callbacks.engine.rollouts import Rollout
-from odp_callbacks.engine.teachers import Teacher, teacher_logits
+from odp_callbacks.engine.gradients.vjp import node_gram_matrices, summed_vjps
+from odp_callbacks.engine.teachers import Teacher
 from odp_callbacks.engine.timing import StageTimer
 from odp_callbacks.engine.tree.branches import Branch
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
-from odp_callbacks.engine.tree.nodes import Node, group_by_question
+from odp_callbacks.engine.tree.nodes import Node
 from odp_callbacks.engine.tree.planning import MeasuredNodes
 from odp_callbacks.engine.tree.recording import is_scored, node_record
 from odp_callbacks.functional.distillation_losses import node_predictors
+from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import Floats, NodeRecord
-
-
-@dataclass(frozen=True)
-class RolloutNodes:
-    """The ``N`` nodes of one rollout.
-
-    Attributes:
-        rollout: The rollout.
-        nodes: Its nodes.
-        branches: The branches of each node.
-        student_logits: ``(N, V)``, at least float32.
-        teacher_logits: ``(N, V')`` for each teacher, in the same dtype.
-    """
-
-    rollout: Rollout
-    nodes: list[Node]
-    branches: list[list[Branch]]
-    student_logits: Tensor
-    teacher_logits: list[Tensor]
-
-    @property
-    def positions(self) -> list[int]:
-        """The position of each node in the rollout's sequence."""
-        return self.rollout.positions([node.depth for node in self.nodes])
-
-    @property
-    def taken_tokens(self) -> Tensor:
-        """The token that the rollout took at each node, ``(N,)`` int64."""
-        taken = [self.rollout.response_ids[node.depth] for node in self.nodes]
-        return torch.tensor(taken, device=self.student_logits.device)
 
 
 @dataclass(frozen=True)
@@ -71,200 +42,194 @@ class NodeDifferentiator:
     config: ProbeConfig
     direction: Direction
 
-    def measure_nodes(
+    def describe_nodes(self, measured: MeasuredNodes) -> list[NodeRecord]:
+        """Make the records of all nodes from the logits alone: they have neither gradients nor outcomes yet.
+
+        Args:
+            measured: The nodes.
+        """
+        records: list[NodeRecord] = []
+        modules = len(lora_modules(list(lora_parameters(self.student))))
+        for number in range(len(measured.logits.questions)):
+            for logits in measured.logits.of_question(number):
+                records += self._describe_rollout(measured, logits, modules)
+        return records
+
+    def add_gradients(
         self,
-        rollouts: Sequence[Rollout],
         measured: MeasuredNodes,
-        accumulators: Sequence[StepAccumulator],
+        records: Sequence[NodeRecord],
+        chosen: Collection[int],
         timer: StageTimer,
         *,
         projection: RandomProjection | None = None,
         square_roots: Mapping[str, Tensor] | None = None,
     ) -> tuple[list[NodeRecord], list[Floats]]:
-        """Compute teachers' logits, directions and Gram matrices, one question at a time.
+        """Compute the Gram matrices of chosen nodes; those of one rollout go through one forward pass.
 
         Args:
-            rollouts: Every rollout of the probe; their questions hold the teachers' prompts.
-            measured: The nodes. Those of one rollout are together, and so are those of one question.
-            accumulators: Receive each teacher's gradient at every node.
-            timer: Times the stages ``"teachers"`` and ``"gradients"``.
+            measured: The nodes.
+            records: Their records.
+            chosen: Indices of the nodes whose gradients are computed.
+            timer: Times the stage ``"gradients"``.
             projection: Estimate the Gram matrices by random projection; None for exact ones.
             square_roots: Also compute the Gram matrices under the preconditioner with these square roots.
 
         Returns:
-            A record for each node, and its Gram matrices ``(M, C, C)`` under the preconditioner; the latter list is
-            empty without one.
+            The records, and for each node its Gram matrices ``(M, C, C)`` under the preconditioner; the latter list is
+            empty without one. NaN at nodes that are not chosen.
         """
-        records: list[NodeRecord] = []
-        preconditioned: list[Floats] = []
-        rollouts_seen = 0
-        for rollout_indices, depths in group_by_question(rollouts, measured.nodes):
-            of_question = [rollouts[index] for index in rollout_indices]
-            stage_part = range(rollouts_seen, rollouts_seen + len(of_question))
-            with timer.stage("teachers", len(rollouts), stage_part):
-                question_logits = self._teacher_logits(of_question, depths)
-            rollouts_seen += len(of_question)
-            for rollout_place, rollout in enumerate(of_question):
-                node_indices = range(len(records), len(records) + len(depths[rollout_place]))
-                with timer.stage("gradients", len(measured.nodes), node_indices):
-                    student_logits = torch.stack([measured.student_logits[index] for index in node_indices])
-                    if student_logits.dtype != torch.float64:
-                        student_logits = student_logits.float()
-                    rollout_nodes = RolloutNodes(
-                        rollout,
-                        [measured.nodes[index] for index in node_indices],
-                        [measured.branches[index] for index in node_indices],
-                        student_logits,
-                        [of_teacher[rollout_place].to(student_logits) for of_teacher in question_logits],
-                    )
-                    new_records, new_grams = self.measure_rollout(rollout_nodes, accumulators, projection, square_roots)
-                    records += new_records
-                    preconditioned += new_grams
-        return records, preconditioned
+        completed = list(records)
+        if projection is not None:
+            # Projected gradients cannot be told apart by module.
+            completed = [replace(record, gram=record.gram[:1]) for record in records]
+        preconditioned = [] if square_roots is None else [np.full_like(record.gram, np.nan) for record in completed]
+        done = 0
+        for number in range(len(measured.logits.questions)):
+            if not any(index in chosen for index in measured.logits.nodes_of(number)):
+                continue
+            of_question = [index for index in measured.logits.nodes_of(number) if index in chosen]
+            with timer.stage("gradients", len(chosen), range(done, done + len(of_question))):
+                for of_rollout in measured.logits.of_question(number):
+                    places = [place for place, index in enumerate(of_rollout.node_indices) if index in chosen]
+                    if not places:
+                        continue
+                    logits = of_rollout.take(places)
+                    gradients = self._gradients_of_rollout(measured, logits, projection, square_roots)
+                    for index, gram in zip(logits.node_indices, gradients.grams, strict=True):
+                        # Copies: the records outlive the probe and must not keep its tensors alive.
+                        completed[index] = replace(records[index], gram=gram.numpy().copy())
+                    for index, gram in zip(logits.node_indices, gradients.preconditioned, strict=False):
+                        preconditioned[index] = gram.numpy().copy()
+            done += len(of_question)
+        return completed, preconditioned
 
-    def measure_rollout(
+    def add_step_gradients(
         self,
-        rollout_nodes: RolloutNodes,
-        accumulators: Sequence[StepAccumulator],
-        projection: RandomProjection | None,
-        square_roots: Mapping[str, Tensor] | None,
-    ) -> tuple[list[NodeRecord], list[Floats]]:
-        """Compute directions and Gram matrices at the nodes of one rollout.
-
-        Args:
-            rollout_nodes: The nodes, with student's and teachers' logits.
-            accumulators: Receive each teacher's gradient at every node.
-            projection: As for :meth:`measure_nodes`.
-            square_roots: As for :meth:`measure_nodes`.
-
-        Returns:
-            As for :meth:`measure_nodes`.
-        """
-        rollout = rollout_nodes.rollout
-        student, teachers = rollout_nodes.student_logits, rollout_nodes.teacher_logits
-        temperature = self.config.temperature
-        distillation = torch.stack(
-            [self.direction(student, teacher, rollout_nodes.taken_tokens) for teacher in teachers]
-        )  # (K, N, V)
-        probabilities = torch.softmax(student / temperature, dim=-1)
-        directions = [
-            torch.cat([_branch_directions(probabilities[n], branches) / temperature, distillation[:, n]])
-            for n, branches in enumerate(rollout_nodes.branches)
-        ]  # (C, V) for each node
-        gradients = self._gram_matrices(rollout_nodes, directions, distillation, projection, square_roots)
-        correct = rollout.reward >= self.config.success_threshold
-        if gradients.sums is not None:
-            for accumulator in accumulators:
-                accumulator.add_distillation(rollout.question.id, correct, gradients.sums)
-        predictors = [node_predictors(student[..., : teacher.shape[-1]], teacher, temperature) for teacher in teachers]
-        records = [
-            node_record(
-                rollout,
-                node,
-                rollout_nodes.branches[n],
-                correct=correct,
-                gram=gradients.grams[n],
-                directions=directions[n],
-                teacher_probabilities=[torch.softmax(teacher[n] / temperature, dim=-1) for teacher in teachers],
-                predictors={
-                    name: np.array([float(of_teacher[name][n]) for of_teacher in predictors]) for name in predictors[0]
-                },
-            )
-            for n, node in enumerate(rollout_nodes.nodes)
-        ]
-        return records, [gram.numpy().copy() for gram in gradients.preconditioned]
-
-    def add_ideal_gradients(
-        self,
-        rollouts: Sequence[Rollout],
         measured: MeasuredNodes,
-        records: list[NodeRecord],
-        outcomes: list[list[BranchOutcomes]],
+        records: Sequence[NodeRecord],
+        outcomes: Sequence[list[BranchOutcomes]],
         accumulators: Sequence[StepAccumulator],
         timer: StageTimer,
     ) -> None:
-        """Add the ideal gradients of every rollout, with one more forward and one batched backward each.
+        """Add the gradients of every rollout to the step sums, with one forward and one batched backward each.
 
         Args:
-            rollouts: Every rollout of the probe.
             measured: The nodes.
             records: Their records.
             outcomes: The outcomes of each node's branches.
-            accumulators: Receive the gradients.
+            accumulators: Receive the ideal gradients of two halves of the outcomes, and each teacher's gradient.
             timer: Times the stage ``"step_gradients"``.
         """
-        temperature = self.config.temperature
-        with timer.stage("step_gradients", len(rollouts)) as progress:
-            for rollout_index, rollout in enumerate(rollouts):
-                progress(rollout_index)
-                indices = [
-                    index
-                    for index, record in enumerate(records)
-                    if record.rollout == rollout_index and is_scored(record)
-                ]
-                if not indices:
-                    continue
-                directions = [
-                    _ideal_directions(records[index], outcomes[index], measured.student_logits[index], temperature)
-                    for index in indices
-                ]
-                positions = rollout.positions([records[index].depth for index in indices])
-                halves = summed_vjps(self.student, rollout.sequence, positions, torch.stack(directions, dim=1))
-                for accumulator in accumulators:
-                    accumulator.add_ideal(rollout.question.id, records[indices[0]].correct, halves)
+        with timer.stage("step_gradients", len(measured.nodes)) as progress:
+            for number in range(len(measured.logits.questions)):
+                progress(measured.logits.nodes_of(number).start)
+                for of_rollout in measured.logits.of_question(number):
+                    places = [place for place, index in enumerate(of_rollout.node_indices) if is_scored(records[index])]
+                    if places:
+                        self._add_step_gradients(of_rollout.take(places), records, outcomes, accumulators)
 
-    def _teacher_logits(self, rollouts: list[Rollout], depths: list[list[int]]) -> list[list[Tensor]]:
-        """For each teacher and each of one question's rollouts, the logits at ``depths``, ``(N_r, V')``."""
-        question = rollouts[0].question
-        responses = [rollout.response_ids for rollout in rollouts]
+    def _add_step_gradients(
+        self,
+        logits: RolloutLogits,
+        records: Sequence[NodeRecord],
+        outcomes: Sequence[list[BranchOutcomes]],
+        accumulators: Sequence[StepAccumulator],
+    ) -> None:
+        rollout, chosen = logits.rollout, [records[index] for index in logits.node_indices]
+        ideal = [
+            _ideal_directions(record, outcomes[index], logits.student[place], self.config.temperature)
+            for place, (index, record) in enumerate(zip(logits.node_indices, chosen, strict=True))
+        ]
+        weights = torch.tensor([1 / record.inclusion for record in chosen], dtype=torch.float64)
+        distillation = self._distillation(logits, chosen).double().cpu() * weights[:, None]
+        directions = torch.cat([torch.stack(ideal, dim=1), distillation])  # (2 + K, N, V)
+        positions = rollout.positions([record.depth for record in chosen])
+        sums = summed_vjps(
+            self.student, rollout.sequence, positions, directions, max_memory_bytes=self.config.max_memory_bytes
+        )
+        for accumulator in accumulators:
+            accumulator.add_ideal(rollout.question.id, chosen[0].correct, sums[:2])
+            accumulator.add_distillation(rollout.question.id, chosen[0].correct, sums[2:])
+
+    def _describe_rollout(self, measured: MeasuredNodes, logits: RolloutLogits, modules: int) -> list[NodeRecord]:
+        """The records of one rollout's nodes."""
+        rollout, temperature = logits.rollout, self.config.temperature
+        directions = self._directions(measured, logits)
+        predictors = [
+            node_predictors(logits.student[..., : teacher.shape[-1]], teacher, temperature)
+            for teacher in logits.teachers
+        ]
         return [
-            teacher_logits(
-                teacher, self.student, [question.teacher_prompt_ids[name]] * len(rollouts), responses, depths
+            node_record(
+                rollout,
+                measured.nodes[index],
+                measured.branches[index],
+                correct=rollout.reward >= self.config.success_threshold,
+                modules=modules,
+                directions=directions[place],
+                teacher_probabilities=[torch.softmax(t[place] / temperature, dim=-1) for t in logits.teachers],
+                predictors={
+                    name: np.array([float(of_teacher[name][place]) for of_teacher in predictors])
+                    for name in predictors[0]
+                },
             )
-            for name, teacher in self.teachers.items()
+            for place, index in enumerate(logits.node_indices)
         ]
 
-    def _gram_matrices(
+    def _directions(self, measured: MeasuredNodes, logits: RolloutLogits) -> list[Tensor]:
+        """Directions on the logits of each of a rollout's nodes, ``(C, V)``: of its branches, then of the teachers."""
+        nodes = [measured.nodes[index] for index in logits.node_indices]
+        distillation = self._distillation(logits, nodes)
+        probabilities = torch.softmax(logits.student / self.config.temperature, dim=-1)
+        return [
+            torch.cat(
+                [
+                    _branch_directions(probabilities[place], measured.branches[index]) / self.config.temperature,
+                    distillation[:, place],
+                ]
+            )
+            for place, index in enumerate(logits.node_indices)
+        ]
+
+    def _distillation(self, logits: RolloutLogits, nodes: Sequence[Node | NodeRecord]) -> Tensor:
+        """Each teacher's direction on the logits of a rollout's nodes, ``(K, N, V)``."""
+        taken = [logits.rollout.response_ids[node.depth] for node in nodes]
+        taken_tokens = torch.tensor(taken, device=logits.student.device)
+        return torch.stack([self.direction(logits.student, teacher, taken_tokens) for teacher in logits.teachers])
+
+    def _gradients_of_rollout(
         self,
-        rollout_nodes: RolloutNodes,
-        directions: list[Tensor],
-        distillation: Tensor,
+        measured: MeasuredNodes,
+        logits: RolloutLogits,
         projection: RandomProjection | None,
         square_roots: Mapping[str, Tensor] | None,
     ) -> NodeGrams:
-        """Gram matrices of ``directions``, exact or projected, and weighted sums of the distillation gradients."""
-        ids, positions = rollout_nodes.rollout.sequence, rollout_nodes.positions
+        """Gram matrices at the nodes of one rollout, exact or projected."""
+        rollout, directions = logits.rollout, self._directions(measured, logits)
+        positions = rollout.positions([measured.nodes[index].depth for index in logits.node_indices])
         max_memory_bytes = self.config.max_memory_bytes
-        weights = [1 / node.inclusion for node in rollout_nodes.nodes] if self.config.step_alignment else None
         if projection is None:
-            weighted_sum = None if weights is None else WeightedSum(weights, len(self.teachers))
             return node_gram_matrices(
                 self.student,
-                ids,
+                rollout.sequence,
                 positions,
                 directions,
-                weighted_sum=weighted_sum,
                 max_memory_bytes=max_memory_bytes,
                 square_roots=square_roots,
             )
-        arguments = self.student, ids, positions, directions, projection.count
+        arguments = self.student, rollout.sequence, positions, directions, projection.count
         # The generator starts anew for the second matrices: both are projected on the same random directions.
-        grams = projected_gram_matrices(
-            *arguments, projection.generator(rollout_nodes.rollout), max_memory_bytes=max_memory_bytes
-        )
+        grams = projected_gram_matrices(*arguments, projection.generator(rollout), max_memory_bytes=max_memory_bytes)
         preconditioned: list[Tensor] = []
         if square_roots is not None:
             preconditioned = projected_gram_matrices(
                 *arguments,
-                projection.generator(rollout_nodes.rollout),
+                projection.generator(rollout),
                 max_memory_bytes=max_memory_bytes,
                 square_roots=square_roots,
             )
-        sums = None
-        if weights is not None:
-            weighted = distillation * torch.tensor(weights, dtype=torch.float32, device=distillation.device)[:, None]
-            sums = summed_vjps(self.student, ids, positions, weighted)
-        return NodeGrams(grams, sums, preconditioned)
+        return NodeGrams(grams, preconditioned)
 
 
 def _branch_directions(probabilities: Tensor, branches: Sequence[Branch]) -> Tensor:

@@ -40,19 +40,6 @@ ACCELERATOR_BATCHED_TOKENS = 2**16
 
 
 @dataclass(frozen=True)
-class WeightedSum:
-    """Asks :func:`node_gram_matrices` for sums of gradients over the nodes.
-
-    Attributes:
-        weights: ``N``, the weight of each node.
-        directions: How many of each node's directions are summed over the nodes: the last ones.
-    """
-
-    weights: Sequence[float]
-    directions: int
-
-
-@dataclass(frozen=True)
 class _Segment:
     """A part of a sequence.
 
@@ -86,7 +73,6 @@ def node_gram_matrices(
     positions: Sequence[int],
     cotangents: Sequence[Tensor],
     *,
-    weighted_sum: WeightedSum | None = None,
     max_memory_bytes: float | None = None,
     ends: Sequence[int] | None = None,
     square_roots: Mapping[str, Tensor] | None = None,
@@ -98,7 +84,6 @@ def node_gram_matrices(
         input_ids: ``(T,)`` int64, without padding.
         positions: ``N`` positions whose logits decide the next token.
         cotangents: ``(C_n, V)`` floating for each node: its directions :math:`v_c`.
-        weighted_sum: Also return weighted sums of gradients over the nodes.
         max_memory_bytes: Memory to use, in bytes, at most; None for half of what is free.
         ends: Ends of the segments; None for the cheapest ones
             (:func:`~odp_callbacks.engine.gradients.segments.segment_ends`).
@@ -113,7 +98,6 @@ def node_gram_matrices(
         ends = _cheapest_ends(model, positions, [len(of_node.nonzero) for of_node in directions])
     grams: list[Tensor] = [torch.empty(0)] * len(directions)
     preconditioned: list[Tensor] = [] if square_roots is None else [torch.empty(0)] * len(directions)
-    sums: Tensor | None = None
     with _segmented_forward(model, input_ids, positions, ends) as forward_pass:
         parameter_names = list(forward_pass.parameters)
         for segment in forward_pass.segments:
@@ -128,14 +112,16 @@ def node_gram_matrices(
                         for name, gradient in zip(parameter_names, gradients, strict=True)
                     ]
                     preconditioned[node_index] = directions[node_index].gram_matrices(scaled_gradients, parameter_names)
-                if weighted_sum is not None:
-                    weight = weighted_sum.weights[node_index]
-                    summand = directions[node_index].last_gradients(gradients, weighted_sum.directions, weight)
-                    sums = summand if sums is None else sums + summand
-    return NodeGrams(grams, sums, preconditioned)
+    return NodeGrams(grams, preconditioned)
 
 
-def summed_vjps(model: nn.Module, input_ids: Tensor, positions: Sequence[int], cotangents: Tensor) -> Tensor:
+def summed_vjps(
+    model: nn.Module,
+    input_ids: Tensor,
+    positions: Sequence[int],
+    cotangents: Tensor,
+    max_memory_bytes: float | None = None,
+) -> Tensor:
     r"""Sums :math:`\sum_u J_u^\top v_u` over the nodes of one sequence, for several choices of :math:`v`.
 
     Args:
@@ -143,6 +129,7 @@ def summed_vjps(model: nn.Module, input_ids: Tensor, positions: Sequence[int], c
         input_ids: ``(T,)`` int64, without padding.
         positions: ``N`` positions.
         cotangents: ``(D, N, V)``: for each sum, one direction on the logits of each node.
+        max_memory_bytes: Memory to use, in bytes, at most; None for half of what is free.
 
     Returns:
         ``(D, P)`` float32.
@@ -154,8 +141,12 @@ def summed_vjps(model: nn.Module, input_ids: Tensor, positions: Sequence[int], c
         parts = []
         for segment in forward_pass.segments:
             of_segment = scaled_cotangents[:, segment.nodes].to(segment.logits)
-            gradients = _batched_vjps(segment.logits, list(forward_pass.parameters.values()), of_segment)
-            parts.append(flatten_gradients(gradients, forward_pass.parameters).float())
+            batch_size = max_directions(model, segment.end, segment.logits.numel(), max_memory_bytes)
+            batches = [
+                _batched_vjps(segment.logits, list(forward_pass.parameters.values()), batch)
+                for batch in of_segment.split(batch_size)
+            ]
+            parts.append(torch.cat([flatten_gradients(batch, forward_pass.parameters).float() for batch in batches]))
     total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
     return total * scale[:, None].to(total.device).float()
 

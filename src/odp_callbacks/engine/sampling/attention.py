@@ -234,24 +234,37 @@ def model_configs(model: nn.Module) -> list[Any]:
     return list(configs.values())
 
 
+class AttentionSwitch:
+    """Lets a model attend through :func:`shared_prefix_attention` for a while, as often as that is needed.
+
+    Args:
+        model: The model; its configurations are looked up once, because that takes long for a model of many modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+        self._configs = [config for config in model_configs(model) if hasattr(config, "_attn_implementation_internal")]
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Attend to the shared prefix inside the context; the model's own implementation is restored afterwards."""
+        implementations = [config._attn_implementation_internal for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation_internal = ATTENTION_NAME
+            yield
+        finally:
+            for config, implementation in zip(self._configs, implementations, strict=True):
+                config._attn_implementation_internal = implementation
+
+
 @contextmanager
 def using_shared_prefix_attention(model: nn.Module) -> Iterator[None]:
     """Let ``model`` attend through :func:`shared_prefix_attention`, and restore its own implementation afterwards."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
-    implementations = [
-        (config, config._attn_implementation_internal)
-        for config in model_configs(model)
-        if hasattr(config, "_attn_implementation_internal")
-    ]
-    try:
-        for config, _ in implementations:
-            config._attn_implementation_internal = ATTENTION_NAME
+    with AttentionSwitch(model).on():
         yield
-    finally:
-        for config, implementation in implementations:
-            config._attn_implementation_internal = implementation
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,20 +11,22 @@ prefixes; only the others are sampled by full forward passes.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.sampling.backend_selection import BACKENDS, FULL_FORWARD, SELECTION
 from odp_callbacks.engine.sampling.continuous_batching import sample_with_shared_prefix
-from odp_callbacks.engine.sampling.full_forward import sample_with_full_forward
 from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.sampling.prefix_cache import PrefixCache, extend_prefix_cache, prefill
 from odp_callbacks.engine.sampling.randomness import fresh_keys
-from odp_callbacks.engine.sampling.repeated_cache import sample_with_repeated_cache
+from odp_callbacks.engine.sampling.request_source import ListedRequests, RequestSource, SeparatedRequests, SlotUse
 from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, FinishedCallback
+from odp_callbacks.engine.sampling.separate_batches import sample_in_batches
 
 CACHED_BACKENDS = BACKENDS[:2]
 """The backends that read the keys and values of :class:`PrefilledRollouts`."""
@@ -157,6 +159,7 @@ def sample_continuations(
     batch_size: int,
     max_memory_bytes: float | None = None,
     on_finished: FinishedCallback | None = None,
+    deadline: Deadline | None = None,
 ) -> list[Continuation]:
     """Sample one continuation for each request from the student's own policy, with a temperature and no other change.
 
@@ -171,6 +174,7 @@ def sample_continuations(
         batch_size: The largest number of continuations at a time; it is reduced where they would not fit in memory.
         max_memory_bytes: The largest number of bytes to use; None for half of what is free.
         on_finished: Called with continuations as they finish; None for no call.
+        deadline: When to stop; continuations that have not finished by then are marked as such. None: no limit.
 
     Returns:
         Continuations in the order of ``requests``.
@@ -179,133 +183,92 @@ def sample_continuations(
         FloatingPointError: If the model's logits do not define a distribution (NaN).
     """
     keys = fresh_keys(len(requests)) if keys is None else keys
-    cached: list[int] = []
-    uncached: list[int] = []
-    for index, request in enumerate(requests):
-        (uncached if prefixes.needs_full_forward(model, request) else cached).append(index)
-    sampled: dict[int, Continuation] = {}
-    for indices, backend in ((cached, prefixes.backend), (uncached, FULL_FORWARD)):
 
-        def report(finished: dict[int, Continuation], indices: list[int] = indices) -> None:
-            by_index = {indices[place]: continuation for place, continuation in finished.items()}
-            sampled.update(by_index)
-            if on_finished is not None:
-                on_finished(by_index)
+    def start_order(index: int) -> tuple[int, int, int]:
+        """Requests of one prompt, and of one sequence, are neighbours; among these, the longest start first."""
+        request = requests[index]
+        prompt = request.sequence if prefixes.cache is None else prefixes.cache.prompt_of_sequence[request.sequence]
+        return prompt, request.sequence, request.prefix_length
 
-        if indices:
-            _sample_with_backend(
-                model,
-                replace(prefixes, backend=backend),
-                [requests[index] for index in indices],
-                temperature=temperature,
-                eos_token_ids=eos_token_ids,
-                keys=[keys[index] for index in indices],
-                batch_size=batch_size,
-                max_memory_bytes=max_memory_bytes,
-                on_finished=report,
-            )
-    return [sampled[index] for index in range(len(requests))]
+    source = ListedRequests(requests, keys, sorted(range(len(requests)), key=start_order), on_finished)
+    sample_stream(
+        model,
+        prefixes,
+        source,
+        temperature=temperature,
+        eos_token_ids=eos_token_ids,
+        batch_size=batch_size,
+        max_memory_bytes=max_memory_bytes,
+        deadline=deadline,
+        cut_alike=True,
+    )
+    not_started = Continuation((), truncated=True, unfinished=True)
+    return [source.continuations.get(index, not_started) for index in range(len(requests))]
 
 
-def _sample_with_backend(
+def sample_stream(
     model: nn.Module,
     prefixes: PrefilledRollouts,
-    requests: Sequence[ContinuationRequest],
+    source: RequestSource,
     *,
     temperature: float,
     eos_token_ids: Sequence[int],
-    keys: Sequence[int],
     batch_size: int,
-    max_memory_bytes: float | None,
-    on_finished: FinishedCallback,
+    max_memory_bytes: float | None = None,
+    deadline: Deadline | None = None,
+    cut_alike: bool = False,
+    slot_use: SlotUse | None = None,
 ) -> None:
-    """Sample all requests with one backend; the arguments are those of :func:`sample_continuations`."""
+    """Sample what a source asks for until it is exhausted; it receives the continuations as they finish.
+
+    Args:
+        model: The student, in evaluation mode.
+        prefixes: From :func:`prefill_rollouts`.
+        source: Gives the requests.
+        temperature: Divides the logits.
+        eos_token_ids: Tokens that end a response.
+        batch_size: The largest number of continuations at a time; it is reduced where they would not fit in memory.
+        max_memory_bytes: The largest number of bytes to use; None for half of what is free.
+        deadline: When to stop; the source receives what has started and not finished by then as unfinished. None: no
+            limit.
+        cut_alike: Whether batches that are sampled one after the other share the time until the deadline, so that all
+            are cut at similar lengths.
+        slot_use: Counts the steps and the slots; None: not counted.
+
+    Raises:
+        FloatingPointError: If the model's logits do not define a distribution (NaN).
+    """
     if prefixes.cache is not None and prefixes.backend in CACHED_BACKENDS:
         usable_bytes = free_bytes(next(model.parameters()).device, max_memory_bytes)
-        batch_size = min(batch_size, _slots_that_fit(prefixes.cache, prefixes.backend, requests, usable_bytes))
-    if prefixes.backend == "shared prefix":
-        assert prefixes.cache is not None
-        sample_with_shared_prefix(
-            model,
-            prefixes.cache,
-            requests,
-            temperature=temperature,
-            eos_token_ids=eos_token_ids,
-            keys=keys,
-            batch_size=batch_size,
-            on_finished=on_finished,
-        )
-        return
-    for indices in _batches(requests, batch_size, equal_lengths=prefixes.backend not in CACHED_BACKENDS):
-        continuations = _sample_batch(
-            model,
-            prefixes,
-            [requests[index] for index in indices],
-            temperature,
-            eos_token_ids,
-            [keys[index] for index in indices],
-        )
-        on_finished(dict(zip(indices, continuations, strict=True)))
+        batch_size = min(batch_size, _slots_that_fit(prefixes.cache, prefixes.backend, source, usable_bytes))
+    others = SeparatedRequests(source, lambda request: prefixes.needs_full_forward(model, request))
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "eos_token_ids": eos_token_ids,
+        "batch_size": batch_size,
+        "deadline": deadline,
+        "slot_use": SlotUse() if slot_use is None else slot_use,
+    }
+    batch_options = {"sequences": prefixes.sequences, "cache": prefixes.cache, "cut_alike": cut_alike, **options}
+    while deadline is None or not deadline.has_passed:
+        if prefixes.backend == "shared prefix":
+            assert prefixes.cache is not None
+            sample_with_shared_prefix(model, prefixes.cache, others, **options)
+        else:
+            sample_in_batches(model, prefixes.backend, source=others, **batch_options)
+        if others.set_aside:
+            sample_in_batches(model, FULL_FORWARD, source=others.take_set_aside(), **batch_options)
+        elif source.is_exhausted() or (deadline is not None and deadline.has_passed):
+            return
+        else:
+            source.wait()
 
 
-def _sample_batch(
-    model: nn.Module,
-    prefixes: PrefilledRollouts,
-    requests: Sequence[ContinuationRequest],
-    temperature: float,
-    eos_token_ids: Sequence[int],
-    keys: Sequence[int],
-) -> list[Continuation]:
-    """Sample one batch with a backend that cannot share prefixes."""
-    if prefixes.backend == "repeated cache":
-        assert prefixes.cache is not None
-        return sample_with_repeated_cache(
-            model, prefixes.cache, requests, temperature=temperature, eos_token_ids=eos_token_ids, keys=keys
-        )
-    if prefixes.backend == FULL_FORWARD:
-        return sample_with_full_forward(
-            model, prefixes.sequences, requests, temperature=temperature, eos_token_ids=eos_token_ids, keys=keys
-        )
-    # Imported here because its module needs transformers, whose import takes seconds.
-    from odp_callbacks.engine.sampling.generate import sample_with_generate
-
-    return sample_with_generate(
-        model, prefixes.sequences, requests, temperature=temperature, eos_token_ids=eos_token_ids, keys=keys
-    )
-
-
-def _slots_that_fit(
-    cache: PrefixCache, backend: str, requests: Sequence[ContinuationRequest], usable_bytes: int
-) -> int:
+def _slots_that_fit(cache: PrefixCache, backend: str, source: RequestSource, usable_bytes: int) -> int:
     """Count the continuations whose keys and values fit in ``usable_bytes``, at least 1."""
     bytes_per_token = sum(
         states.shape[1] * states.shape[3] * states.element_size() for layer in cache.prompt_layers for states in layer
     )
     copies_prefix = backend == "repeated cache"
-    longest = max(request.max_new_tokens + (request.prefix_length if copies_prefix else 0) for request in requests)
+    longest = source.max_tokens if copies_prefix else source.max_new_tokens
     return max(1, usable_bytes // max(1, bytes_per_token * longest))
-
-
-def _batches(requests: Sequence[ContinuationRequest], batch_size: int, equal_lengths: bool) -> Iterator[list[int]]:
-    """Split requests into batches of similarly long prefixes, so that there is little padding.
-
-    Args:
-        requests: Where each continuation starts.
-        batch_size: The largest number of requests in a batch.
-        equal_lengths: Whether all prefixes of a batch must have the same length.
-
-    Yields:
-        Indices of the requests of a batch.
-    """
-    sorted_indices = sorted(
-        range(len(requests)), key=lambda index: (requests[index].prefix_length, requests[index].sequence)
-    )
-    batch: list[int] = []
-    for index in sorted_indices:
-        length_changes = bool(batch) and requests[index].prefix_length != requests[batch[0]].prefix_length
-        if len(batch) == batch_size or (equal_lengths and length_changes):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

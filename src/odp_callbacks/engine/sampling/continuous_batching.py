@@ -1,28 +1,31 @@
 """Sample many continuations of shared prefixes in one batch that stays full.
 
-Each row of the batch is a slot. When a continuation finishes, the next waiting request takes its slot, so that each
-step of the model serves as many continuations as the batch has room for. Prefixes are read where they are stored
+Each row of the batch is a slot. When a continuation finishes, the next request takes its slot, so that each step of
+the model serves as many continuations as the batch has room for. Requests come from a source that may still be making
+its plan (:mod:`~odp_callbacks.engine.sampling.request_source`). Prefixes are read where they are stored
 (:mod:`odp_callbacks.engine.sampling.attention`) and never copied.
 """
 
-from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from odp_callbacks.engine.sampling.attention import using_shared_prefix_attention
+from odp_callbacks.engine.deadline import Deadline
+from odp_callbacks.engine.sampling.attention import AttentionSwitch
 from odp_callbacks.engine.sampling.categorical import check_probabilities, sample_tokens
 from odp_callbacks.engine.sampling.model_forward import forward_with_cache
 from odp_callbacks.engine.sampling.prefix_cache import PrefixCache
 from odp_callbacks.engine.sampling.randomness import as_key_tensor, uniforms
-from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, FinishedCallback
+from odp_callbacks.engine.sampling.request_source import NumberedRequest, RequestSource, SlotUse
+from odp_callbacks.engine.sampling.requests import Continuation
 from odp_callbacks.engine.sampling.shared_prefix import SharedPrefixView
 from odp_callbacks.engine.sampling.suffix_cache import suffix_cache
 from odp_callbacks.functional.gradients import forward_arguments
 
 SHRINKING_SHARE = 7 / 8
-"""The batch drops its free slots when no request waits and at most this share of the slots is occupied."""
+"""The batch drops its free slots when no request waits and at most this share of its rows is occupied."""
 ACCELERATOR_CHECK_INTERVAL = 8
 """Steps between two checks for finished continuations on an accelerator, because each check waits for the device."""
 
@@ -30,109 +33,115 @@ ACCELERATOR_CHECK_INTERVAL = 8
 def sample_with_shared_prefix(
     model: nn.Module,
     cache: PrefixCache,
-    requests: Sequence[ContinuationRequest],
+    source: RequestSource,
     *,
     temperature: float,
     eos_token_ids: Sequence[int],
-    keys: Sequence[int],
     batch_size: int,
-    on_finished: FinishedCallback | None = None,
-) -> list[Continuation]:
-    """Sample one continuation for each request from the student's own policy, with a temperature and no other change.
+    deadline: Deadline | None = None,
+    slot_use: SlotUse,
+) -> None:
+    """Sample what a source asks for, until it has nothing at the moment and nothing is left in the batch.
 
     Args:
         model: The student in evaluation mode; it must attend through transformers' attention interface.
         cache: From :func:`~odp_callbacks.engine.sampling.prefix_cache.prefill` or
             :func:`~odp_callbacks.engine.sampling.prefix_cache.extend_prefix_cache`.
-        requests: Where each continuation starts.
+        source: Gives the requests, and receives the continuations as they finish.
         temperature: Divides the logits.
         eos_token_ids: Tokens that end a response.
-        keys: One for each request; the tokens of a continuation depend on its own key only.
         batch_size: The largest number of continuations at a time.
-        on_finished: Called with continuations as they finish; None for no call.
-
-    Returns:
-        Continuations in the order of ``requests``.
+        deadline: When to stop; continuations that have started and not finished by then are marked as unfinished.
+            None: no limit.
+        slot_use: Counts the steps and the slots, from where it stands.
 
     Raises:
         FloatingPointError: If the model's logits do not define a distribution (NaN).
     """
-    if not requests:
-        return []
-    sampled: dict[int, Continuation] = {}
-    with using_shared_prefix_attention(model):
-        batch = _ContinuousBatch(model, cache, requests, list(eos_token_ids), batch_size, keys)
-        while batch.request_of_slot:
+    batch = _ContinuousBatch(model, cache, source, list(eos_token_ids), batch_size, slot_use.steps)
+    sampled_tokens = 0
+    try:
+        while batch.running:
             batch.step(temperature)
-            if batch.is_check_due():
-                finished = batch.collect_finished()
-                sampled.update(finished)
-                if finished and on_finished is not None:
-                    on_finished(finished)
-    return [sampled[index] for index in range(len(requests))]
+            if not batch.is_check_due():
+                continue
+            continuations = batch.collect_finished()
+            sampled_tokens += sum(len(continuation.tokens) for continuation in continuations.values())
+            if continuations:
+                source.receive(continuations, batch.first_step + batch.steps_done)
+            batch.admit()
+            if deadline is not None and batch.running:
+                deadline.reserve_for(sum(batch.occupied) * batch.check_interval)
+                if deadline.has_passed:
+                    continuations = batch.unfinished()
+                    sampled_tokens += sum(len(continuation.tokens) for continuation in continuations.values())
+                    source.receive(continuations, batch.first_step + batch.steps_done)
+                    return
+    finally:
+        slot_use.steps += batch.steps_done
+        slot_use.occupied += sampled_tokens
+        slot_use.available += batch.steps_done * batch.most_slots
 
 
 class _ContinuousBatch:
     """A batch of ``B`` slots, each with a request, a suffix in the cache, and the tokens that it has sampled.
 
     Attributes:
-        request_of_slot: For each slot, the index of its request; of its last one where the slot is free.
+        running: For each slot, its request; its last one where the slot is free.
         occupied: For each slot, whether its continuation is unfinished.
+        first_step: Number of the first step, for the source.
+        steps_done: Steps of the model so far.
+        most_slots: The largest number of slots so far.
     """
 
     def __init__(
         self,
         model: nn.Module,
         cache: PrefixCache,
-        requests: Sequence[ContinuationRequest],
+        source: RequestSource,
         eos_token_ids: list[int],
         batch_size: int,
-        keys: Sequence[int],
+        first_step: int,
     ) -> None:
-        self.model, self.cache, self.requests = model, cache, requests
+        self.model, self.cache, self.source, self.batch_size = model, cache, source, batch_size
+        self.first_step = first_step
         self.device = next(model.parameters()).device
-        self.request_keys = as_key_tensor(keys, self.device)
+        # Switched on for a step only: between steps, the source may run the model, or call the user's reward function.
+        self.attention = AttentionSwitch(model)
         # Looked up once, because inspecting a signature at every token is slow.
         self.accepted_arguments = forward_arguments(model)
         self.check_interval = 1 if self.device.type == "cpu" else ACCELERATOR_CHECK_INTERVAL
-
-        # Requests of one sequence are neighbours; among these, the longest continuations start first.
-        def start_order(index: int) -> tuple[int, int, int]:
-            sequence = requests[index].sequence
-            return cache.prompt_of_sequence[sequence], sequence, requests[index].prefix_length
-
-        self.waiting_requests = deque(sorted(range(len(requests)), key=start_order))
         # Finished continuations go on until the next check.
-        self.suffix_capacity = max(request.max_new_tokens for request in requests) + self.check_interval - 1
-        slot_count = min(batch_size, len(requests))
-        self.request_of_slot = [self.waiting_requests.popleft() for _ in range(slot_count)]
-        self.occupied = [True] * slot_count
-        self.start_step = [0] * slot_count
-        self.steps_done = 0
+        self.suffix_capacity = source.max_new_tokens + self.check_interval - 1
+        self.running: list[NumberedRequest] = []
+        self.occupied: list[bool] = []
+        self.start_step: list[int] = []
+        self.steps_done = self.most_slots = 0
         self.eos_token_ids = torch.tensor(eos_token_ids, device=self.device, dtype=torch.long)
-        self.next_tokens = self._first_tokens(range(slot_count))
-        self.max_lengths = self._max_new_tokens(range(slot_count))
-        self.slot_keys = self.request_keys[self.request_of_slot]
-        self.sampled_tokens = torch.zeros(slot_count, self.suffix_capacity, dtype=torch.long, device=self.device)
-        self.lengths = torch.zeros(slot_count, dtype=torch.long, device=self.device)
-        self.ended = torch.zeros(slot_count, dtype=torch.bool, device=self.device)
+        # One row for each slot; there is none yet.
+        self.next_tokens, self.max_lengths, self.slot_keys, self.lengths = (
+            torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(4)
+        )
+        self.sampled_tokens = torch.zeros(0, self.suffix_capacity, dtype=torch.long, device=self.device)
+        self.ended = torch.zeros(0, dtype=torch.bool, device=self.device)
         self.all_valid = torch.ones((), dtype=torch.bool, device=self.device)
-        self.view = self._shared_prefix_view()
-        self.suffixes = suffix_cache(slot_count, self.suffix_capacity, self.view)
+        self.suffix_lengths = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.admit()
 
     def step(self, temperature: float) -> None:
         """Sample one token for every slot."""
         view = self.view
         # A finished continuation goes on until the next check; its positions must not exceed the model's.
         position_ids = (view.prefix_lengths + torch.minimum(view.suffix_lengths, self.max_lengths - 1))[:, None]
-        logits = forward_with_cache(
-            self.model,
-            self.next_tokens[:, None],
-            self.suffixes,
-            position_ids=position_ids,
-            shared_prefix=view,
-            accepted_arguments=self.accepted_arguments,
-        )[:, -1]  # (B, V)
+        with self.attention.on():
+            logits = forward_with_cache(
+                self.model,
+                self.next_tokens[:, None],
+                self.suffixes,
+                position_ids=position_ids,
+                shared_prefix=view,
+                accepted_arguments=self.accepted_arguments,
+            )[:, -1]  # (B, V)
         uniform_draws = uniforms(self.slot_keys, view.suffix_lengths, 2)
         self.next_tokens, valid = sample_tokens(logits, temperature, uniform_draws)
         running = ~self.ended & (self.lengths < self.max_lengths)
@@ -149,27 +158,42 @@ class _ContinuousBatch:
         return self.steps_done % self.check_interval == 0
 
     def collect_finished(self) -> dict[int, Continuation]:
-        """Return the continuations that have finished, and give their slots to waiting requests."""
+        """Free the slots of the continuations that have finished, and return these by number."""
         finished = (self.ended | (self.lengths >= self.max_lengths)).tolist()
         finished_slots = [slot for slot, occupied in enumerate(self.occupied) if occupied and finished[slot]]
         check_probabilities(self.all_valid)
         if not finished_slots:
             return {}
         continuations = self._continuations(finished_slots)
-        reused_slots = finished_slots[: len(self.waiting_requests)]
-        for slot in reused_slots:
-            self.request_of_slot[slot] = self.waiting_requests.popleft()
-            self.start_step[slot] = self.steps_done
-        for slot in finished_slots[len(reused_slots) :]:
+        for slot in finished_slots:
             self.occupied[slot] = False
-        if reused_slots:
-            self._start_requests(reused_slots)
-        if sum(self.occupied) <= SHRINKING_SHARE * len(self.occupied):
-            self._keep_slots([slot for slot, occupied in enumerate(self.occupied) if occupied])
         return continuations
 
+    def admit(self) -> None:
+        """Start the requests that the source has, in free slots and in new ones; drop slots that nothing waits for."""
+        free_slots = [slot for slot, occupied in enumerate(self.occupied) if not occupied]
+        room = len(free_slots) + self.batch_size - len(self.occupied)
+        started: list[NumberedRequest] = []
+        while len(started) < room and (numbered := self.source.next_request()) is not None:
+            started.append(numbered)
+        if started:
+            self.source.start([numbered.number for numbered in started], self.first_step + self.steps_done)
+            new_count = max(0, len(started) - len(free_slots))
+            first_new = len(self.occupied)
+            self._start([*free_slots, *range(first_new, first_new + new_count)][: len(started)], started, new_count)
+        if sum(self.occupied) <= SHRINKING_SHARE * len(self.occupied):
+            self._keep_slots([slot for slot, occupied in enumerate(self.occupied) if occupied])
+
+    def unfinished(self) -> dict[int, Continuation]:
+        """Return what there is of the continuations that have not finished, by number."""
+        slots = [slot for slot, occupied in enumerate(self.occupied) if occupied]
+        return {
+            number: replace(continuation, truncated=True, unfinished=True)
+            for number, continuation in self._continuations(slots).items()
+        }
+
     def _continuations(self, slots: list[int]) -> dict[int, Continuation]:
-        """Read the finished continuations of the given slots, by the index of their request."""
+        """Read the continuations of the given slots, by number."""
         rows = zip(
             slots,
             self.sampled_tokens[slots].tolist(),
@@ -178,22 +202,40 @@ class _ContinuousBatch:
             strict=True,
         )
         return {
-            self.request_of_slot[slot]: Continuation(tuple(tokens[:length]), not ended)
+            self.running[slot].number: Continuation(tuple(tokens[:length]), not ended)
             for slot, tokens, length, ended in rows
         }
 
-    def _start_requests(self, slots: list[int]) -> None:
-        """Start the new requests of the given slots."""
-        slot_indices = torch.tensor(slots, device=self.device)
-        self.next_tokens[slot_indices] = self._first_tokens(slots)
-        self.max_lengths[slot_indices] = self._max_new_tokens(slots)
-        self.slot_keys[slot_indices] = self.request_keys[[self.request_of_slot[slot] for slot in slots]]
-        self.lengths[slot_indices], self.ended[slot_indices] = 0, False
-        self._replace_view(self.view.suffix_lengths.index_fill(0, slot_indices, 0))
+    def _start(self, slots: list[int], started: Sequence[NumberedRequest], new_count: int) -> None:
+        """Start requests in the given slots, the last ``new_count`` of which do not exist yet."""
+        self._add_slots(new_count, started[0])
+        for slot, numbered in zip(slots, started, strict=True):
+            self.running[slot], self.occupied[slot], self.start_step[slot] = numbered, True, self.steps_done
+        rows = torch.tensor(slots, device=self.device)
+        requests = [numbered.request for numbered in started]
+        self.next_tokens[rows] = torch.tensor([request.first_token for request in requests], device=self.device)
+        self.max_lengths[rows] = torch.tensor([request.max_new_tokens for request in requests], device=self.device)
+        self.slot_keys[rows] = as_key_tensor([numbered.key for numbered in started], self.device)
+        self.lengths[rows], self.ended[rows] = 0, False
+        self._replace_view(self.suffix_lengths.index_fill(0, rows, 0))
+
+    def _add_slots(self, count: int, placeholder: NumberedRequest) -> None:
+        """Add free slots at the end."""
+        self.running += [placeholder] * count
+        self.occupied += [False] * count
+        self.start_step += [self.steps_done] * count
+        for name in ("next_tokens", "max_lengths", "slot_keys", "lengths", "sampled_tokens", "ended"):
+            state: Tensor = getattr(self, name)
+            setattr(self, name, torch.cat([state, state.new_zeros(count, *state.shape[1:])]))
+        self.suffix_lengths = torch.cat([self.suffix_lengths, self.suffix_lengths.new_zeros(count)])
+        if self.most_slots:
+            for layer in self.suffixes.layers:
+                layer.set_row_count(len(self.occupied))
+        self.most_slots = max(self.most_slots, len(self.occupied))
 
     def _keep_slots(self, slots: list[int]) -> None:
         """Drop all slots but the given ones."""
-        self.request_of_slot = [self.request_of_slot[slot] for slot in slots]
+        self.running = [self.running[slot] for slot in slots]
         self.occupied = [self.occupied[slot] for slot in slots]
         self.start_step = [self.start_step[slot] for slot in slots]
         if not slots:
@@ -204,31 +246,23 @@ class _ContinuousBatch:
         self.lengths, self.ended = self.lengths[kept_rows], self.ended[kept_rows]
         for layer in self.suffixes.layers:
             layer.keep_rows(kept_rows)
-        self._replace_view(self.view.suffix_lengths[kept_rows])
+        self._replace_view(self.suffix_lengths[kept_rows])
 
     def _replace_view(self, suffix_lengths: Tensor) -> None:
         """Describe anew what the slots share, after their requests have changed."""
-        self.view = self._shared_prefix_view()
+        requests = [numbered.request for numbered in self.running]
+        self.view: SharedPrefixView = self.cache.shared_prefix_view(requests, self.device, self.suffix_capacity)
         self._set_suffix_lengths(suffix_lengths)
+        if self.steps_done == 0:
+            self.suffixes = suffix_cache(len(requests), self.suffix_capacity, self.view)
         for layer in self.suffixes.layers:
             layer.view = self.view
 
-    def _shared_prefix_view(self) -> SharedPrefixView:
-        requests = [self.requests[index] for index in self.request_of_slot]
-        return self.cache.shared_prefix_view(requests, self.device, self.suffix_capacity)
-
     def _set_suffix_lengths(self, suffix_lengths: Tensor) -> None:
         """Give the view the lengths of the suffixes; their maximum is known here without asking the device."""
+        self.suffix_lengths = suffix_lengths
         start_steps = {
             start_step for start_step, occupied in zip(self.start_step, self.occupied, strict=True) if occupied
         }
         longest_suffix = min(self.steps_done - min(start_steps, default=self.steps_done), self.suffix_capacity - 1)
         self.view.set_suffix_lengths(suffix_lengths, longest_suffix, len(start_steps) < 2)
-
-    def _first_tokens(self, slots: Sequence[int]) -> Tensor:
-        tokens = [self.requests[self.request_of_slot[slot]].first_token for slot in slots]
-        return torch.tensor(tokens, device=self.device)
-
-    def _max_new_tokens(self, slots: Sequence[int]) -> Tensor:
-        limits = [self.requests[self.request_of_slot[slot]].max_new_tokens for slot in slots]
-        return torch.tensor(limits, device=self.device)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.sampling.categorical import check_probabilities, sample_tokens
 from odp_callbacks.engine.sampling.randomness import as_key_tensor, uniforms
 from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, stacked_prefixes
@@ -24,6 +25,7 @@ def sample_with_full_forward(
     temperature: float,
     eos_token_ids: Sequence[int],
     keys: Sequence[int],
+    deadline: Deadline | None = None,
 ) -> list[Continuation]:
     """Sample one batch of continuations of equally long prefixes, and run all tokens again for each new one.
 
@@ -34,6 +36,7 @@ def sample_with_full_forward(
         temperature: Divides the logits.
         eos_token_ids: Tokens that end a response.
         keys: One for each request; the tokens of a continuation depend on its own key only.
+        deadline: When to stop; continuations that have not finished by then are marked as such. None: no limit.
 
     Returns:
         Continuations in the order of ``requests``.
@@ -66,4 +69,12 @@ def sample_with_full_forward(
         running = ~has_ended & (step < max_lengths[rows])
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)[running]
         rows = rows[running]
-    return [Continuation(tuple(tokens), not end) for tokens, end in zip(sampled, ended, strict=True)]
+        if deadline is not None and len(rows):
+            deadline.reserve_for(len(rows))
+            if deadline.has_passed:
+                break
+    unfinished = set(rows.tolist())
+    return [
+        Continuation(tuple(tokens), not end, row in unfinished)
+        for row, (tokens, end) in enumerate(zip(sampled, ended, strict=True))
+    ]

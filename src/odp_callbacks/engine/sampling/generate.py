@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.sampling.categorical import check_probabilities, sample_tokens
 from odp_callbacks.engine.sampling.randomness import as_key_tensor, uniforms
 from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, stacked_prefixes
@@ -22,6 +23,7 @@ def sample_with_generate(
     temperature: float,
     eos_token_ids: Sequence[int],
     keys: Sequence[int],
+    deadline: Deadline | None = None,
 ) -> list[Continuation]:
     """Sample one batch of continuations of equally long prefixes, and run each prefix from its first token.
 
@@ -32,6 +34,7 @@ def sample_with_generate(
         temperature: Divides the logits.
         eos_token_ids: Tokens that end a response.
         keys: One for each request; the tokens of a continuation depend on its own key only.
+        deadline: When to stop; continuations that have not finished by then are marked as such. None: no limit.
 
     Returns:
         Continuations in the order of ``requests``.
@@ -55,6 +58,7 @@ def sample_with_generate(
             attention_mask=torch.ones_like(input_ids),
             generation_config=generation_config,
             logits_processor=LogitsProcessorList([sampling]),
+            stopping_criteria=StoppingCriteriaList([] if deadline is None else [_Deadline(deadline)]),
         )
     continuations = []
     for tokens, request in zip(output_ids[:, prefix_length:].tolist(), requests, strict=True):
@@ -62,7 +66,8 @@ def sample_with_generate(
         end_index = next((index for index, token in enumerate(tokens) if token in eos_token_ids), None)
         if end_index is not None:
             tokens = tokens[: end_index + 1]
-        continuations.append(Continuation(tuple(tokens), end_index is None))
+        unfinished = end_index is None and len(tokens) < request.max_new_tokens
+        continuations.append(Continuation(tuple(tokens), end_index is None, unfinished))
     return continuations
 
 
@@ -88,6 +93,17 @@ def generated_logits(model: Any, input_ids: Tensor, count: int) -> tuple[Tensor,
             logits_processor=LogitsProcessorList([recording]),
         )
     return output_ids, recording.step_logits
+
+
+class _Deadline(StoppingCriteria):  # type: ignore[misc]  # untyped in transformers
+    """Stop when a deadline has passed."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.deadline.reserve_for(len(input_ids))
+        return torch.full((len(input_ids),), self.deadline.has_passed, device=input_ids.device, dtype=torch.bool)
 
 
 class _Recording(LogitsProcessor):  # type: ignore[misc]  # untyped in transformers

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.sampling.categorical import check_probabilities, sample_tokens
 from odp_callbacks.engine.sampling.model_forward import forward_with_cache
 from odp_callbacks.engine.sampling.prefix_cache import PrefixCache
@@ -25,6 +26,7 @@ def sample_with_repeated_cache(
     temperature: float,
     eos_token_ids: Sequence[int],
     keys: Sequence[int],
+    deadline: Deadline | None = None,
 ) -> list[Continuation]:
     """Sample one batch of continuations, each on a copy of the part of its sequence's cache that it needs.
 
@@ -35,6 +37,7 @@ def sample_with_repeated_cache(
         temperature: Divides the logits.
         eos_token_ids: Tokens that end a response.
         keys: One for each request; the tokens of a continuation depend on its own key only.
+        deadline: When to stop; continuations that have not finished by then are marked as such. None: no limit.
 
     Returns:
         Continuations in the order of ``requests``.
@@ -55,6 +58,7 @@ def sample_with_repeated_cache(
     ended = torch.zeros_like(max_lengths, dtype=torch.bool)
     active_rows = torch.arange(len(requests), device=device)
     accepted_arguments = forward_arguments(model)
+    unfinished: set[int] = set()
     for step in range(sampled_tokens.shape[1]):
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(active_rows), 1)], dim=1)
         logits = forward_with_cache(
@@ -74,6 +78,11 @@ def sample_with_repeated_cache(
         running = ~ended[active_rows] & (lengths[active_rows] < max_lengths[active_rows])
         if not running.any():
             break
+        if deadline is not None:
+            deadline.reserve_for(int(running.sum()))
+            if deadline.has_passed:
+                unfinished = set(active_rows[running].tolist())
+                break
         if not running.all():
             # Finished rows are dropped, so that no step computes padding.
             kept_rows = running.nonzero().squeeze(1)
@@ -81,8 +90,10 @@ def sample_with_repeated_cache(
             attention_mask, next_tokens = attention_mask[kept_rows], next_tokens[kept_rows]
             active_rows = active_rows[kept_rows]
     return [
-        Continuation(tuple(tokens[:length]), not has_ended)
-        for tokens, length, has_ended in zip(sampled_tokens.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+        Continuation(tuple(tokens[:length]), not has_ended, row in unfinished)
+        for row, (tokens, length, has_ended) in enumerate(
+            zip(sampled_tokens.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+        )
     ]
 
 

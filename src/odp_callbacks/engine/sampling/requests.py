@@ -56,11 +56,13 @@ class Continuation:
 
     Attributes:
         tokens: The sampled tokens, including the end token if one was sampled.
-        truncated: Whether the length limit cut the continuation before an end token.
+        truncated: Whether the length limit, or a deadline, cut the continuation before an end token.
+        unfinished: Whether a deadline cut it; it may have no token then.
     """
 
     tokens: tuple[int, ...]
     truncated: bool
+    unfinished: bool = False
 
 
 FinishedCallback = Callable[[dict[int, Continuation]], None]

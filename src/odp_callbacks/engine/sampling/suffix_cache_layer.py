@@ -24,11 +24,13 @@ class SuffixCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in tra
     def __init__(self, row_count: int, capacity: int, view: SharedPrefixView) -> None:
         super().__init__()
         self.row_count, self.capacity, self.view = row_count, capacity, view
+        self._stored_keys: Tensor | None = None
+        self._stored_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the memory, in the shape, dtype and device of the first keys and values."""
         # Zeros rather than uninitialised memory: what a mask hides has a weight of 0, and 0 times a NaN is NaN.
-        self.keys, self.values = (
+        self.keys, self.values = self._stored_keys, self._stored_values = tuple(
             states.new_zeros(self.row_count, states.shape[1], self.capacity, states.shape[3])
             for states in (key_states, value_states)
         )
@@ -72,6 +74,27 @@ class SuffixCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in tra
         self.keys[: len(rows)] = self.keys[rows]
         self.values[: len(rows)] = self.values[rows]
         self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+
+    def set_row_count(self, row_count: int) -> None:
+        """Add rows at the end, in the memory of rows that were dropped as far as there is any.
+
+        Args:
+            row_count: The number of rows afterwards.
+        """
+        if not self.is_initialized:  # whole responses are not stored
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        assert self._stored_keys is not None
+        assert self._stored_values is not None
+        if row_count > len(self._stored_keys):
+            kept_rows = len(self.keys)
+            larger_keys, larger_values = (
+                states.new_zeros(row_count, *states.shape[1:]) for states in (self.keys, self.values)
+            )
+            larger_keys[:kept_rows], larger_values[:kept_rows] = self.keys, self.values
+            self._stored_keys, self._stored_values = larger_keys, larger_values
+        self.keys, self.values = self._stored_keys[:row_count], self._stored_values[:row_count]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and the offset of the mask that transformers builds."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from odp_callbacks.engine.teachers.demonstration_contexts import named_context
 from odp_callbacks.engine.teachers.kinds import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
 from odp_callbacks.text import is_visible
 
@@ -19,8 +20,9 @@ def as_teachers(teachers: object) -> dict[str, Teacher]:
     Args:
         teachers: A mapping from name to teacher, a list of teachers, or one teacher. A plain model stands for
             :class:`~odp_callbacks.engine.teachers.ModelTeacher`, ``"base"`` for
-            :class:`~odp_callbacks.engine.teachers.BaseTeacher`, and a template or function for the student with that
-            context.
+            :class:`~odp_callbacks.engine.teachers.BaseTeacher`, and a template, a function or the name of a context
+            such as ``"self-1c"`` (:mod:`~odp_callbacks.engine.teachers.demonstration_contexts`) for the student with
+            that context.
 
     Returns:
         The teachers by name.
@@ -60,8 +62,13 @@ def _as_teacher(value: object) -> Teacher:
         return ModelTeacher(value)
     if value == "base":
         return BaseTeacher()
+    if isinstance(value, str) and (context := named_context(value)) is not None:
+        return Teacher(context)
     if isinstance(value, str) and "{" not in value:
-        raise ValueError(f"`teachers` knows 'base' and templates with a {{column}}, but {value!r} was given.")
+        raise ValueError(
+            f"`teachers` knows 'base' and templates with a {{column}}, and contexts of demonstrations such as "
+            f"'self-1c' or 'self-sum-1c1w', but {value!r} was given."
+        )
     if isinstance(value, str) or callable(value):
         return Teacher(value)
     raise ValueError(f"`teachers` takes teachers, models, templates or functions, but {value!r} was given.")

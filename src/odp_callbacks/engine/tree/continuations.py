@@ -1,27 +1,28 @@
 """Targeted continuations: sampling responses from chosen branches and scoring them, to measure each branch's success.
 
-One round runs in four steps: plan, sample, score, update the tree.
+A wave of continuations is planned, sampled, scored, and added to the tree;
+:mod:`~odp_callbacks.engine.tree.stream` runs the waves.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.journal import Journal, sample_unless_stored
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.rollouts import response_text
-from odp_callbacks.engine.sampling.backends import PrefilledRollouts, sample_continuations
+from odp_callbacks.engine.sampling.backends import PrefilledRollouts
 from odp_callbacks.engine.sampling.randomness import Randomness
-from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, FinishedCallback
+from odp_callbacks.engine.sampling.request_source import SlotUse
+from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes, ContinuationTree, Response
-from odp_callbacks.engine.verifier import Scoring, Verifier
-
-BranchIndex = tuple[int, int]
-"""Index of a group in the tree, and of a branch in the group."""
+from odp_callbacks.engine.tree.waves import BranchIndex, Ordering, Wave, sort_by_sequence
+from odp_callbacks.engine.verifier import Verifier
+from odp_callbacks.records import Floats
 
 
 @dataclass
@@ -33,31 +34,20 @@ class ContinuationCost:
         continuations: Number of continuations.
         truncated: Number of continuations that the length limit cut.
         unscored: Number of continuations and endings that got no reward.
-        verifier_seconds: Time spent waiting for the verifier after sampling.
+        is_cut: Whether a deadline ended the continuations before all that were planned were complete.
+        cut: Number of continuations that count nowhere, because a deadline left one of their wave unfinished.
+        verifier_seconds: Time spent waiting for the verifier.
+        slot_use: How full the batch was.
     """
 
     tokens: int = 0
     continuations: int = 0
     truncated: int = 0
     unscored: int = 0
+    is_cut: bool = False
+    cut: int = 0
     verifier_seconds: float = 0.0
-
-
-@dataclass
-class ContinuationPlan:
-    """What one round samples and scores.
-
-    Attributes:
-        ending_branches: Branches that end the response and have not been scored yet.
-        requests: One request for each continuation to sample.
-        branches: For each request, the branch that it starts with.
-        keys: For each request, the key of its random draws.
-    """
-
-    ending_branches: list[BranchIndex] = field(default_factory=list)
-    requests: list[ContinuationRequest] = field(default_factory=list)
-    branches: list[BranchIndex] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
+    slot_use: SlotUse = field(default_factory=SlotUse)
 
 
 @dataclass(frozen=True)
@@ -89,132 +79,99 @@ class ContinuationSampler:
     journal: Journal | None = None
     cost: ContinuationCost = field(default_factory=ContinuationCost)
 
-    def sample(self, allocation: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None) -> None:
-        """Sample continuations, score them, and add their rewards to the tree.
+    def plan(
+        self,
+        allocation: Sequence[Sequence[int]],
+        expected_lengths: Sequence[float] | Floats,
+        *,
+        token_limit: float = math.inf,
+        groups: Collection[int] | None = None,
+        ordering: Ordering = sort_by_sequence,
+    ) -> Wave:
+        """Turn an allocation into a wave, and count its continuations as started in the tree.
 
         A branch that ends the response (with an end token, or with the last token that the limit allows) is scored
         once, and its success is then known exactly.
 
         Args:
             allocation: For each group and branch, the number of continuations to add.
-            progress: Called with the number of finished continuations.
+            expected_lengths: For each group, the expected number of tokens of a continuation.
+            token_limit: Tokens of this and all earlier waves after which the wave ends.
+            groups: The groups that the wave is about; None for all.
+            ordering: The order in which the requests start.
         """
-        plan = self.plan(allocation)
-        responses = _SubmittedResponses(self, plan, self.verifier.open(), progress)
-        continuations = self._sample_planned(plan, responses)
-        start = time.perf_counter()
-        rewards = responses.scoring.rewards()
-        self.cost.verifier_seconds += time.perf_counter() - start
-        self._update(plan, responses, continuations, rewards)
-
-    def plan(self, allocation: Sequence[Sequence[int]]) -> ContinuationPlan:
-        """Turn an allocation into requests, and count them as started in the tree.
-
-        Args:
-            allocation: For each group and branch, the number of continuations to add.
-        """
-        tree, plan = self.tree, ContinuationPlan()
-        for group_index, first_node in enumerate(tree.first_nodes):
-            node = tree.nodes[first_node]
+        tree = self.tree
+        chosen_groups = frozenset(range(len(tree.first_nodes)) if groups is None else groups)
+        wave = Wave(self.verifier.open(), chosen_groups, token_limit=token_limit)
+        planned: list[tuple[ContinuationRequest, BranchIndex, int, float]] = []
+        for group_index in sorted(chosen_groups):
+            node = tree.nodes[tree.first_nodes[group_index]]
             prefix_length = len(tree.rollouts[node.rollout].question.prompt_ids) + node.depth
             max_new_tokens = self.config.max_new_tokens - node.depth - 1
             started_counts = tree.continuations_started[group_index]
+            expected = min(expected_lengths[group_index], max_new_tokens)
             for branch_index, branch in enumerate(tree.branches[group_index]):
-                if branch.token in self.eos_token_ids or max_new_tokens == 0:
-                    if not tree.outcomes[group_index][branch_index].exact:
-                        plan.ending_branches.append((group_index, branch_index))
+                if self.ends_response(group_index, branch_index):
+                    if tree.continuations_started[group_index][branch_index] == 0:
+                        wave.ending_branches.append((group_index, branch_index))
+                        started_counts[branch_index] = 1
                     continue
                 for _ in range(allocation[group_index][branch_index]):
-                    plan.requests.append(ContinuationRequest(node.rollout, prefix_length, branch.token, max_new_tokens))
-                    plan.branches.append((group_index, branch_index))
-                    plan.keys.append(
-                        self.randomness.key(tree.draw_names[group_index], branch.token, started_counts[branch_index])
-                    )
+                    request = ContinuationRequest(node.rollout, prefix_length, branch.token, max_new_tokens)
+                    key = self.randomness.key(tree.draw_names[group_index], branch.token, started_counts[branch_index])
+                    planned.append((request, (group_index, branch_index), key, expected))
                     started_counts[branch_index] += 1
-        return plan
+        requests = [request for request, _, _, _ in planned]
+        for place in ordering(requests, [expected for _, _, _, expected in planned]):
+            request, branch_of_request, key, expected = planned[place]
+            wave.requests.append(request)
+            wave.branches.append(branch_of_request)
+            wave.keys.append(key)
+            wave.expected_lengths.append(expected)
+        for number, (group_index, branch_index) in enumerate(wave.ending_branches):
+            self.submit(wave, number, (group_index, branch_index), ())
+        return wave
 
-    def _sample_planned(self, plan: ContinuationPlan, responses: "_SubmittedResponses") -> list[Continuation]:
-        """Return the continuations of all requests, from the journal or sampled; each is submitted as it finishes."""
-
-        def sample(missing: list[int], on_finished: FinishedCallback) -> list[Continuation]:
-            return sample_continuations(
-                self.student,
-                self.prefilled,
-                [plan.requests[request_index] for request_index in missing],
-                temperature=self.config.temperature,
-                eos_token_ids=self.eos_token_ids,
-                keys=[plan.keys[request_index] for request_index in missing],
-                batch_size=self.config.batch_size,
-                max_memory_bytes=self.config.max_memory_bytes,
-                on_finished=on_finished,
-            )
-
-        return sample_unless_stored(self.journal, plan.keys, sample, responses.submit)
-
-    def _update(
-        self,
-        plan: ContinuationPlan,
-        responses: "_SubmittedResponses",
-        continuations: Sequence[Continuation],
-        rewards: Mapping[int, float],
-    ) -> None:
-        """Add the rewards of a round to the tree, and its cost to the total."""
+    def ends_response(self, group_index: int, branch_index: int) -> bool:
+        """Whether a branch ends the response, so that nothing follows it."""
         tree = self.tree
-        for number, (group_index, branch_index) in enumerate(plan.ending_branches):
+        node = tree.nodes[tree.first_nodes[group_index]]
+        token = tree.branches[group_index][branch_index].token
+        return token in self.eos_token_ids or node.depth + 1 == self.config.max_new_tokens
+
+    def finish(self, wave: Wave, index: int, continuation: Continuation) -> None:
+        """Keep a finished continuation of a wave, and submit it to the verifier."""
+        wave.finish(index, continuation)
+        self.submit(wave, len(wave.ending_branches) + index, wave.branches[index], continuation.tokens)
+
+    def submit(self, wave: Wave, number: int, branch: BranchIndex, suffix: Response) -> None:
+        """Submit the response that starts with a branch and goes on with ``suffix``."""
+        tree, (group_index, branch_index) = self.tree, branch
+        node_index = tree.first_nodes[group_index]
+        response = (*tree.prefix(node_index), tree.branches[group_index][branch_index].token, *suffix)
+        wave.responses[number] = response
+        question = tree.rollouts[tree.nodes[node_index].rollout].question
+        text = response_text(self.tokenizer, response, self.eos_token_ids)
+        wave.scoring.add(number, question, text, response)
+
+    def add_outcomes(self, wave: Wave) -> None:
+        """Add the outcomes of a wave that is closed to the tree, and its cost to the total; waits for the verifier."""
+        tree, cost = self.tree, self.cost
+        start = time.perf_counter()
+        rewards = wave.scoring.rewards()
+        cost.verifier_seconds += time.perf_counter() - start
+        for number, (group_index, branch_index) in enumerate(wave.ending_branches):
             # This replaces the rewards of continuations that passed here: they sampled what is known exactly now.
             known = [] if math.isnan(rewards[number]) else [rewards[number]]
             tree.outcomes[group_index][branch_index] = BranchOutcomes(known, [0] * len(known), True)
-        for number, ((group_index, branch_index), continuation) in enumerate(
-            zip(plan.branches, continuations, strict=True), len(plan.ending_branches)
-        ):
-            tree.add_continuation(group_index, branch_index, responses.by_number[number], rewards[number])
+            cost.unscored += not known
+        for index in range(wave.counted):
+            (group_index, branch_index), number = wave.branches[index], len(wave.ending_branches) + index
+            continuation = wave.continuations[index]
+            tree.add_continuation(group_index, branch_index, wave.responses[number], rewards[number])
             tokens, count = tree.sampled_lengths[group_index]
             tree.sampled_lengths[group_index] = tokens + len(continuation.tokens), count + 1
-        self.cost.tokens += sum(len(continuation.tokens) for continuation in continuations)
-        self.cost.continuations += len(continuations)
-        self.cost.unscored += sum(math.isnan(reward) for reward in rewards.values())
-        self.cost.truncated += sum(continuation.truncated for continuation in continuations)
-
-
-class _SubmittedResponses:
-    """The responses of one round that the verifier has received.
-
-    Attributes:
-        scoring: The verifier's side.
-        by_number: The responses by their numbers: first the ending branches, then the requests, in the plan's order.
-    """
-
-    def __init__(
-        self,
-        sampler: ContinuationSampler,
-        plan: ContinuationPlan,
-        scoring: Scoring,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self.scoring = scoring
-        self.by_number: dict[int, Response] = {}
-        self._sampler, self._plan, self._progress = sampler, plan, progress
-        self._finished_count = 0
-        for number, branch in enumerate(plan.ending_branches):
-            self._submit_response(number, branch, ())
-
-    def submit(self, continuations: Mapping[int, Continuation]) -> None:
-        """Submit finished continuations, by the index of their request."""
-        for request_index, continuation in continuations.items():
-            self._submit_response(
-                len(self._plan.ending_branches) + request_index,
-                self._plan.branches[request_index],
-                continuation.tokens,
-            )
-        self._finished_count += len(continuations)
-        if self._progress is not None:
-            self._progress(self._finished_count)
-
-    def _submit_response(self, number: int, branch: BranchIndex, suffix: Response) -> None:
-        tree, (group_index, branch_index) = self._sampler.tree, branch
-        node_index = tree.first_nodes[group_index]
-        response = (*tree.prefix(node_index), tree.branches[group_index][branch_index].token, *suffix)
-        self.by_number[number] = response
-        question = tree.rollouts[tree.nodes[node_index].rollout].question
-        text = response_text(self._sampler.tokenizer, response, self._sampler.eos_token_ids)
-        self.scoring.add(number, question, text, response)
+            cost.tokens += len(continuation.tokens)
+            cost.continuations += 1
+            cost.unscored += math.isnan(rewards[number])
+            cost.truncated += continuation.truncated

@@ -1,19 +1,21 @@
 """The measured nodes of a probe and their branches, before anything is known about their success."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.gradients.logits import response_logits
+from odp_callbacks.engine.gradients.node_logits import NodeLogits
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.randomness import Randomness
-from odp_callbacks.engine.tree.branches import Branch, choose_branches
+from odp_callbacks.engine.tree.branches import Branch, choose_branches, proposed_tokens
 from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
-from odp_callbacks.engine.tree.nodes import Node, group_by_question, systematic_sample
+from odp_callbacks.engine.tree.nodes import Node, picks_by_contribution, systematic_sample
 
 EXPLORATION_SHARE = 0.5
 """Share of the budget that one continuation of every branch may take; if it would take more, nodes are subsampled."""
@@ -25,72 +27,155 @@ class MeasuredNodes:
 
     Attributes:
         nodes: ``N`` nodes.
+        logits: The student's and the teachers' logits at the nodes.
         branches: ``N`` lists of branches.
-        student_logits: ``N`` tensors ``(V,)``, the student's logits.
         tree: The prefixes that continuations start from.
     """
 
     nodes: list[Node]
+    logits: NodeLogits
     branches: list[list[Branch]]
-    student_logits: list[Tensor]
     tree: ContinuationTree
 
 
-def plan_branches(
-    student: nn.Module,
+class TimeBudget(Protocol):
+    """Time, in tokens that could be sampled in it."""
+
+    def affordable_tokens(self) -> float:
+        """The time that is left."""
+
+    def gradient_tokens(self, rollout: Rollout, depth: int, branches: int) -> float:
+        """What the gradients of a node take."""
+
+
+def thin_nodes(
     rollouts: Sequence[Rollout],
-    nodes: list[Node],
+    logits: NodeLogits,
     config: ProbeConfig,
     *,
     eos_token_ids: Sequence[int],
     token_budget: float,
     randomness: Randomness,
-) -> MeasuredNodes:
-    """Choose the branches of every prefix, and subsample the nodes if the budget is too small for all of them.
+    time_budget: TimeBudget | None = None,
+) -> list[Node]:
+    """Subsample the nodes if the budget or the time is too small for all of them.
 
     Args:
-        student: The student, in evaluation mode.
         rollouts: The probe's rollouts.
-        nodes: The nodes to measure.
+        logits: The student's logits at the nodes; the teachers' are not used.
         config: The probe's configuration.
         eos_token_ids: Tokens that end a response.
         token_budget: Expected number of tokens that continuations may take; infinite where there is no budget.
         randomness: Random draws, by the prefix's name.
+        time_budget: What continuations and gradients may take together; None for no limit.
+
+    Returns:
+        The nodes that are kept, with their inclusion probabilities reduced accordingly.
     """
-    student_logits = node_student_logits(student, rollouts, nodes)
+    nodes = logits.nodes
+    is_limited = config.adaptive or (time_budget is not None and not math.isinf(time_budget.affordable_tokens()))
+    if not is_limited or not nodes:
+        return nodes
     tree = ContinuationTree(rollouts, nodes)
-    branches = [
+    branches = branches_of_groups(tree, logits, config, randomness, proposals=[()] * len(nodes))
+    costs = [
+        remaining_length(rollouts, nodes[first_node].depth, standard_errors=1.0)
+        * sum(branch.token not in eos_token_ids for branch in group_branches)
+        for first_node, group_branches in zip(tree.first_nodes, branches, strict=True)
+    ]
+    budget = EXPLORATION_SHARE * token_budget
+    if time_budget is not None:
+        members = [0.0] * len(costs)
+        for node, group in zip(nodes, tree.group_of_node, strict=True):
+            members[group] += time_budget.gradient_tokens(rollouts[node.rollout], node.depth, len(branches[group]))
+        count = 1 if config.adaptive else config.continuations
+        # A wave that may not end in time counts nowhere, so there must be time for the longest continuations.
+        with_gradients = [
+            gradients + count * len(of_group) * max(1, config.max_new_tokens - nodes[first_node].depth - 1)
+            for gradients, first_node, of_group in zip(members, tree.first_nodes, branches, strict=True)
+        ]
+        affordable = EXPLORATION_SHARE * time_budget.affordable_tokens()
+        if sum(with_gradients) * budget > sum(costs) * affordable:  # time is the tighter limit
+            costs, budget = with_gradients, affordable
+    # Nodes that were drawn in proportion to their contributions have unequal weights on purpose.
+    even = picks_by_contribution(config.selector)
+    return subsample_nodes(nodes, tree, costs, budget, randomness.generator("thin"), evenly=even)
+
+
+def plan_branches(
+    rollouts: Sequence[Rollout], nodes: list[Node], logits: NodeLogits, config: ProbeConfig, randomness: Randomness
+) -> MeasuredNodes:
+    """Choose the branches of every prefix.
+
+    Args:
+        rollouts: The probe's rollouts.
+        nodes: The nodes to measure.
+        logits: The student's and the teachers' logits at these nodes.
+        config: The probe's configuration.
+        randomness: Random draws, by the prefix's name.
+    """
+    tree = ContinuationTree(rollouts, nodes)
+    tree.set_branches(branches_of_groups(tree, logits, config, randomness, _proposals(logits, config)))
+    return MeasuredNodes(nodes, logits, [tree.branches[group] for group in tree.group_of_node], tree)
+
+
+def branches_of_groups(
+    tree: ContinuationTree,
+    logits: NodeLogits,
+    config: ProbeConfig,
+    randomness: Randomness,
+    proposals: Sequence[Sequence[int]],
+) -> list[list[Branch]]:
+    """Choose the branches of each prefix of a tree: likely tokens, taken ones, those that teachers propose, the tail.
+
+    Args:
+        tree: The prefixes, ``G`` of them.
+        logits: The student's logits at the tree's nodes.
+        config: The probe's configuration.
+        randomness: Random draws, by the prefix's name.
+        proposals: For each node, the tokens that teachers propose there.
+
+    Returns:
+        ``G`` lists of branches.
+    """
+    return [
         choose_branches(
-            torch.softmax(student_logits[first_node].double() / config.temperature, dim=-1),
-            tree.taken_tokens(group_index),
+            torch.softmax(logits.student_logits[first_node].double() / config.temperature, dim=-1),
+            [*tree.taken_tokens(group_index), *proposals[first_node]],
             mass=config.branch_mass,
             max_branches=config.max_branches,
             tail_draws=config.tail_draws,
+            tail_roulette=config.tail_roulette,
             generator=randomness.generator(*tree.draw_names[group_index], "branches"),
         )
         for group_index, first_node in enumerate(tree.first_nodes)
     ]
-    if config.adaptive:
-        costs = [
-            remaining_length(rollouts, nodes[first_node].depth, standard_errors=1.0)
-            * sum(branch.token not in eos_token_ids for branch in group_branches)
-            for first_node, group_branches in zip(tree.first_nodes, branches, strict=True)
-        ]
-        kept_nodes = subsample_nodes(nodes, tree, costs, EXPLORATION_SHARE * token_budget, randomness.generator("thin"))
-        if len(kept_nodes) < len(nodes):
-            node_indices = {(node.rollout, node.depth): node_index for node_index, node in enumerate(nodes)}
-            kept_groups = [tree.group_of_node[node_indices[node.rollout, node.depth]] for node in kept_nodes]
-            branches = [branches[group_index] for group_index in dict.fromkeys(kept_groups)]
-            # The logits are computed again, in the same batches as the teachers' will be: a teacher that equals the
-            # student must give the same bits.
-            nodes, student_logits = kept_nodes, node_student_logits(student, rollouts, kept_nodes)
-            tree = ContinuationTree(rollouts, nodes)
-    tree.set_branches(branches)
-    return MeasuredNodes(nodes, [tree.branches[group] for group in tree.group_of_node], student_logits, tree)
+
+
+def _proposals(logits: NodeLogits, config: ProbeConfig) -> list[list[int]]:
+    """The tokens that teachers propose at each node."""
+    proposals: list[list[int]] = [[] for _ in logits.student_logits]
+    threshold = config.teacher_branch_probability
+    if threshold is None or not logits.teachers:
+        return proposals
+    for number in range(len(logits.questions)):
+        for of_rollout in logits.of_question(number):
+            for place, node_index in enumerate(of_rollout.node_indices):
+                policies = [
+                    torch.softmax(teacher[place] / config.temperature, dim=-1) for teacher in of_rollout.teachers
+                ]
+                proposals[node_index] = proposed_tokens(policies, threshold, config.max_branches)
+    return proposals
 
 
 def subsample_nodes(
-    nodes: Sequence[Node], tree: ContinuationTree, costs: Sequence[float], budget: float, generator: torch.Generator
+    nodes: Sequence[Node],
+    tree: ContinuationTree,
+    costs: Sequence[float],
+    budget: float,
+    generator: torch.Generator,
+    *,
+    evenly: bool = False,
 ) -> list[Node]:
     """Draw a subset of the nodes if one continuation of every branch would take too much of the budget.
 
@@ -103,6 +188,7 @@ def subsample_nodes(
         costs: ``G`` numbers: expected number of tokens of one continuation of every branch of a prefix.
         budget: The tokens that these continuations may take.
         generator: Random stream of the draw.
+        evenly: Keep every prefix with the same probability instead.
 
     Returns:
         The nodes that are kept, with their inclusion probabilities reduced accordingly.
@@ -112,7 +198,7 @@ def subsample_nodes(
     weights = torch.zeros(len(costs), dtype=torch.float64)
     members = torch.zeros(len(costs), dtype=torch.float64)
     for node, group_index in zip(nodes, tree.group_of_node, strict=True):
-        weights[group_index] += 1 / node.inclusion
+        weights[group_index] += 1 if evenly else 1 / node.inclusion
         members[group_index] += 1
     keeping = keeping_probabilities(weights / members, torch.tensor(costs, dtype=torch.float64), budget)
     kept = dict(systematic_sample(keeping, generator))
@@ -163,20 +249,3 @@ def remaining_length(rollouts: Sequence[Rollout], depth: int, standard_errors: f
     if standard_errors and len(lengths) > 1:
         mean += standard_errors * float(np.std(lengths, ddof=1)) / len(lengths) ** 0.5
     return max(1.0, mean)
-
-
-def node_student_logits(student: nn.Module, rollouts: Sequence[Rollout], nodes: Sequence[Node]) -> list[Tensor]:
-    """Compute the student's logits ``(V,)`` at each node, question by question, in the batches used for the teachers.
-
-    Args:
-        student: The student, in evaluation mode.
-        rollouts: The probe's rollouts.
-        nodes: The nodes; those of one rollout stand together.
-    """
-    node_logits: list[Tensor] = []
-    for rollout_indices, depths in group_by_question(rollouts, nodes):
-        prompts = [rollouts[index].question.prompt_ids for index in rollout_indices]
-        responses = [rollouts[index].response_ids for index in rollout_indices]
-        for logits in response_logits(student, prompts, responses, depths):
-            node_logits += list(logits)
-    return node_logits

@@ -26,20 +26,20 @@ def node_record(
     branches: Sequence[Branch],
     *,
     correct: bool,
-    gram: Tensor,
+    modules: int,
     directions: Tensor,
     teacher_probabilities: list[Tensor],
     predictors: Mapping[str, np.ndarray[Any, Any]],
 ) -> NodeRecord:
-    """Make the record of a node from its gradients; it has no outcomes yet.
+    """Make the record of a node from the directions on its logits; it has neither gradients nor outcomes yet.
 
     Args:
         rollout: The node's rollout.
         node: The node.
         branches: ``A`` branches.
         correct: Whether the rollout was correct.
-        gram: ``(M, C, C)`` float64 Gram matrices of the gradients, ``C = A - 1 + K``, for each of ``M`` modules.
-        directions: ``(C, V)`` directions on the logits.
+        modules: Number of LoRA modules, ``M``.
+        directions: ``(C, V)`` directions on the logits, ``C = A - 1 + K``.
         teacher_probabilities: ``(V',)`` for each of ``K`` teachers.
         predictors: ``(K,)`` each.
     """
@@ -69,8 +69,8 @@ def node_record(
         total=zeros,
         total_square=zeros,
         exact=np.zeros(len(tokens), dtype=bool),
-        # Copies: the records outlive the probe and must not keep its tensors alive.
-        gram=gram.numpy().copy(),
+        gram=np.full((modules, len(directions), len(directions)), np.nan),
+        # A copy: the records outlive the probe and must not keep its tensors alive.
         logit_gram=(directions @ directions.mT).cpu().numpy().copy(),
         teacher_probability=teacher_probability,
         teacher_tail=(1 - candidate_mass).clip(0, 1),
@@ -78,20 +78,28 @@ def node_record(
     )
 
 
-def without_unscored(records: Sequence[NodeRecord], grams: Sequence[Floats]) -> tuple[list[NodeRecord], list[Floats]]:
+def without_unscored(
+    records: Sequence[NodeRecord], grams: Sequence[Floats], is_cut: bool = False
+) -> tuple[list[NodeRecord], list[Floats]]:
     """Leave out the nodes that have a branch without a reward.
 
     Args:
         records: Records with outcomes.
         grams: Their Gram matrices in another geometry; empty if there is none.
+        is_cut: Whether a deadline ended the continuations before all nodes had some.
 
     Raises:
-        UnscoredError: If there are nodes and none is left.
+        UnscoredError: If there are nodes and the reward function left none.
     """
     kept = [node_index for node_index, record in enumerate(records) if is_scored(record)]
-    if records and not kept:
+    if records and not kept and not is_cut:
         raise UnscoredError("`reward` gave None to some branch of every node, so that no node can be measured.")
     return [records[node_index] for node_index in kept], [grams[node_index] for node_index in kept if grams]
+
+
+def without_outcomes(record: NodeRecord) -> NodeRecord:
+    """Return the record as one that has no reward, so that it counts nowhere."""
+    return replace(record, count=np.zeros_like(record.count), exact=np.zeros_like(record.exact))
 
 
 def with_outcomes(record: NodeRecord, outcomes: Sequence[BranchOutcomes]) -> NodeRecord:

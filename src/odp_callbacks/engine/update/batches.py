@@ -46,6 +46,7 @@ def batches_of_rollouts(
     *,
     max_tokens: int,
     max_segments: int,
+    among: Sequence[int] | None = None,
 ) -> Iterator[list[int]]:
     """Yield batches of similar length.
 
@@ -56,13 +57,14 @@ def batches_of_rollouts(
         keys: Rollouts of one batch have the same key.
         max_tokens: Tokens of a batch with its padding, at most; a single rollout may have more.
         max_segments: Segments of a batch, at most.
+        among: Indices of the rollouts that are batched; None for all.
     """
     lengths = [len(rollout.question.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
     longest: dict[int, int] = {}
     for question, length in zip(question_of, lengths, strict=True):
         longest[question] = max(length, longest.get(question, 0))
     order = sorted(
-        (index for index, rollout in enumerate(rollouts) if rollout.response_ids),
+        (index for index in (range(len(rollouts)) if among is None else among) if rollouts[index].response_ids),
         key=lambda index: (keys[index], longest[question_of[index]], question_of[index], segments[index], index),
     )
     batch: list[int] = []

@@ -11,6 +11,7 @@ from torch import Tensor
 from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
 from odp_callbacks.engine.rollouts import Rollout, question_indices
 from odp_callbacks.engine.sampling.memory import free_bytes
+from odp_callbacks.engine.unit_costs import work_of_sequence
 from odp_callbacks.engine.update.batch_directions import BatchDirections
 from odp_callbacks.engine.update.batches import (
     batches_of_rollouts,
@@ -21,11 +22,12 @@ from odp_callbacks.engine.update.batches import (
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.engine.update.module_products import with_module_products
 from odp_callbacks.engine.update.response_tokens import Rule
+from odp_callbacks.engine.update.rollout_places import RolloutPlaces
 from odp_callbacks.engine.update.row_sketch import RowSketch
 from odp_callbacks.engine.update.rule_measurement import RuleMeter, features_of_batches, places_of
 from odp_callbacks.engine.update.update_rows import UpdateRows
+from odp_callbacks.engine.update.update_time import INFLUENCE, UpdateTime
 from odp_callbacks.functional.gradients import lora_parameters
-from odp_callbacks.functional.updates import leave_one_out_advantages
 from odp_callbacks.records import Floats
 from odp_callbacks.update_records import CLASSES, TokenInfluence, UpdateGram, UpdateRecord
 
@@ -81,8 +83,9 @@ class UpdateMeter:
         rules: Mapping[str, Rule] | None = None,
         square_roots: Mapping[str, Tensor] | None = None,
         progress: Progress | None = None,
-    ) -> UpdateMeasurement:
-        """Measure.
+        time: UpdateTime | None = None,
+    ) -> UpdateMeasurement | None:
+        """Measure; None if there is no time for one question.
 
         Args:
             rollouts: Scored rollouts; those of one question share their ``question`` object.
@@ -91,88 +94,94 @@ class UpdateMeter:
             square_roots: Of a preconditioner, for each LoRA parameter; also measure in its geometry.
             progress: Called with the number of rollouts that are done; each counts once more with influence, and once
                 more for each rule.
+            time: How long it may take; None for no limit. Where it is too short, whole questions are left out, and
+                before that rules and influences; the record has what was measured.
         """
+        time = time or UpdateTime()
         teachers = tuple(self.gradients.teachers)
         parameters = lora_parameters(self.gradients.student)
         size = sum(p.numel() for p in parameters.values())
-        question_of = question_indices(rollouts)
-        question_count = max(question_of, default=-1) + 1
+        question_count = len(set(question_indices(rollouts)))
         rows_of_group = 1 + len(teachers) * (len(CLASSES) + bool(rules))
         groups = self._group_count(question_count, size * rows_of_group)
         sketch = self._sketch(groups * rows_of_group)
-        group_of = [question * groups // max(question_count, 1) for question in question_of]
-        advantages = self._advantages(rollouts, question_of)
-        class_of = [CLASSES.index("correct" if r.reward >= self.success_threshold else "incorrect") for r in rollouts]
-
-        folds = min(FOLDS, groups) if influence else 1
-        fold_of_group = np.arange(groups) * folds // groups
-        fold_of = fold_of_group[group_of].tolist()
+        folds = max(1, min(FOLDS, groups)) if influence else 1
+        places = RolloutPlaces.of(rollouts, time.order(question_count), self.success_threshold, groups, folds)
         sums = UpdateRows(groups, len(teachers), sketch)
         scaled = None if square_roots is None else UpdateRows(groups, len(teachers), sketch)
         scale = None if square_roots is None else torch.cat([square_roots[name].flatten().cpu() for name in parameters])
         summed = torch.zeros(len(teachers), size)
         of_folds = torch.zeros(folds, size)
         stored: list[tuple[list[int], BatchDirections]] = []
+        measured: set[int] = set()
         done = 0
-        for batch, rows, on_hidden in self._gradients(rollouts, question_of, group_of, class_of, fold_of, advantages):
-            for (group, kind), of_segment in rows.items():
-                inside = [i for i in batch if (group_of[i], class_of[i]) == (group, kind)]
-                count, of_segment = sum(len(rollouts[i].response_ids) for i in inside), of_segment.float().cpu()
-                sums.add(group, kind, of_segment, count)
-                if scaled is not None and scale is not None:
-                    scaled.add(group, kind, of_segment * scale, count)
-                summed += of_segment[1:]
-                of_folds[fold_of[inside[0]]] += of_segment[0]
-            if influence or rules:
-                stored.append((batch, on_hidden.cpu()))
-            done += len(batch)
-            if progress is not None:
-                progress(done)
-        first_of = [question_of.index(question) for question in range(question_count)]
-        questions = np.bincount([group_of[i] for i in first_of], minlength=groups).astype(float)
+        for part in time.parts(self._work(rollouts, places)):
+            measured |= set(part)
+            for batch, rows, on_hidden in self._gradients(rollouts, places, set(part)):
+                for (group, kind), of_segment in rows.items():
+                    inside = [i for i in batch if (places.group[i], places.kind[i]) == (group, kind)]
+                    count, of_segment = sum(len(rollouts[i].response_ids) for i in inside), of_segment.float().cpu()
+                    sums.add(group, kind, of_segment, count)
+                    if scaled is not None and scale is not None:
+                        scaled.add(group, kind, of_segment * scale, count)
+                    summed += of_segment[1:]
+                    of_folds[places.fold[inside[0]]] += of_segment[0]
+                if influence or rules:
+                    stored.append((batch, on_hidden.cpu()))
+                done += len(batch)
+                if progress is not None:
+                    progress(done)
+        if question_count and not measured:
+            return None
+        # What follows sees the rollouts of the measured questions alone.
+        kept = [index for index, question in enumerate(places.question) if question in measured]
+        new_index = {index: place for place, index in enumerate(kept)}
+        stored = [([new_index[index] for index in batch], directions) for batch, directions in stored]
+        groups = min(groups, len(measured))
+        rollouts, places = [rollouts[index] for index in kept], places.subset(kept, groups)
+        questions = places.questions_by(places.group, groups)
         columns = dict(zip(parameters, sketch.widths, strict=True))
         gram, preconditioned = (
             None
             if of_geometry is None
             else with_module_products(of_geometry.gram(questions), of_geometry.success, of_geometry.directions, columns)
-            for of_geometry in (sums, scaled)
+            for of_geometry in (sums.first(groups), None if scaled is None else scaled.first(groups))
         )
         assert gram is not None
-        if folds > 1:
-            gram = replace(gram, folds=fold_of_group)
-            preconditioned = None if preconditioned is None else replace(preconditioned, folds=fold_of_group)
+        if places.folds > 1:
+            gram = replace(gram, folds=places.fold_of_group)
+            preconditioned = None if preconditioned is None else replace(preconditioned, folds=places.fold_of_group)
         token_influence = None
         if influence and groups > 1:
             norms = summed.double().norm(dim=-1).numpy()
-            weight = np.bincount([fold_of[i] for i in first_of], minlength=folds).astype(float)
-            of_folds /= torch.from_numpy(weight).float()[:, None]
-            token_influence = self._influence(rollouts, stored, fold_of, weight, of_folds, norms, done, progress)
+            means = of_folds[: places.folds] / torch.from_numpy(places.questions_by(places.fold, places.folds))[:, None]
+            token_influence = self._influence(rollouts, stored, places, means.float(), norms, done, progress, time)
             done *= 2
         features, products = features_of_batches(rollouts, stored), None
         if rules and features is not None:
-            correct = [CLASSES[kind] == "correct" for kind in class_of]
-            meter = RuleMeter(self.gradients, rules, rollouts, correct, group_of, stored, features)
-            products = meter.measure(sums, progress, done)
+            meter = RuleMeter(self.gradients, rules, rollouts, places.correct, places.group, stored, features)
+            products = meter.measure(sums.first(groups), progress, done, time)
         record = UpdateRecord(gram, token_influence, features, products)
-        return UpdateMeasurement(record, preconditioned, summed)
+        return UpdateMeasurement(record.with_rollouts(np.array(kept, dtype=np.int64)), preconditioned, summed)
+
+    def _work(self, rollouts: Sequence[Rollout], places: RolloutPlaces) -> list[float]:
+        """The work for the rollouts of each question."""
+        work = [0.0] * (1 + max(places.question, default=-1))
+        for rollout, question in zip(rollouts, places.question, strict=True):
+            work[question] += work_of_sequence(self.gradients.student, len(rollout.sequence))
+        return work
 
     def _gradients(
-        self,
-        rollouts: Sequence[Rollout],
-        question_of: Sequence[int],
-        group_of: Sequence[int],
-        class_of: Sequence[int],
-        fold_of: Sequence[int],
-        advantages: Sequence[float],
+        self, rollouts: Sequence[Rollout], places: RolloutPlaces, questions: set[int]
     ) -> Iterator[tuple[list[int], dict[tuple[int, int], Tensor], BatchDirections]]:
         """Yield batches of one fold: their rollouts, their gradients by group and class, and their directions."""
-        gradients = self.gradients
-        places = list(zip(group_of, class_of, strict=True))
-        segments = [group * len(CLASSES) + kind for group, kind in places]
-        successes = {question for question, advantage in zip(question_of, advantages, strict=True) if advantage}
+        gradients, question_of = self.gradients, places.question
+        groups = list(zip(places.group, places.kind, strict=True))
+        segments = [group * len(CLASSES) + kind for group, kind in groups]
+        successes = {question for question, advantage in zip(question_of, places.advantage, strict=True) if advantage}
         # Questions without a success gradient stay together: their batches need no backward for it.
         keys: list[tuple[object, ...]] = [
-            (fold, question not in successes) for fold, question in zip(fold_of, question_of, strict=True)
+            (fold, question not in successes) for fold, question in zip(places.fold, question_of, strict=True)
         ]
         memory = free_bytes(next(gradients.student.parameters()).device, self.max_memory_bytes) / 4
         row_bytes = (
@@ -180,11 +189,11 @@ class UpdateMeter:
         )
 
         def measured(batch: list[int]) -> tuple[dict[tuple[int, int], Tensor], BatchDirections]:
-            inside = sorted({places[i] for i in batch})
+            inside = sorted({groups[i] for i in batch})
             rows, on_hidden = gradients.segment_rows(
                 [rollouts[i] for i in batch],
-                [advantages[i] for i in batch],
-                [inside.index(places[i]) for i in batch],
+                [places.advantage[i] for i in batch],
+                [inside.index(groups[i]) for i in batch],
             )
             return dict(zip(inside, rows, strict=True)), on_hidden
 
@@ -193,6 +202,7 @@ class UpdateMeter:
             question_of,
             segments,
             keys,
+            among=[index for index, question in enumerate(question_of) if question in questions],
             max_tokens=tokens_in_memory(gradients.student, self.max_memory_bytes),
             max_segments=1 if gradients.no_segments else max(1, int(memory // row_bytes)),
         ):
@@ -203,22 +213,27 @@ class UpdateMeter:
         self,
         rollouts: Sequence[Rollout],
         stored: Sequence[tuple[list[int], BatchDirections]],
-        fold_of: Sequence[int],
-        weight: Floats,
+        places: RolloutPlaces,
         means: Tensor,
         norms: Floats,
         done: int,
         progress: Progress | None,
-    ) -> TokenInfluence:
-        folds = len(weight)
+        time: UpdateTime,
+    ) -> TokenInfluence | None:
+        """Measure every token's influence; None if there is no time for all of them."""
+        folds = places.folds
+        work = [sum(work_of_sequence(self.gradients.student, len(rollouts[i].sequence)) for i in b) for b, _ in stored]
         parameters = lora_parameters(self.gradients.student)
         count = sum(len(rollout.response_ids) for rollout in rollouts)
         teachers = len(self.gradients.teachers)
         by_fold = np.full((folds, count, teachers), np.nan, dtype=np.float32)
         logit_norm = np.zeros((count, teachers), dtype=np.float32)
         starts = np.concatenate([[0], np.cumsum([len(rollout.response_ids) for rollout in rollouts])])
-        for batch, on_hidden in stored:
-            own = fold_of[batch[0]]
+        for number, (batch, on_hidden) in enumerate(stored):
+            if not time.allows(INFLUENCE, sum(work[number:])):
+                return None
+            start = time.deadline.elapsed_seconds
+            own = places.fold[batch[0]]
             others = [fold for fold in range(folds) if fold != own]
             tangents = {
                 name: part.view(len(others), *p.shape)
@@ -229,9 +244,10 @@ class UpdateMeter:
                 )
             }
             for part, values in self._pushed_forward(rollouts, batch, tangents, on_hidden):
-                places = places_of(part, starts)
-                by_fold[np.array(others)[:, None], places] = values.permute(0, 2, 1).numpy()  # (S, N, K)
+                tokens = places_of(part, starts)
+                by_fold[np.array(others)[:, None], tokens] = values.permute(0, 2, 1).numpy()  # (S, N, K)
             logit_norm[places_of(batch, starts)] = on_hidden.norms.T.numpy()
+            time.costs.record(INFLUENCE, work[number], time.deadline.elapsed_seconds - start)
             done += len(batch)
             if progress is not None:
                 progress(done)
@@ -239,7 +255,7 @@ class UpdateMeter:
             rollout=np.repeat(np.arange(len(rollouts)), np.diff(starts)),
             depth=np.concatenate([np.arange(len(rollout.response_ids)) for rollout in rollouts]),
             by_fold=by_fold,
-            fold_questions=weight,
+            fold_questions=places.questions_by(places.fold, folds),
             direction_norm=norms,
             logit_norm=logit_norm,
         )
@@ -267,15 +283,6 @@ class UpdateMeter:
         pairs = memory / (ATTENTION_BYTES * layer_sizes(student).heads * directions)
         for fitting in parts_within(batch, [length**2 for length in lengths], pairs):
             yield from in_smaller_batches(influences, fitting)
-
-    def _advantages(self, rollouts: Sequence[Rollout], question_of: Sequence[int]) -> list[float]:
-        """Reward less baseline, divided by the number of rollouts of the question: its gradient is their mean."""
-        if not rollouts:
-            return []
-        rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
-        place = torch.tensor(question_of)
-        advantages: list[float] = (leave_one_out_advantages(rewards, place) / torch.bincount(place)[place]).tolist()
-        return advantages
 
     def _group_count(self, questions: int, row_numbers: int) -> int:
         """As many groups as memory allows, one for each question if there are few."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from odp_callbacks.engine.rollouts import Rollout
+from odp_callbacks.engine.unit_costs import work_of_sequence
 from odp_callbacks.engine.update.batch_directions import BatchDirections
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.engine.update.response_tokens import (
@@ -19,6 +20,7 @@ from odp_callbacks.engine.update.response_tokens import (
 )
 from odp_callbacks.engine.update.row_sketch import RowSketch
 from odp_callbacks.engine.update.update_rows import UpdateRows
+from odp_callbacks.engine.update.update_time import RULES, UpdateTime
 from odp_callbacks.records import Floats
 from odp_callbacks.update_records import RuleProducts, TokenFeatures
 
@@ -106,7 +108,11 @@ class RuleMeter:
                 self.weights[name] = weights
 
     def measure(
-        self, sums: UpdateRows, progress: Callable[[int], None] | None = None, done: int = 0
+        self,
+        sums: UpdateRows,
+        progress: Callable[[int], None] | None = None,
+        done: int = 0,
+        time: UpdateTime | None = None,
     ) -> RuleProducts | None:
         """Measure rule by rule: only one rule's gradients are in memory at a time.
 
@@ -114,27 +120,35 @@ class RuleMeter:
             sums: The gradients of all tokens.
             progress: Called with the number of rollouts that are done.
             done: How many were done before.
+            time: How long it may take; None for no limit. Rules for which there is no time are left out.
 
         Returns:
             The products of the rules whose weights are not constant in each class; None if there are none.
         """
+        time = time or UpdateTime()
+        work = sum(work_of_sequence(self.gradients.student, len(rollout.sequence)) for rollout in self.rollouts)
         whole = sums.directions.sum(dim=2)  # (F, K, P)
         measured = []
         for weights in self.weights.values():
+            if not time.allows(RULES, work):
+                break
+            start = time.deadline.elapsed_seconds
             rows = torch.zeros_like(whole)
             for batch, directions in self.batches:
                 self._add(rows, batch, directions, weights, sums.sketch)
                 done += len(batch)
                 if progress is not None:
                     progress(done)
+            time.costs.record(RULES, work, time.deadline.elapsed_seconds - start)
             measured.append([_products(sums.success, rows), _products(rows, rows), _products(rows, whole)])
         if not measured:
             return None
         cross, own, of_whole = (np.stack(products) for products in zip(*measured, strict=True))
+        weights_of = dict(list(self.weights.items())[: len(measured)])
         return RuleProducts(
-            names=tuple(self.weights),
-            weight=np.stack([weights.sum(axis=1) for weights in self.weights.values()]),
-            tokens=np.stack([self._tokens_by_group(weights, len(whole)) for weights in self.weights.values()]),
+            names=tuple(weights_of),
+            weight=np.stack([weights.sum(axis=1) for weights in weights_of.values()]),
+            tokens=np.stack([self._tokens_by_group(weights, len(whole)) for weights in weights_of.values()]),
             cross=cross,
             own=own,
             whole=of_whole,

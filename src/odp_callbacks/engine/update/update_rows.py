@@ -1,5 +1,7 @@
 """Gradients of groups of questions, summed from batch to batch: the only thing that grows with the LoRA parameters."""
 
+from copy import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,6 +48,13 @@ class UpdateRows:
         self.success[group] += rows[0]
         self.directions[group, :, kind] += rows[1:]
         self.tokens[group, kind] += tokens
+
+    def first(self, groups: int) -> "UpdateRows":
+        """The sums of the first groups alone."""
+        part = copy(self)
+        part.success, part.directions = self.success[:groups], self.directions[:groups]
+        part.tokens = self.tokens[:groups]
+        return part
 
     def gram(self, questions: Floats) -> UpdateGram:
         """Inner products of the rows.

@@ -17,6 +17,7 @@ from odp_callbacks.analysis.estimators import success_rate
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.ranking import rank_analysis, verdict
 from odp_callbacks.analysis.summaries import Analysis
+from odp_callbacks.analysis.teacher_accuracy import student_accuracy, teacher_accuracies
 from odp_callbacks.files import local_path, write_atomically
 from odp_callbacks.gates.scoring import RuleScore, score_rules
 from odp_callbacks.records import ProbeReport
@@ -38,7 +39,7 @@ def write_report(
     path: str | os.PathLike[str],
     *,
     title: str = "Is my teacher helping?",
-    confidence: float = 0.95,
+    confidence: float | None = None,
 ) -> Path:
     """Write the report of a probe, or of the probes of a run, as one HTML file that loads nothing else.
 
@@ -51,7 +52,7 @@ def write_report(
             one in full, and how the gain developed over all of them.
         path: Path of the file; missing folders are created.
         title: Headline.
-        confidence: Level of the intervals, in (0, 1).
+        confidence: Level of the intervals, in (0, 1); None for that which the last probe was asked for.
 
     Returns:
         The path.
@@ -64,7 +65,8 @@ def write_report(
     if not named_reports or not (named_reports[-1][1].nodes or named_reports[-1][1].updates):
         raise ValueError("`reports` must hold a probe with an update or with nodes, but there is nothing to show.")
     target_path = local_path("path", path)
-    write_atomically(target_path, render_page(named_reports, title, confidence))
+    asked_for = named_reports[-1][1].confidence if confidence is None else confidence
+    write_atomically(target_path, render_page(named_reports, title, asked_for))
     return target_path
 
 
@@ -104,6 +106,8 @@ def render_page(named_reports: Sequence[tuple[str, ProbeReport]], title: str, co
         significant_tokens=significant_token_counts(analysis),
         influence=analysis.influence,
         success_rate=success_rate(report, confidence),
+        student_accuracy=student_accuracy(report, confidence),
+        accuracies=teacher_accuracies(report, confidence),
         rules=scored_rules(report, confidence),
         plots=_plots(analysis, comparable),
         contributions=list(analysis.contributions()),

@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from odp_callbacks.analysis.evidence import gather
 from odp_callbacks.analysis.node_estimates import estimate
 from odp_callbacks.engine import Probe, ProbeConfig
+from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.sampling.backend_selection import backend_of
+from odp_callbacks.engine.tree.wave_queue import WaveQueue
 from tests.helpers.models import EOS, WORDS, count_tokens, tiny, tiny_base, word_tokenizer
 from tests.helpers.probes import ROWS, measure, word_reward
 
@@ -31,10 +35,8 @@ def test_a_budget_too_small_for_all_nodes_subsamples_them(student):
     assert all((n.rollout, n.depth) in node_positions and n.inclusion < 1 for n in report.nodes)
 
 
-def test_the_time_budget_is_met(student):
-    report = measure(student, "base", time_budget=2.0, max_new_tokens=12)
-    assert 1.0 < report.stage_seconds["continuations"] < 4.0
-    assert measure(student, "base", time_budget=100.0, budget=300).generated_tokens["continuations"] < 400
+def test_a_budget_and_seconds_stop_at_whichever_is_reached_first(student):
+    assert measure(student, "base", seconds=100.0, budget=300).generated_tokens["continuations"] < 400
 
 
 @pytest.mark.parametrize("target", ["predicted_gain", "gain_weighted_alignment", "alignment"])
@@ -48,13 +50,13 @@ def test_it_stops_when_the_interval_is_narrow_enough(student, target):
 
 
 def test_continuations_go_where_the_teacher_pulls(student):
-    """Noise of predicted gain for the same tokens: half of that of equal numbers, or less."""
+    """Noise of predicted gain on the logits, which are known in advance: for the same tokens half of that, or less."""
     teachers = {"other": tiny_base(seed=5)}
     adaptive = measure(student, teachers, budget=4000, max_new_tokens=12)
     equal = measure(student, teachers, continuations=24, max_new_tokens=12)
 
     def noise(report):
-        e = gather(report.nodes)
+        e = gather(report.nodes, logits=True)
         spread = np.where(e.exact | ~e.real, 0, 0.25 / e.count)
         return ((e.token_weight[:, None] * e.gain_form[:, 0]) ** 2 * spread).sum() * tokens(report)
 
@@ -156,3 +158,91 @@ def test_a_student_in_single_precision_agrees_with_double():
         assert list(a.tokens) == list(b.tokens)
         np.testing.assert_allclose(estimate(a).alignment, estimate(b).alignment, atol=1e-4)
         np.testing.assert_allclose(a.gram, b.gram, rtol=1e-3, atol=1e-4 * np.abs(a.gram).max())
+
+
+MIXED = [{"prompt": prompt, "answer": "a"} for prompt in ("a", "b c", "c", "d e f", "e", "f f")]
+STREAMED = {"rows": MIXED, "max_new_tokens": 12, "seed": 3, "update": False, "step_alignment": False}
+
+
+def assert_same_outcomes(report, expected):
+    assert report.generated_tokens == expected.generated_tokens
+    assert report.continuations == expected.continuations
+    for node, expected_node in zip(report.nodes, expected.nodes, strict=True):
+        assert (node.rollout, node.depth) == (expected_node.rollout, expected_node.depth)
+        for values, expected_values in ((node.count, expected_node.count), (node.total, expected_node.total)):
+            np.testing.assert_array_equal(values, expected_values)
+
+
+@pytest.mark.parametrize("options", [{"budget": 500}, {"budget": 500, "half_width": 0.4}, {"continuations": 2}])
+def test_results_do_not_depend_on_the_batch(student, options):
+    options = {**STREAMED, **({"rows": ROWS} if "continuations" in options else {}), **options}
+    expected = measure(student, "base", batch_size=64, **options)
+    for batch_size in (2, 7):
+        assert_same_outcomes(measure(student, "base", batch_size=batch_size, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{"budget": 600}, {"continuations": 2}])
+def test_results_do_not_depend_on_interruptions(student, options, tmp_path, monkeypatch):
+    """Interrupted after every few continuations, each time with another batch size."""
+    steps = {"update": False, "step_alignment": False}
+    config = ProbeConfig(rollouts_per_question=2, max_new_tokens=12, **steps, **options)
+    expected = Probe(student, word_tokenizer(), word_reward, "base", config).run(MIXED, seed=3)
+    receive = WaveQueue.receive
+    stored_counts = []
+
+    def interrupted_receive(queue, continuations, step):
+        receive(queue, continuations, step)
+        if len(queue.sampler.journal.continuations) >= stored_counts[-1] + 50:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(WaveQueue, "receive", interrupted_receive)
+    report = None
+    for attempt in range(40):
+        journal = Journal(tmp_path / "journal")
+        stored_counts.append(len(journal.continuations))
+        probe = Probe(
+            student, word_tokenizer(), word_reward, "base", replace(config, batch_size=(64, 5, 16)[attempt % 3])
+        )
+        try:
+            report = probe.run(MIXED, seed=3, journal=journal)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert len(stored_counts) > 2
+    assert_same_outcomes(report, expected)
+
+
+def test_questions_are_independent_of_each_other(student):
+    """Two processes that share the questions sample what one would."""
+    options = {"rollouts_per_question": 2, "max_new_tokens": 16, "continuations": 2, "update": False}
+    ids = [str(place) for place in range(len(MIXED))]
+
+    def nodes_of(places):
+        probe = Probe(student, word_tokenizer(), word_reward, "base", ProbeConfig(**options))
+        return probe.run([MIXED[place] for place in places], seed=3, ids=[ids[place] for place in places]).nodes
+
+    def outcomes(nodes):
+        by_question = {}
+        for n in nodes:
+            by_question.setdefault(n.question, []).append((n.depth, [*n.tokens], [*n.count], [*n.total]))
+        return by_question
+
+    whole, parts = outcomes(nodes_of(range(6))), outcomes([*nodes_of([0, 2, 4]), *nodes_of([1, 3, 5])])
+    # Which nodes of a question are measured may depend on the other questions.
+    same_nodes = [
+        question
+        for question in whole.keys() & parts.keys()
+        if [node[:2] for node in whole[question]] == [node[:2] for node in parts[question]]
+    ]
+    assert len(same_nodes) >= 4
+    assert all(whole[question] == parts[question] for question in same_nodes)
+
+
+@pytest.mark.parametrize("options", [{"budget": 4000}, {"continuations": 8}])
+def test_the_batch_stays_full(student, options):
+    report = measure(student, "base", batch_size=32, **STREAMED, **options)
+    lengths = {len(rollout.pieces) for rollout in report.rollouts}
+    assert min(lengths) < 4
+    assert max(lengths) > 8, "the case must have mixed lengths"
+    assert report.slot_occupancy >= 0.85
+    assert report.slot_steps["occupied"] == report.generated_tokens["continuations"]
