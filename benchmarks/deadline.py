@@ -68,6 +68,7 @@ class Bench:
         self.options: dict[str, Any] = {"max_new_tokens": tokens, "rollouts_per_question": rollouts}
         shape = (questions, rollouts, given)
         self.responses = torch.randint(3, VOCABULARY, shape, generator=generator).tolist()
+        self.long_response = (self.responses[0][0] * tokens)[:tokens]
 
     def run(self, run_seconds: float | None = None, responses: Any = None, **options: Any) -> ProbeReport:
         """A probe, as the first one that this student sees."""
@@ -80,7 +81,7 @@ class Bench:
             "budget=0": lambda: self.run(seconds=self.seconds, budget=0),
             "given responses": lambda: self.run(seconds=self.seconds, budget=0, responses=self.responses),
             "given responses of all tokens": lambda: self.run(
-                seconds=self.seconds, budget=0, responses=[[self.responses[0][0] * 64] * 2] * len(self.rows)
+                seconds=self.seconds, budget=0, responses=[[self.long_response] * 2] * len(self.rows)
             ),
             "nodes, seconds alone": lambda: self.run(seconds=self.seconds),
             "nodes, update=False": lambda: self.run(seconds=self.seconds, update=False),

@@ -100,7 +100,8 @@ def test_pandas_reads_the_tables(tmp_path: Path, report: ProbeReport) -> None:
 
 def test_records_are_small(tmp_path: Path, report: ProbeReport) -> None:
     folder = save(report, tmp_path / "probe")
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 4000 * len(report.nodes)
+    branches = sum(len(node.tokens) for node in report.nodes)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1000 * branches
 
 
 def test_nothing_is_half_written_and_nothing_replaced_unasked(

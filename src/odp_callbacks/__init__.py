@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # type checkers and editors see plain imports; at run time a name is imported when it is first used
+    from odp_callbacks.analysis.probe_plan import plan_probe
     from odp_callbacks.callbacks.lightning import GradientAlignmentCallback
     from odp_callbacks.callbacks.loss_weights import LossWeightCallback
     from odp_callbacks.callbacks.transformers import GradientAlignmentTrainerCallback
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # type checkers and editors see plain imports; at run time a 
     from odp_callbacks.records import ProbeReport
 
 _MODULES = {
+    "analysis.probe_plan": ["plan_probe"],
     "callbacks.lightning": ["GradientAlignmentCallback"],
     "callbacks.loss_weights": ["LossWeightCallback"],
     "callbacks.transformers": ["GradientAlignmentTrainerCallback"],
@@ -125,6 +127,7 @@ __all__ = [
     "high_entropy",
     "incorrect_rollouts",
     "pass_rate",
+    "plan_probe",
     "position",
     "prefix",
     "preset_rows",

@@ -36,7 +36,7 @@ def test_demonstrations_become_columns_that_contexts_show(
 ) -> None:
     output = tmp_path / "demonstrations.parquet"
     more = {"sample.tries": 60, "sample.max_new_tokens": 6, "stop": '["a", "b"]'}
-    made = arguments(student_folder, dataset, output, summaries="self", summary_max_new_tokens=24, **more)
+    made = arguments(student_folder, dataset, output, summaries="self", summary_max_new_tokens=20, **more)
     assert main([*made, "--json"]) == 0
     result = printed_json(capsys)
     rows = load_rows(str(output))
@@ -113,7 +113,7 @@ def test_an_interrupted_command_resumes(
         ({"summaries": "./no/such/folder"}, "`summaries` names './no/such/folder'"),
         (
             {"reward": "exact"},
-            "no question has all the demonstrations that were asked for: of 4 questions, 4 lack correct",
+            "none of 4 questions has all that was asked for (4 lack correct",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from odp_callbacks.engine.demonstrations import (
     round_sizes,
     sample_demonstrations,
 )
-from odp_callbacks.engine.prompts import Question
+from odp_callbacks.engine.prompts import Question, encode_prompt
 from odp_callbacks.engine.rollouts import Rollout
 from tests.helpers.models import Snapshot, tiny, word_tokenizer
 
@@ -165,7 +165,7 @@ def test_summaries_are_of_the_first_demonstration_and_stored(monkeypatch: pytest
         return original(model, tokenizer, questions, **options)
 
     monkeypatch.setattr(demonstration_summaries, "sample_rollouts", sample_rollouts)
-    arguments = (tiny(), word_tokenizer(), rows, replace(OPTIONS, max_new_tokens=8))
+    arguments = (tiny(), word_tokenizer(chat=False), rows, replace(OPTIONS, max_new_tokens=8))
     template = "{prompt} f {demonstrations[0]}"
     store = DemonstrationStore(tmp_path / "store")
     summaries = summarise_demonstrations(*arguments, template=template, store=store)
@@ -174,6 +174,9 @@ def test_summaries_are_of_the_first_demonstration_and_stored(monkeypatch: pytest
     assert summaries[0] is None or summaries[0].strip()
     again = summarise_demonstrations(*arguments, template=template, store=DemonstrationStore(store.path))
     assert (again, len(asked)) == (summaries, 1)
+    summarise_demonstrations(tiny(), word_tokenizer(), rows, arguments[-1], template=template)
+    message = [{"role": "user", "content": "a b f c d"}]
+    assert asked[1] == encode_prompt(word_tokenizer(), message).tolist(), "a model with a chat template is asked in one"
     with pytest.raises(ValueError, match="need the column 'demonstrations', but row 0 has only"):
         summarise_demonstrations(tiny(), word_tokenizer(), ROWS)
 

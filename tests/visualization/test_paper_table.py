@@ -45,5 +45,5 @@ def test_a_name_with_markup_is_shown_as_it_is():
 def test_without_questions_nothing_is_claimed():
     text = printed(replace(example_record(), questions=(), left_out={"pass rate 0": 3}))
     assert "nan" not in text
-    assert "3 questions: pass rate 0" in text
+    assert "pass rate 0: 3" in text
     assert not np.any([digit in text.split("0 questions")[0] for digit in ("+0.", "-0.")])

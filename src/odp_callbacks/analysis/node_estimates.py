@@ -24,7 +24,7 @@ class NodeEstimate:
         module_alignment: ``(M, K)``, the same on the parameters of each module alone.
         logit_alignment: ``(K,)``, the same on the logits.
         predicted_gain: ``(K,)``, success probability gained per unit step of the LoRA parameters along the
-            distillation gradient; 0 where that gradient is zero, NaN where it was not computed although success differs.
+            distillation gradient; 0 where that gradient is zero, NaN where success differs but the gradient is unknown.
         teacher_advantage: ``(K,)``, expected success after the teacher's next token minus that after the student's.
         ideal_norm: Norm of the estimated ideal gradient on the LoRA parameters; noise makes it too large on average.
         success: The student's success probability at the node.

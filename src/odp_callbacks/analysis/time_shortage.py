@@ -35,7 +35,7 @@ def time_shortage(report: ProbeReport) -> str:
     questions = len({rollout.question for rollout in report.rollouts})
     unsampled = report.left_out.get("unsampled_questions", 0)
     measured = questions - report.left_out.get("questions_without_update", 0)
-    factor *= (questions + unsampled) / max(1, measured if report.updates else questions)
+    factor *= max(1, questions + unsampled) / max(1, measured if report.updates else questions)
     seconds = factor * sum(report.stage_seconds.values())
     joined = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
     return f"for lack of time, {joined}; about {seconds:,.0f} s would do for all."

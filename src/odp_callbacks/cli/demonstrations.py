@@ -100,8 +100,8 @@ def make_demonstrations(options: DemonstrationsCommand, console: Console) -> dic
         console: Where progress is shown.
 
     Returns:
-        ``output``, and the numbers of ``questions``, of those that were ``written``, and of ``tries`` and
-        ``successes``.
+        ``output``; the numbers of ``questions``, of those that were ``written``, of ``tries`` and of ``successes``; and
+        in ``lacking`` how many questions lack ``correct`` or ``wrong`` responses or a ``summary``.
 
     Raises:
         ValueError: If an option does not work, or no question has all its demonstrations.
@@ -129,27 +129,40 @@ def make_demonstrations(options: DemonstrationsCommand, console: Console) -> dic
         found = sample_demonstrations(
             model, tokenizer, rows, reward, sampling, seed=options.seed, store=store, progress=show
         )
-        complete = [options.keep_all or one.is_complete(sampling) for one in found]
         made: list[Row] = [
             {**row, **demonstration_columns(one, name, options.source)} for row, one in zip(rows, found, strict=True)
         ]
         if options.summaries is not None:
             made = _with_summaries(made, options, model, tokenizer, store, show, inform)
-            summary_column = source_column(SUMMARY, options.source)
-            complete = [
-                kept and (options.keep_all or bool(row[summary_column]))
-                for kept, row in zip(complete, made, strict=True)
-            ]
-    written = [row for row, kept in zip(made, complete, strict=True) if kept]
+    lacking = _lacking(found, made, options)
+    is_lacking = [any(reasons) for reasons in zip(*lacking.values(), strict=True)]
+    counts = {part: sum(of_part) for part, of_part in lacking.items()}
+    written = [row for row, lacks in zip(made, is_lacking, strict=True) if options.keep_all or not lacks]
     if not written:
-        raise ValueError(nothing_found(found, options))
+        raise ValueError(nothing_found(len(rows), counts, options))
     write_rows(written, path)
     return {
         "output": str(path),
         "questions": len(rows),
         "written": len(written),
+        "lacking": counts,
         "tries": sum(one.tries for one in found),
         "successes": sum(one.successes for one in found),
+    }
+
+
+def _lacking(
+    found: Sequence[Demonstrations], rows: Sequence[Row], options: DemonstrationsCommand
+) -> dict[str, list[bool]]:
+    """For each part that was asked for, whether each question lacks it."""
+    summary_column = source_column(SUMMARY, options.source)
+    return {
+        "correct": [len(one.correct) < options.sample.correct for one in found],
+        "wrong": [len(one.wrong) < options.sample.wrong for one in found],
+        "summary": [
+            options.summaries is not None and bool(one.correct) and not row[summary_column]
+            for one, row in zip(found, rows, strict=True)
+        ],
     }
 
 
@@ -180,22 +193,26 @@ def sentence(result: dict[str, Any]) -> str:
     """What was done, in words.
 
     Examples:
-        >>> sentence({"output": "d.jsonl", "questions": 8, "written": 6, "tries": 100, "successes": 25})
-        '6 of 8 questions with all demonstrations written to d.jsonl; 25 of 100 responses looked at were correct.'
+        >>> counts = {"questions": 8, "written": 6, "tries": 100, "successes": 25}
+        >>> sentence({"output": "d.jsonl", **counts, "lacking": {"correct": 2, "wrong": 0, "summary": 0}})
+        '6 of 8 questions written to d.jsonl (2 lack correct); 25 of 100 responses looked at were correct.'
     """
     return (
-        f"{result['written']} of {result['questions']} questions with all demonstrations written to "
-        f"{result['output']}; {result['successes']} of {result['tries']} responses looked at were correct."
+        f"{result['written']} of {result['questions']} questions written to {result['output']}"
+        f"{_reasons(result['lacking'])}; {result['successes']} of {result['tries']} responses looked at were correct."
     )
 
 
-def nothing_found(found: Sequence[Demonstrations], options: DemonstrationsCommand) -> str:
+def nothing_found(questions: int, lacking: dict[str, int], options: DemonstrationsCommand) -> str:
     """Why no question has what was asked for, and what would work."""
-    without_correct = sum(len(one.correct) < options.sample.correct for one in found)
-    without_wrong = sum(len(one.wrong) < options.sample.wrong for one in found)
     return (
-        f"no question has all the demonstrations that were asked for: of {len(found)} questions, {without_correct} "
-        f"lack correct and {without_wrong} lack wrong responses that ended within {options.sample.max_new_tokens} "
-        "tokens; "
-        "raise `sample.tries` or `sample.max_new_tokens`, give other questions, or `keep_all`."
+        f"none of {questions} questions has all that was asked for{_reasons(lacking)}; a response counts only if it "
+        f"ended within {options.sample.max_new_tokens} tokens. Raise `sample.tries` or `sample.max_new_tokens`, give "
+        "other questions, or `keep_all`."
     )
+
+
+def _reasons(lacking: dict[str, int]) -> str:
+    """How many questions lack what; empty if none does."""
+    reasons = [f"{count} lack {part}" for part, count in lacking.items() if count]
+    return f" ({', '.join(reasons)})" if reasons else ""

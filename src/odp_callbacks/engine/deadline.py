@@ -87,8 +87,8 @@ class Deadline:
         """A deadline for the first of several equal parts of the time that is left.
 
         Examples:
-            >>> Deadline(90.0, clock=lambda: 0.0).part(3).remaining_seconds
-            30.0
+            >>> Deadline(90.0, clock=lambda: 0.0).part(2).remaining_seconds
+            45.0
         """
         left = self.remaining_seconds if self.is_finite else 0.0
         return self.earlier(left * (1 - 1 / parts), self.seconds_per_token)

@@ -48,7 +48,8 @@ def summarise_demonstrations(
         tokenizer: Its tokenizer.
         rows: Rows with the column ``demonstrations``.
         options: Temperature, length and batch size; the other options are not read. None for the defaults.
-        template: What the model is asked, in place of the row's prompt or of its last user message.
+        template: What the model is asked, in place of the row's prompt or of its last user message. A model with a chat
+            template is asked in a message.
         seed: Seed of all random draws.
         store: Keeps the summaries that are done.
         progress: Called with the stage's name, the number of rows done, and their number.
@@ -97,7 +98,11 @@ def _encode(
             raise ValueError(f"`rows` need the column {DEMONSTRATIONS!r}, but row {place} has only {sorted(row)}.")
         if not row[DEMONSTRATIONS]:
             continue
-        asked = {**row, "prompt": prompt_in_context(template, row), "id": str(row.get("id", place))}
+        prompt = prompt_in_context(template, row)
+        if isinstance(prompt, str) and getattr(tokenizer, "chat_template", None):
+            # It is an instruction, also where the question is a text to be continued.
+            prompt = [{"role": "user", "content": prompt}]
+        asked = {**row, "prompt": prompt, "id": str(row.get("id", place))}
         (question,) = as_questions([asked], tokenizer, template=ChatTemplate(arguments=options.chat_template_kwargs))
         check_length(question.prompt_ids, options.max_new_tokens, model, f"the summary of question {question.id}")
         questions[place] = question

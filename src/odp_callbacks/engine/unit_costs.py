@@ -13,6 +13,8 @@ FORGETTING = 0.5
 """Weight of the earlier units of a kind when a new one is measured: lengths, caches and other processes change."""
 UNIT_SHARE = 0.05
 """Share of a probe's seconds that one unit of work may take, if it can be made smaller."""
+MARGIN = 1.1
+"""How many times longer than it is expected a unit may take."""
 SLACK_SHARE = 0.05
 """Share of a probe's seconds by which a unit may end late, so that a probe ends as often a little late as early."""
 
@@ -117,7 +119,7 @@ def questions_in_time(
     while left:
         longest = max(work[question] for question in left)
         seconds = costs.predict(kind, longest)
-        if not deadline.allows(seconds - SLACK_SHARE * (deadline.seconds or 0.0)) or deadline.has_passed:
+        if not deadline.allows(MARGIN * seconds - SLACK_SHARE * (deadline.seconds or 0.0)) or deadline.has_passed:
             return
         count = len(left)
         if deadline.is_finite:

@@ -115,7 +115,7 @@ def _read_nodes(content: bytes, name: str, *, has_manifest: bool) -> tuple[dict[
     elif not has_manifest:
         raise DamagedRecordsError(f"`folder` is damaged: {MANIFEST_FILE} is missing in {name}.")
     if metadata["version"] < FIRST_VERSION_WITH_INCLUSION:
-        table = _with_all_gradients(table)
+        metadata, table = _with_present_names(metadata), _with_all_gradients(table)
     metadata = {"left_out": {}, "slot_steps": {}, **metadata}  # which the first files lacked
     check_metadata(metadata, name)
     if metadata.pop("free", False):
@@ -124,6 +124,14 @@ def _read_nodes(content: bytes, name: str, *, has_manifest: bool) -> tuple[dict[
             "Measure again with `budget=0`."
         )
     return metadata, checked_rows(table, NODE_SCHEMA, table_name)
+
+
+def _with_present_names(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata with the settings of a probe by their present names."""
+    if not isinstance(settings := metadata.get("settings"), dict):
+        return metadata
+    renamed = {RENAMED_SETTINGS.get(setting, setting): value for setting, value in settings.items()}
+    return {**metadata, "settings": renamed}
 
 
 def _with_all_gradients(table: pa.Table) -> pa.Table:
@@ -168,6 +176,5 @@ def _upgrade_from_version_1(metadata: dict[str, Any]) -> dict[str, Any]:
     if "seconds" in metadata:
         upgraded["stage_seconds"] = metadata["seconds"]
     if isinstance(settings := metadata.get("settings"), dict):
-        renamed = {RENAMED_SETTINGS.get(setting, setting): value for setting, value in settings.items()}
-        upgraded["settings"] = {"geometry": "euclidean", **renamed}
+        upgraded["settings"] = {"geometry": "euclidean", **settings}
     return upgraded

@@ -11,7 +11,7 @@ from odp_callbacks.analysis.ranking import rank
 from odp_callbacks.analysis.teacher_accuracy import student_accuracy, teacher_accuracies
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import displayable
-from odp_callbacks.visualization.table import format_estimate
+from odp_callbacks.visualization.table import CAPTION_WIDTH, format_estimate
 from odp_callbacks.visualization.wording import level
 
 CAPTION = """Own accuracy: share of correct responses that the teacher samples by
@@ -36,6 +36,7 @@ def accuracy_table(report: ProbeReport, confidence: float = 0.95) -> Table | Non
         box=SIMPLE_HEAVY, show_edge=False, pad_edge=False, title="How well does the teacher answer by itself?"
     )
     table.caption = f"{CAPTION}\n{level(confidence)} intervals, clustered by question."
+    table.min_width = CAPTION_WIDTH
     for heading in ("teacher", "own\naccuracy", "minus\nstudent", "gain", "cut"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "teacher" else "right")
     student = student_accuracy(report, confidence)

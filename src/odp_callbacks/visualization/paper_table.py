@@ -114,7 +114,7 @@ def _notes(record: PaperRecord) -> str:
     lines = [
         *_list("Deviations from the paper", record.deviations or ("none",)),
         *_list("Not published by the paper, and done like this", record.unpublished),
-        *_list("Left out", [f"{count} questions: {reason}" for reason, count in record.left_out.items()]),
+        *_list("Questions left out", [f"{reason}: {count}" for reason, count in record.left_out.items()]),
     ]
     return escape("\n".join(lines))
 
