@@ -71,10 +71,12 @@ def test_drafts_and_foreign_files_among_the_blocks_do_not_matter(
 def test_blocks_have_the_figures_of_their_questions_alone(
     student_folder: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a fixed number of continuations, no question's draws depend on the questions beside it."""
-    assert main(diagnose_arguments(student_folder, dataset, tmp_path / "one", questions=3)) == 0
+    """With fixed numbers of continuations and of gradients, no question's draws depend on the questions beside it."""
+    # A sample of nodes with gradients would be one of the whole block's nodes.
+    fixed = {"questions": 3, "measure.differing_gradients": 1.0, "measure.agreeing_gradients": 1.0}
+    assert main(diagnose_arguments(student_folder, dataset, tmp_path / "one", **fixed)) == 0
     monkeypatch.setattr(diagnosis, "MAXIMUM_BLOCK", 2)
-    assert main(diagnose_arguments(student_folder, dataset, tmp_path / "two", questions=3)) == 0
+    assert main(diagnose_arguments(student_folder, dataset, tmp_path / "two", **fixed)) == 0
     one, two = (load(tmp_path / name / "records") for name in ("one", "two"))
     assert [rollout.pieces for rollout in one.rollouts] == [rollout.pieces for rollout in two.rollouts]
     assert len(list((tmp_path / "two" / "blocks").iterdir())) == 2

@@ -35,9 +35,9 @@ class ProbePlan:
         """Say the plan in one sentence."""
         design = self.design
         return (
-            f"In {self.seconds:.0f} s: {design.questions} questions x {design.rollouts} rollouts x {design.nodes} nodes "
-            f"x {design.continuations} continuations a branch; the intervals of predicted gain would be about "
-            f"±{self.half_width:.2g}."
+            f"In {self.seconds:.0f} s: {design.questions} questions x {design.rollouts} rollouts x "
+            f"{design.nodes} nodes x {design.continuations} continuations a branch; "
+            f"the intervals of predicted gain would be about ±{self.half_width:.2g}."
         )
 
 
@@ -47,8 +47,8 @@ def plan_probe(
     """Plan the next probe: the numbers that make the intervals of predicted gain narrowest in the given time.
 
     The report gives the price of each rollout, node and continuation, and how much gain varies at each level
-    (:mod:`~odp_callbacks.analysis.variance_components`). A plan from one probe does not bias the next one, whose rollouts
-    and continuations are drawn anew. It assumes the same student, teachers, lengths and machine.
+    (:mod:`~odp_callbacks.analysis.variance_components`). A plan from one probe does not bias the next one, whose
+    rollouts and continuations are drawn anew. It assumes the same student, teachers, lengths and machine.
 
     Args:
         report: An earlier probe that measured nodes.

@@ -83,7 +83,9 @@ def test_a_probe_of_four_questions_equals_two_probes_of_parts(
     monkeypatch.setattr(BackendSelection, "warn_of", lambda selection, model, verdict: None)
     if "projections" in options:
         monkeypatch.setattr("odp_callbacks.engine.gradients.gradient_stage.projection_is_cheaper", lambda *_: True)
-    config = ProbeConfig(**{"rollouts_per_question": 3, "max_new_tokens": 3, "continuations": 3, **options})
+    # A sample of nodes with gradients would be one of the whole probe's nodes.
+    measure = {"continuations": 3, "differing_gradients": 1.0, "agreeing_gradients": 1.0}
+    config = ProbeConfig(**{"rollouts_per_question": 3, "max_new_tokens": 3, **measure, **options})
     probe = Probe(
         world.model, world.tokenizer, world.reward, {"base": BaseTeacher(), "b": Teacher("b {prompt}")}, config
     )
