@@ -108,6 +108,8 @@ def _probe(rank: int, folder: Path, options: dict[str, Any]) -> None:
 def test_figures_are_those_of_one_process_on_the_same_questions(count: int, tmp_path: Path) -> None:
     """Compared at the start, where the student is the same; two processes share ``count`` questions."""
     options = {"questions_per_probe": count, "at_start": True, "every_n_steps": 100, "optimizer_geometry": False}
+    # A sample of nodes with gradients would be one of each process's own nodes.
+    options |= {"differing_gradients": 1.0, "agreeing_gradients": 1.0}
     outcomes = run_in_two_processes(_probe, tmp_path, options)
     (first_report, first_gate, metrics, first_rank), (second_report, second_gate, _, second_rank) = outcomes
     assert (first_rank, second_rank) == (0, 1)

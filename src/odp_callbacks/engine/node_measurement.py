@@ -174,21 +174,23 @@ class NodeMeasurement:
         return self.logits(rollouts, pick_by_contribution(logits.nodes, contributions, count, generator), logits)
 
     def sampler(self, rollouts: Sequence[Rollout], measured: MeasuredNodes) -> ContinuationSampler:
-        """Make the sampler of continuations."""
+        """Make the sampler of continuations, which start from the rollouts with nodes."""
+        with_nodes = sorted({node.rollout for node in measured.nodes})
         return ContinuationSampler(
             self.student,
             self.tokenizer,
             self.verifier,
-            self.prefill(rollouts),
+            self.prefill([rollouts[index] for index in with_nodes]),
             measured.tree,
             self.config,
             self.eos_token_ids,
             self.randomness,
             self.journal,
+            sequences={rollout: place for place, rollout in enumerate(with_nodes)},
         )
 
     def prefill(self, rollouts: Sequence[Rollout]) -> PrefilledRollouts:
-        """Compute the keys and values of all rollouts, each prompt once."""
+        """Compute the keys and values of rollouts, each prompt once."""
         questions = list({id(rollout.question): rollout.question for rollout in rollouts}.values())
         # A rollout's last prompt token belongs to its response: a branch at depth 0 must not see it twice.
         return prefill_rollouts(

@@ -13,7 +13,7 @@ from odp_callbacks.engine.tree.branches import Branch
 from odp_callbacks.engine.tree.budget import read_allocation_state
 from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
 from odp_callbacks.engine.tree.nodes import Node
-from odp_callbacks.engine.tree.quiet_questions import FEWEST_NODES, quiet_shares, thin_quiet_questions
+from odp_callbacks.engine.tree.quiet_questions import FEWEST_QUESTIONS, quiet_shares, thin_quiet_questions
 from odp_callbacks.engine.tree.recording import with_outcomes
 from tests.helpers.records import synthetic
 
@@ -34,13 +34,13 @@ def shares_of(rewards: Sequence[Sequence[float]]) -> list[float]:
 
 def test_the_decision_about_a_question_looks_at_the_others_only() -> None:
     quiet = [[0.0, 0.0]] * 13 + [[1.0, 1.0]] * 6
-    assert shares_of(quiet) == pytest.approx([2 / 19] * 19)
-    assert shares_of([[0.0, 1.0], *quiet]) == pytest.approx([2 / 20, *[1.0] * 19])
+    assert shares_of(quiet) == pytest.approx([1 / 19] * 19)
+    assert shares_of([[0.0, 1.0], *quiet]) == pytest.approx([1 / 20, *[1.0] * 19])
     assert shares_of([[0.0, 1.0], [0.5, 1.0], *quiet]) == [1.0] * 21
     assert shares_of(quiet[:15]) == [1.0] * 15, "too few to tell"
     assert shares_of([[0.0, 0.0]]) == [1.0], "there is no other question"
     assert shares_of([[0.0], [1.0], [0.5]]) == [1.0] * 3, "one rollout tells nothing about differences"
-    assert shares_of([[0.0] * 4] * 7) == pytest.approx([2 / 19] * 7)
+    assert shares_of([[0.0] * 4] * 7) == pytest.approx([1 / 19] * 7)
 
 
 def test_thinned_sums_are_unbiased() -> None:
@@ -54,7 +54,8 @@ def test_thinned_sums_are_unbiased() -> None:
         kept = thin_quiet_questions(rollouts, nodes, generator)
         counts.append(len(kept))
         sums.append(sum(values[node.rollout, node.depth] / node.inclusion for node in kept))
-    assert np.mean(counts) == pytest.approx(160 * 2 / 20, abs=0.1)
+    assert np.mean(counts) == pytest.approx(160 / 20, abs=0.1)
+    assert min(counts) > 0
     assert abs(np.mean(sums) - full) < 3.5 * np.std(sums) / np.sqrt(len(sums))
 
 
@@ -62,8 +63,17 @@ def test_nothing_is_thinned_where_rewards_differ_or_nodes_are_few() -> None:
     nodes = [Node(index, 0, 1.0) for index in range(20)]
     generator = torch.Generator().manual_seed(0)
     assert thin_quiet_questions(rollouts_with([[0.0, 1.0], [1.0, 0.0]] * 5), nodes, generator) == nodes
-    few = nodes[:FEWEST_NODES]
+    few = nodes[: 2 * FEWEST_QUESTIONS]  # with two rollouts each
     assert thin_quiet_questions(rollouts_with([[0.0, 0.0]] * 20), few, generator) == few
+
+
+def test_whole_questions_are_kept() -> None:
+    rollouts = rollouts_with([[0.0, 0.0]] * 20)
+    nodes = [Node(index, depth, 0.5) for index in range(40) for depth in range(4)]
+    kept = thin_quiet_questions(rollouts, nodes, torch.Generator().manual_seed(1))
+    assert len(kept) == 8
+    assert len({rollouts[node.rollout].question.id for node in kept}) == 1
+    assert {node.inclusion for node in kept} == {0.5 / 20}
 
 
 @pytest.mark.parametrize(

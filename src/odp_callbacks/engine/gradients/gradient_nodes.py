@@ -26,7 +26,7 @@ from odp_callbacks.records import Floats, NodeRecord
 
 EVEN_SHARE = 0.25
 """Share of the probability that is spread evenly over the nodes of a sample."""
-FEWEST_NODES = 4
+FEWEST_NODES = 2
 """How many nodes a sample holds at least."""
 
 

@@ -6,7 +6,7 @@ A wave of continuations is planned, sampled, scored, and added to the tree;
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,7 @@ class ContinuationSampler:
         student: The student, in evaluation mode.
         tokenizer: Its tokenizer.
         verifier: Scores the responses.
-        prefilled: The rollouts' sequences, in the order of the tree's rollouts.
+        prefilled: The sequences of rollouts.
         tree: The tree that is sampled from and added to.
         config: The probe's configuration.
         eos_token_ids: Tokens that end a response.
@@ -66,6 +66,7 @@ class ContinuationSampler:
             its number among the branch's continuations.
         journal: Stores continuations as they finish; those that it holds already are not sampled again.
         cost: What has been sampled so far.
+        sequences: Place in ``prefilled`` of each rollout with nodes, by its index in the tree; None if all are there.
     """
 
     student: nn.Module
@@ -78,6 +79,7 @@ class ContinuationSampler:
     randomness: Randomness
     journal: Journal | None = None
     cost: ContinuationCost = field(default_factory=ContinuationCost)
+    sequences: Mapping[int, int] | None = None
 
     def plan(
         self,
@@ -109,6 +111,7 @@ class ContinuationSampler:
             prefix_length = len(tree.rollouts[node.rollout].question.prompt_ids) + node.depth
             max_new_tokens = self.config.max_new_tokens - node.depth - 1
             started_counts = tree.continuations_started[group_index]
+            sequence = node.rollout if self.sequences is None else self.sequences[node.rollout]
             expected = min(expected_lengths[group_index], max_new_tokens)
             for branch_index, branch in enumerate(tree.branches[group_index]):
                 if self.ends_response(group_index, branch_index):
@@ -117,7 +120,7 @@ class ContinuationSampler:
                         started_counts[branch_index] = 1
                     continue
                 for _ in range(allocation[group_index][branch_index]):
-                    request = ContinuationRequest(node.rollout, prefix_length, branch.token, max_new_tokens)
+                    request = ContinuationRequest(sequence, prefix_length, branch.token, max_new_tokens)
                     key = self.randomness.key(tree.draw_names[group_index], branch.token, started_counts[branch_index])
                     planned.append((request, (group_index, branch_index), key, expected))
                     started_counts[branch_index] += 1
