@@ -129,8 +129,9 @@ def test_figures_are_those_of_one_process_on_the_same_questions(count: int, tmp_
         np.testing.assert_allclose(report.step.gram, expected.step.gram, rtol=1e-3, atol=1e-5)
     expected_scalars = scalars(expected)
     for name, value in scalars(first_report).items():
-        # Each process measures the update of its own questions; see test_each_process_measures_its_part_of_the_update.
-        if not name.startswith(("odp/probe/seconds", "odp/update_")):
+        # Each process has its own batch of continuations, and measures the update of its own questions; see
+        # test_each_process_measures_its_part_of_the_update.
+        if not name.startswith(("odp/probe/seconds", "odp/probe/slot_occupancy", "odp/update_")):
             np.testing.assert_allclose(value, expected_scalars[name], rtol=2e-3, atol=1e-4, err_msg=name)
             if name in metrics:
                 np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-5)
