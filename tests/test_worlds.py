@@ -64,6 +64,8 @@ def test_every_figure_agrees_with_its_true_value_in_a_random_world(seed, size, h
         continuations=8,
         rollouts_per_question=8,
         batch_size=1000,
+        differing_gradients=1.0,
+        agreeing_gradients=1.0,
     )
     report = Probe(world.model, world.tokenizer, world.reward, teachers, config).run([world.row] * 4, seed=seed)
     words = ["</s>", *LETTERS]
@@ -118,7 +120,14 @@ def test_the_evidence_of_all_nodes_reduces_the_error_without_bias():
     world = make_world(seed=2, size=5, horizon=4, initializer_range=0.5)
     other = tiny_base(vocabulary=5, seed=52, eos_token_id=0, pad_token_id=None, bos_token_id=None)
     config = ProbeConfig(
-        nodes="every", branch_mass=0.7, max_new_tokens=4, continuations=1, rollouts_per_question=1, batch_size=4000
+        nodes="every",
+        branch_mass=0.7,
+        max_new_tokens=4,
+        continuations=1,
+        rollouts_per_question=1,
+        batch_size=4000,
+        differing_gradients=1.0,
+        agreeing_gradients=1.0,
     )
     report = Probe(world.model, world.tokenizer, world.reward, {"other": other}, config).run([world.row] * 600, seed=0)
     with torch.no_grad():

@@ -168,7 +168,8 @@ class ContinuationSampler:
             known = [] if math.isnan(rewards[number]) else [rewards[number]]
             tree.outcomes[group_index][branch_index] = BranchOutcomes(known, [0] * len(known), True)
             cost.unscored += not known
-        for index in range(wave.counted):
+        # Not in the order in which they started, which depends on the other questions of the probe.
+        for index in sorted(range(wave.counted), key=wave.branches.__getitem__):
             (group_index, branch_index), number = wave.branches[index], len(wave.ending_branches) + index
             continuation = wave.continuations[index]
             tree.add_continuation(group_index, branch_index, wave.responses[number], rewards[number])
