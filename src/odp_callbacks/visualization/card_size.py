@@ -1,5 +1,6 @@
 """Pictures at the size of TensorBoard's cards, in which they are read without a click."""
 
+import warnings
 from typing import Any
 
 CARD_WIDTH = 3.6
@@ -16,8 +17,14 @@ def fit_card(plot: Any) -> Any:
     Args:
         plot: A ``matplotlib.figure.Figure`` whose layout is constrained. Its height stays.
     """
+    own_width = plot.get_figwidth()
     plot.set_dpi(DOTS_PER_INCH)
-    plot.set_figwidth(min(CARD_WIDTH, plot.get_figwidth()))
-    plot.get_layout_engine().execute(plot)
+    plot.set_figwidth(min(CARD_WIDTH, own_width))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="constrained_layout not applied")
+        try:
+            plot.get_layout_engine().execute(plot)
+        except UserWarning:  # the text leaves no room for the axes
+            plot.set_figwidth(own_width)
     plot.set_figwidth(max(plot.get_figwidth(), plot.get_tightbbox().width + MARGIN))
     return plot

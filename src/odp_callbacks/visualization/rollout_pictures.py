@@ -204,14 +204,20 @@ def _draw(
 
 def _title(rollout: RolloutRecord) -> str:
     outcome = "correct" if rollout.correct else "incorrect"
-    question = displayable(extract_question(rollout.prompt)[-44:], 44)
-    return f"{outcome}, question {displayable(rollout.question, 16)}:\n{question}"
+    question = displayable(extract_question(rollout.prompt)[-_characters_in(rollout.prompt, 44) :], 44)
+    name = displayable(rollout.question, _characters_in(rollout.question, 16))
+    return f"{outcome}, question {name}:\n{question}"
+
+
+def _characters_in(text: str, columns: int) -> int:
+    """How many characters of a text may be drawn in these columns: half as many if they are wide."""
+    return columns // 2 if display_width(text) > len(text) else columns
 
 
 def _draw_response(axes: Axes, teacher: str, first_row: int, lines: list[Line], styles: dict[int, Style]) -> None:
     """Draw the teacher's name and, below it, the response's lines; ``styles`` are those of the tokens by depth."""
     axes.text(
-        0, first_row + 0.35, displayable(teacher, 40), fontsize=9, fontweight="bold",
+        0, first_row + 0.35, displayable(teacher, _characters_in(teacher, 40)), fontsize=9, fontweight="bold",
         va="center", parse_math=False, family=font_families("DejaVu Sans"),
     )  # fmt: skip
     for line_index, line in enumerate(lines):
