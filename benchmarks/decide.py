@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from decide_tables import FIGURES, PROBES, UPDATE, kept_lines, report_tables, side
-from earlier_probes import uniform_thinning
+from earlier_probes import OPTIONS, uniform_thinning
 from example_tasks import TASKS, ExampleTask, example_task
 from sizes import size_parser
 from student import end_of_line, student_and_tokenizer
@@ -74,7 +74,7 @@ class Comparison:
         configs = {
             UPDATE: ProbeConfig(**{**measure, "rollouts_per_question": 4, "budget": 0, "influence": False}),
             PROBES: ProbeConfig(
-                **{**measure, "budget": round(budget_per_question * block), "update": False, "nodes": "exponential"}
+                **{**measure, "budget": round(budget_per_question * block), "update": False, **OPTIONS}
             ),
         }
         self.probes = {

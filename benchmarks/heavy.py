@@ -44,6 +44,8 @@ def main(continuations: int, questions: int, seed: int, output: Path) -> None:
         eos_token_ids=end_of_line(tokenizer),
         batch_size=256,
         step_alignment=False,
+        differing_gradients=1.0,  # the truth about every node
+        agreeing_gradients=1.0,
     )
     probe = Probe(student, tokenizer, task.reward, TEACHERS, config)
     with recording_trees() as trees:

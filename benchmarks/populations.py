@@ -221,7 +221,13 @@ def _enumerate_world(seed: int, vocabulary: int, horizon: int, questions: int, p
         return response, rewards[question][world.text(response)]
 
     config = ProbeConfig(
-        rollouts_per_question=4, max_new_tokens=horizon, continuations=1, batch_size=500, step_alignment=False
+        rollouts_per_question=4,
+        max_new_tokens=horizon,
+        continuations=1,
+        batch_size=500,
+        step_alignment=False,
+        differing_gradients=1.0,  # the truth about every node
+        agreeing_gradients=1.0,
     )
     probe = Probe(world.model, world.tokenizer, reward, teachers, config)
     rows = [{"prompt": world.prompt, "question": question} for question in range(questions)]

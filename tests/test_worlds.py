@@ -17,6 +17,7 @@ from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.tree.nodes import NODE_SELECTORS
 from odp_callbacks.functional import distillation_logit_gradient
 from tests.helpers.models import LETTERS, tiny_base
+from tests.helpers.probes import ALL_GRADIENTS
 from tests.helpers.worlds import make_world
 
 SHAPES = [(5, 4), (5, 6), (6, 4), (6, 5), (7, 4), (8, 4)]
@@ -64,8 +65,7 @@ def test_every_figure_agrees_with_its_true_value_in_a_random_world(seed, size, h
         continuations=8,
         rollouts_per_question=8,
         batch_size=1000,
-        differing_gradients=1.0,
-        agreeing_gradients=1.0,
+        **ALL_GRADIENTS,
     )
     report = Probe(world.model, world.tokenizer, world.reward, teachers, config).run([world.row] * 4, seed=seed)
     words = ["</s>", *LETTERS]
@@ -126,8 +126,7 @@ def test_the_evidence_of_all_nodes_reduces_the_error_without_bias():
         continuations=1,
         rollouts_per_question=1,
         batch_size=4000,
-        differing_gradients=1.0,
-        agreeing_gradients=1.0,
+        **ALL_GRADIENTS,
     )
     report = Probe(world.model, world.tokenizer, world.reward, {"other": other}, config).run([world.row] * 600, seed=0)
     with torch.no_grad():

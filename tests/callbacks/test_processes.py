@@ -16,6 +16,7 @@ from odp_callbacks import AlignmentGate
 from odp_callbacks.analysis.scalars import scalars
 from odp_callbacks.callbacks.processes import Processes, current_processes
 from odp_callbacks.storage import load
+from tests.helpers.probes import ALL_GRADIENTS
 from tests.helpers.training import (
     end_state,
     make_loader,
@@ -109,7 +110,7 @@ def test_figures_are_those_of_one_process_on_the_same_questions(count: int, tmp_
     """Compared at the start, where the student is the same; two processes share ``count`` questions."""
     options = {"questions_per_probe": count, "at_start": True, "every_n_steps": 100, "optimizer_geometry": False}
     # A sample of nodes with gradients would be one of each process's own nodes.
-    options |= {"differing_gradients": 1.0, "agreeing_gradients": 1.0}
+    options |= ALL_GRADIENTS
     outcomes = run_in_two_processes(_probe, tmp_path, options)
     (first_report, first_gate, metrics, first_rank), (second_report, second_gate, _, second_rank) = outcomes
     assert (first_rank, second_rank) == (0, 1)

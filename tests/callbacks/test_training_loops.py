@@ -18,6 +18,7 @@ from odp_callbacks.engine import AdapterTeacher
 from odp_callbacks.functional import lora_parameters
 from odp_callbacks.storage import load
 from tests.helpers.models import randomise, tiny, word_tokenizer
+from tests.helpers.probes import ALL_GRADIENTS
 from tests.helpers.training import (
     ROWS,
     TEACHERS,
@@ -373,8 +374,7 @@ def activate(adapter: str) -> Callable[[Any], None]:
 
 
 def test_after_set_adapter_the_average_is_that_of_the_new_adapter(tmp_path: Path) -> None:
-    everywhere = {"differing_gradients": 1.0, "agreeing_gradients": 1.0}
-    callback = make_callback(teachers={"ema": EMATeacher(0.5)}, every_n_steps=1, records=tmp_path, **everywhere)
+    callback = make_callback(teachers={"ema": EMATeacher(0.5)}, every_n_steps=1, records=tmp_path, **ALL_GRADIENTS)
     module = with_second_adapter(evaluated_module())
     make_trainer(callbacks=[Changing(activate("second")), callback], max_steps=4).fit(module, make_loader())
     folders = sorted(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from odp_callbacks.storage import load
 from tests.cli.conftest import OddLengthReward
 from tests.helpers.command_line import diagnose_arguments, printed_json
 from tests.helpers.faults import flip_bit
+from tests.helpers.probes import ALL_GRADIENTS
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
@@ -73,7 +74,7 @@ def test_blocks_have_the_figures_of_their_questions_alone(
 ) -> None:
     """With fixed numbers of continuations and of gradients, no question's draws depend on the questions beside it."""
     # A sample of nodes with gradients would be one of the whole block's nodes.
-    fixed = {"questions": 3, "measure.differing_gradients": 1.0, "measure.agreeing_gradients": 1.0}
+    fixed = {"questions": 3, **{f"measure.{name}": share for name, share in ALL_GRADIENTS.items()}}
     assert main(diagnose_arguments(student_folder, dataset, tmp_path / "one", **fixed)) == 0
     monkeypatch.setattr(diagnosis, "MAXIMUM_BLOCK", 2)
     assert main(diagnose_arguments(student_folder, dataset, tmp_path / "two", **fixed)) == 0

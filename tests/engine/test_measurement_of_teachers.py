@@ -123,11 +123,7 @@ def test_padding_rows_change_nothing(rows, tokenizer):
 
 def test_many_teachers_are_each_measured_as_alone(student):
     teachers = {"base": BaseTeacher(), "answer": Teacher("{answer} {prompt}"), "model": tiny_base("gpt2")}
-    config = {
-        "teacher_branch_probability": None,
-        "differing_gradients": 1.0,
-        "agreeing_gradients": 1.0,
-    }  # each teacher proposes branches of its own
+    config = {"teacher_branch_probability": None}  # each teacher proposes branches of its own
     together = measure(student, teachers, **config)
     for k, (name, teacher) in enumerate(teachers.items()):
         alone = measure(student, {name: teacher}, **config)

@@ -12,6 +12,7 @@ from odp_callbacks.engine.sampling.length_verdicts import LengthVerdict
 from odp_callbacks.engine.sampling.randomness import Randomness, as_key_tensor, uniforms
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.storage import concatenate
+from tests.helpers.probes import ALL_GRADIENTS
 from tests.helpers.worlds import make_world
 
 
@@ -84,7 +85,7 @@ def test_a_probe_of_four_questions_equals_two_probes_of_parts(
     if "projections" in options:
         monkeypatch.setattr("odp_callbacks.engine.gradients.gradient_stage.projection_is_cheaper", lambda *_: True)
     # A sample of nodes with gradients would be one of the whole probe's nodes.
-    measure = {"continuations": 3, "differing_gradients": 1.0, "agreeing_gradients": 1.0}
+    measure = {"continuations": 3, **ALL_GRADIENTS}
     config = ProbeConfig(**{"rollouts_per_question": 3, "max_new_tokens": 3, **measure, **options})
     probe = Probe(
         world.model, world.tokenizer, world.reward, {"base": BaseTeacher(), "b": Teacher("b {prompt}")}, config
