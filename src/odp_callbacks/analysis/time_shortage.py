@@ -27,9 +27,11 @@ def time_shortage(report: ProbeReport) -> str:
         'for lack of time, responses were cut at 64 of 256 tokens; about 20 s would do for all.'
     """
     limit, wanted = response_limit(report), report.settings.get("max_new_tokens", 0)
-    said = [] if limit is None else [f"responses were cut at {limit:,} of {wanted:,} tokens"]
-    said += [text.format(count=report.left_out[name]) for name, text in NOT_DONE.items() if report.left_out.get(name)]
-    if not said:
+    shortages = [] if limit is None else [f"responses were cut at {limit:,} of {wanted:,} tokens"]
+    shortages += [
+        text.format(count=report.left_out[name]) for name, text in NOT_DONE.items() if report.left_out.get(name)
+    ]
+    if not shortages:
         return ""
     factor = 1.0 if limit is None else wanted / limit
     questions = len({rollout.question for rollout in report.rollouts})
@@ -37,7 +39,7 @@ def time_shortage(report: ProbeReport) -> str:
     measured = questions - report.left_out.get("questions_without_update", 0)
     factor *= max(1, questions + unsampled) / max(1, measured if report.updates else questions)
     seconds = factor * sum(report.stage_seconds.values())
-    joined = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+    joined = shortages[0] if len(shortages) == 1 else f"{', '.join(shortages[:-1])} and {shortages[-1]}"
     return f"for lack of time, {joined}; about {seconds:,.0f} s would do for all."
 
 

@@ -1,6 +1,6 @@
 """How much a figure varies between questions, between rollouts, between nodes, and by the noise of continuations."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,24 +40,30 @@ def gain_components(report: ProbeReport) -> VarianceComponents | None:
     """
     evidence = gather(report.nodes)
     rollout = np.array([node.rollout for node in report.nodes], dtype=np.int64)
+    spread = fit_success_model(evidence).leave_one_out_spread(evidence.question, np.arange(len(rollout)))
     shares = []
     for teacher_index in range(len(report.teachers)):
-        values, noise = _weighted_gain(evidence, teacher_index)
+        values, noise = _weighted_gain(evidence, teacher_index, spread)
         try:
-            found = estimate_components(values, evidence.question, rollout, noise)
+            components = estimate_components(values, evidence.question, rollout, noise)
         except ValueError:
             return None
-        parts = np.array([found.question, found.rollout, found.node, found.continuation])
+        parts = np.array(astuple(components))
         if parts.sum() > 0:
             shares.append(parts / parts.sum())
     return VarianceComponents(*np.mean(shares, axis=0).tolist()) if shares else None
 
 
-def _weighted_gain(evidence: Evidence, teacher_index: int) -> tuple[Floats, Floats]:
-    """Each node's gain times its relative weight, and its variance with one continuation of each branch."""
+def _weighted_gain(evidence: Evidence, teacher_index: int, spread: Floats) -> tuple[Floats, Floats]:
+    """Each node's gain times its relative weight, and its variance with one continuation of each branch.
+
+    Args:
+        evidence: ``N`` nodes.
+        teacher_index: Index of the teacher.
+        spread: ``(N, A)``, expected standard deviation of one reward.
+    """
     weight = evidence.token_weight / evidence.token_weight.mean()
     gain = np.nan_to_num(evidence.weighted_gain[:, teacher_index])
-    spread = fit_success_model(evidence).leave_one_out_spread(evidence.question, np.arange(len(weight)))
     slopes = np.where(evidence.gradient_weight[:, None] > 0, np.nan_to_num(evidence.gain_form[:, teacher_index]), 0)
     # The slopes are known at some nodes where all outcomes agree only, which stand for the others.
     variance = evidence.gradient_weight * ((slopes * spread) ** 2 * ~evidence.exact).sum(axis=1)

@@ -322,10 +322,10 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if callback.tb_writer is None:  # tensorboard is not installed
             return
         step = trainer.state.global_step
-        own = self.tensorboard.write_scalars(
+        of_trainer = self.tensorboard.write_scalars(
             callback.tb_writer, scalars, list(self.teachers), step, is_training=trainer.is_in_train
         )
-        for tag, value in own.items():
+        for tag, value in of_trainer.items():
             callback.tb_writer.add_scalar(tag, value, step)
         callback.tb_writer.flush()
 

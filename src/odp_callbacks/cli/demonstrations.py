@@ -126,18 +126,19 @@ def make_demonstrations(options: DemonstrationsCommand, console: Console) -> dic
         def show(stage: str, done: int, total: int) -> None:
             progress.update(bar, description=stage, completed=done, total=total)
 
-        found = sample_demonstrations(
+        demonstrations = sample_demonstrations(
             model, tokenizer, rows, reward, sampling, seed=options.seed, store=store, progress=show
         )
-        made: list[Row] = [
-            {**row, **demonstration_columns(one, name, options.source)} for row, one in zip(rows, found, strict=True)
+        made_rows: list[Row] = [
+            {**row, **demonstration_columns(one, name, options.source)}
+            for row, one in zip(rows, demonstrations, strict=True)
         ]
         if options.summaries is not None:
-            made = _with_summaries(made, options, model, tokenizer, store, show, inform)
-    lacking = _lacking(found, made, options)
+            made_rows = _with_summaries(made_rows, options, model, tokenizer, store, show, inform)
+    lacking = _lacking(demonstrations, made_rows, options)
     is_lacking = [any(reasons) for reasons in zip(*lacking.values(), strict=True)]
     counts = {part: sum(of_part) for part, of_part in lacking.items()}
-    written = [row for row, lacks in zip(made, is_lacking, strict=True) if options.keep_all or not lacks]
+    written = [row for row, lacks in zip(made_rows, is_lacking, strict=True) if options.keep_all or not lacks]
     if not written:
         raise ValueError(nothing_found(len(rows), counts, options))
     write_rows(written, path)
@@ -146,8 +147,8 @@ def make_demonstrations(options: DemonstrationsCommand, console: Console) -> dic
         "questions": len(rows),
         "written": len(written),
         "lacking": counts,
-        "tries": sum(one.tries for one in found),
-        "successes": sum(one.successes for one in found),
+        "tries": sum(one.tries for one in demonstrations),
+        "successes": sum(one.successes for one in demonstrations),
     }
 
 

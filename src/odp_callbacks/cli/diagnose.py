@@ -132,34 +132,15 @@ def diagnose(options: DiagnoseOptions, console: Console) -> ProbeReport | PaperR
     paper = replace(options.paper, eos_token_ids=(*options.paper.eos_token_ids, *stop_tokens))
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("rollouts", total=len(rows))
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.update(bar, description=stage, completed=done, total=total)
+
+        measured = student, tokenizer, rows, reward, teachers, local_path("output", options.output)
+        run: dict[str, Any] = {"seed": options.seed, "identity": options.identity(), "on_stage": show}
         if options.protocol == "paper":
-            return run_paper_diagnosis(
-                student,
-                tokenizer,
-                rows,
-                reward,
-                teachers,
-                local_path("output", options.output),
-                config=paper,
-                seed=options.seed,
-                identity=options.identity(),
-                on_stage=lambda stage, done, total: progress.update(
-                    bar, description=stage, completed=done, total=total
-                ),
-            )
-        return run_diagnosis(
-            student,
-            tokenizer,
-            rows,
-            reward,
-            teachers,
-            local_path("output", options.output),
-            config=config,
-            seed=options.seed,
-            identity=options.identity(),
-            teacher_accuracy=options.teacher_accuracy,
-            on_stage=lambda stage, done, total: progress.update(bar, description=stage, completed=done, total=total),
-        )
+            return run_paper_diagnosis(*measured, config=paper, **run)
+        return run_diagnosis(*measured, config=config, teacher_accuracy=options.teacher_accuracy, **run)
 
 
 def check_contexts(teachers: Mapping[str, str], rows: Sequence[Row]) -> None:

@@ -118,10 +118,10 @@ def choice_letter(text: str) -> str | None:
     """
     stated = stated_answer(text)
     candidate = _after_thinking(text) if stated is None else stated
-    found = LETTER.match(candidate)
-    if found is None:
+    match = LETTER.match(candidate)
+    if match is None:
         return None
-    letter, rest = found.group(1), candidate[found.end() :]
+    letter, rest = match.group(1), candidate[match.end() :]
     if not rest.strip(MARKUP) or rest.startswith((")", "]", ".", ":", "*")):
         return letter.upper() if stated is not None or letter.isupper() else None
     # "A city" begins with an article; other letters are no words.
@@ -173,8 +173,8 @@ def _up_to_closing_brace(text: str) -> str | None:
 
 def _as_number(text: str) -> str | None:
     """The number that a text consists of, in plain digits; None if it is none."""
-    found = NUMBER.fullmatch(text.strip().strip("$").strip())
-    return None if found is None else _plain_number(found.group())
+    match = NUMBER.fullmatch(text.strip().strip("$").strip())
+    return None if match is None else _plain_number(match.group())
 
 
 def _plain_number(number: str) -> str:

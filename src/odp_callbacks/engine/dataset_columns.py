@@ -84,10 +84,10 @@ def with_columns(rows: Any, columns: Mapping[str, str], *, chat: bool = False) -
     made_rows: list[Row] = []
     for row_index, row in enumerate(as_rows(rows)):
         try:
-            made = {name: fill_template(template, row, f"columns.{name}") for name, template in columns.items()}
+            filled = {name: fill_template(template, row, f"columns.{name}") for name, template in columns.items()}
         except ValueError as error:
             raise ValueError(f"row {row_index} of `dataset` cannot be used: {error}") from error
-        made_row: dict[str, Any] = {**row, **made}
+        made_row: dict[str, Any] = {**row, **filled}
         if chat and isinstance(made_row.get("prompt"), str):
             made_row["prompt"] = [{"role": "user", "content": made_row["prompt"]}]
         made_rows.append(made_row)
@@ -111,9 +111,9 @@ def preset_rows(rows: Any, preset: str, *, chat: bool = False) -> list[Row]:
         ('B', ['A. 3', 'B. 4'])
     """
     chosen = dataset_preset(preset)
-    made = with_columns(rows, chosen.columns, chat=chat)
-    check_references(chosen.rule, made)
-    return made
+    made_rows = with_columns(rows, chosen.columns, chat=chat)
+    check_references(chosen.rule, made_rows)
+    return made_rows
 
 
 def dataset_preset(name: str) -> DatasetPreset:

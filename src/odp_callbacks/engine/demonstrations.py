@@ -103,18 +103,16 @@ class Demonstrations:
             rollout: The response with its reward; one without a reward is neither correct nor wrong.
             options: What is asked for.
         """
-        is_correct, is_wrong = (
-            rollout.reward >= options.success_threshold,
-            rollout.reward < options.success_threshold,
-        )  # NaN is neither
-        found = replace(self, tries=self.tries + 1, successes=self.successes + is_correct)
+        is_correct = rollout.reward >= options.success_threshold
+        is_wrong = rollout.reward < options.success_threshold  # NaN is neither
+        counted = replace(self, tries=self.tries + 1, successes=self.successes + is_correct)
         if rollout.truncated or not rollout.text.strip() or rollout.text in (*self.correct, *self.wrong):
-            return found
+            return counted
         if is_correct and len(self.correct) < options.correct:
-            return replace(found, correct=(*self.correct, rollout.text))
+            return replace(counted, correct=(*self.correct, rollout.text))
         if is_wrong and len(self.wrong) < options.wrong:
-            return replace(found, wrong=(*self.wrong, rollout.text))
-        return found
+            return replace(counted, wrong=(*self.wrong, rollout.text))
+        return counted
 
 
 def sample_demonstrations(
@@ -156,22 +154,22 @@ def sample_demonstrations(
     questions = _encode(model, tokenizer, rows, reward, options)
     keys = [_key(store, question, options, seed) for question in questions]
     stored = {} if store is None else store.entries
-    found = {place: _from_entry(stored[key]) for place, key in enumerate(keys) if key in stored}
-    missing = [place for place in range(len(questions)) if place not in found]
+    complete = {place: _from_entry(stored[key]) for place, key in enumerate(keys) if key in stored}
+    missing = [place for place in range(len(questions)) if place not in complete]
     block_size = max(1, options.batch_size // FIRST_ROUND)
     report = progress or (lambda stage, done, total: None)
-    report("demonstrations", len(found), len(questions))
+    report("demonstrations", len(complete), len(questions))
     with preserving_training_state(model), closing(Verifier(reward)) as verifier:
         sampler = _Sampler(model, tokenizer, verifier, options, Randomness(seed))
         for first in range(0, len(missing), block_size):
             places = missing[first : first + block_size]
             sampled = sampler.sample([questions[place] for place in places])
             for place, demonstrations in zip(places, sampled, strict=True):
-                found[place] = demonstrations
+                complete[place] = demonstrations
                 if store is not None:
                     store.write(keys[place], asdict(demonstrations))
-            report("demonstrations", len(found), len(questions))
-    return [found[place] for place in range(len(questions))]
+            report("demonstrations", len(complete), len(questions))
+    return [complete[place] for place in range(len(questions))]
 
 
 def demonstration_columns(demonstrations: Demonstrations, model_name: str, source: str = "") -> dict[str, Any]:
@@ -209,10 +207,10 @@ class _Sampler:
 
     def sample(self, questions: Sequence[Question]) -> list[Demonstrations]:
         """Sample rounds for those questions whose demonstrations are incomplete, until the tries are used up."""
-        found = [Demonstrations() for _ in questions]
+        by_question = [Demonstrations() for _ in questions]
         eos_token_ids = end_tokens(self.model, self.tokenizer, self.options.eos_token_ids)
         for round_number, size in enumerate(round_sizes(self.options.tries)):
-            places = [place for place, one in enumerate(found) if not one.is_complete(self.options)]
+            places = [place for place, one in enumerate(by_question) if not one.is_complete(self.options)]
             if not places:
                 break
             rollouts = sample_rollouts(
@@ -229,9 +227,9 @@ class _Sampler:
             )
             for number, rollout in enumerate(score_rollouts(self.verifier, rollouts)):
                 place = places[number // size]
-                if not found[place].is_complete(self.options):
-                    found[place] = found[place].with_try(rollout, self.options)
-        return found
+                if not by_question[place].is_complete(self.options):
+                    by_question[place] = by_question[place].with_try(rollout, self.options)
+        return by_question
 
 
 def round_sizes(tries: int) -> list[int]:

@@ -27,6 +27,7 @@ from odp_callbacks.engine.rollouts import (
     sample_rollouts,
     score_rollouts,
     scored_rollouts,
+    try_thread,
     with_entropy,
     with_given_rewards,
 )
@@ -265,12 +266,7 @@ class Measurement:
             else:
                 rollouts = with_given_rewards(self.verifier, rollouts, rewards)
         if config.measures_nodes:
-            self.verifier.try_thread(
-                [rollout.reward for rollout in rollouts],
-                [rollout.question for rollout in rollouts],
-                [rollout.text for rollout in rollouts],
-                [rollout.response_ids for rollout in rollouts],
-            )
+            try_thread(self.verifier, rollouts)
         if getattr(config.selector, "uses_entropy", False):
             rollouts = [with_entropy(rollout, self.student, config.temperature) for rollout in rollouts]
         return rollouts

@@ -143,7 +143,7 @@ class NodeMeasurement:
                 eos_token_ids=self.eos_token_ids,
                 token_budget=float(config.budget or "inf"),
                 randomness=self.randomness,
-                time_budget=self.time,
+                time=self.time,
             )
             if len(nodes) < len(logits.nodes):
                 logits = self.logits(rollouts, nodes, logits)

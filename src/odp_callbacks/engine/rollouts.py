@@ -178,12 +178,22 @@ def reached_limit(rollouts: Sequence[Rollout], max_new_tokens: int) -> int | Non
 
 def score_rollouts(verifier: Verifier, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Return the rollouts with the verifier's rewards."""
-    rewards = verifier.score(
+    rewards = verifier.score(*_scored_parts(rollouts))
+    return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
+def try_thread(verifier: Verifier, rollouts: Sequence[Rollout]) -> None:
+    """Let the verifier's other thread score rollouts again, to find out whether it gives the same rewards."""
+    verifier.try_thread([rollout.reward for rollout in rollouts], *_scored_parts(rollouts))
+
+
+def _scored_parts(rollouts: Sequence[Rollout]) -> tuple[list[Question], list[str], list[tuple[int, ...]]]:
+    """The arguments of :meth:`~odp_callbacks.engine.verifier.Verifier.score`."""
+    return (
         [rollout.question for rollout in rollouts],
         [rollout.text for rollout in rollouts],
         [rollout.response_ids for rollout in rollouts],
     )
-    return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
 
 
 def with_given_rewards(

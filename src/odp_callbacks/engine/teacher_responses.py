@@ -102,15 +102,15 @@ def _rollouts(
 @contextmanager
 def _with_parameters(model: nn.Module, parameters: Mapping[str, Tensor] | None) -> Iterator[None]:
     """The model with other values of some parameters; afterwards it has its own, in the same memory."""
-    own = dict(model.named_parameters())
-    kept = {name: own[name].data for name in parameters or {}}
+    named_parameters = dict(model.named_parameters())
+    kept = {name: named_parameters[name].data for name in parameters or {}}
     try:
         for name, value in (parameters or {}).items():
-            own[name].data = value
+            named_parameters[name].data = value
         yield
     finally:
         for name, value in kept.items():
-            own[name].data = value
+            named_parameters[name].data = value
 
 
 def _record(teacher: str, rollout: Rollout, config: ProbeConfig) -> TeacherResponse:

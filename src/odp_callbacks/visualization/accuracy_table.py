@@ -43,13 +43,13 @@ def accuracy_table(report: ProbeReport, confidence: float = 0.95) -> Table | Non
     table.add_row("[bold]student[/bold]", percentage_estimate(student), "", "", "", end_section=True)
     gains = {ranked.teacher: ranked.gain for ranked in rank(report, confidence).classes.get("all", [])}
     for name in sorted(accuracies, key=lambda teacher: list(gains).index(teacher) if teacher in gains else len(gains)):
-        own = accuracies[name]
+        accuracy = accuracies[name]
         table.add_row(
             f"[bold]{escape(displayable(name))}[/bold]",
-            percentage_estimate(own.accuracy),
-            percentage_estimate(own.above_student, signed=True),
+            percentage_estimate(accuracy.accuracy),
+            percentage_estimate(accuracy.above_student, signed=True),
             format_estimate(gains[name]) if name in gains else "",
-            f"{own.truncated / own.responses:.0%}",
+            f"{accuracy.truncated / accuracy.responses:.0%}",
         )
     return table
 

@@ -116,17 +116,17 @@ def expected_cosine(
     """
     from scipy import stats  # importing it takes most of a second
 
-    own = np.zeros(len(success), dtype=np.int64)
+    own_visits = np.zeros(len(success), dtype=np.int64)
     if taken is not None:
-        own[taken] = 1
-    free = visits - own
+        own_visits[taken] = 1
+    free = visits - own_visits
     if np.prod(free + 1.0) > MAXIMUM_OUTCOMES:
         raise ValueError(
             f"`visits` is {visits.tolist()}, which gives {np.prod(free + 1.0):.0f} combinations; give fewer visits or "
             f"tokens, with at most {MAXIMUM_OUTCOMES}."
         )
     pmf = [stats.binom.pmf(np.arange(n + 1), n, q) for n, q in zip(free, success, strict=True)]
-    successes = np.indices(tuple((free + 1).tolist())).reshape(len(free), -1).T + own * int(correct)  # (M, A)
+    successes = np.indices(tuple((free + 1).tolist())).reshape(len(free), -1).T + own_visits * int(correct)  # (M, A)
     probability = np.prod(np.meshgrid(*pmf, indexing="ij"), axis=0).reshape(-1)  # (M,)
     rates = successes / visits
     ideal = student * (rates - (rates @ student)[:, None])  # (M, A)
@@ -163,9 +163,9 @@ def expected_successes(
     of_branch = np.array([_forced_success(tree, int(row), success_of) for row in first_rows])
     behind_forced = of_branch[branch_of_row.reshape(-1)]
     weight = tree.count.astype(float)
-    own = tree.own[path]
+    own_response = tree.own[path]
     if own_path == "left out":
-        weight[own] -= 1
+        weight[own_response] -= 1
     expected = np.zeros(len(children.depth))
     for place, (depth, token) in enumerate(zip(children.depth.tolist(), children.token.tolist(), strict=True)):
         takes = shared > depth if token == taken[depth] else (shared == depth) & (leaving == token)
@@ -173,7 +173,7 @@ def expected_successes(
         if ancestors == "own policy only":
             takes = takes & chosen_by_student
         success = np.where(chosen_by_student, success_of(taken[:depth], token), behind_forced)
-        success[own] = tree.success[own]
+        success[own_response] = tree.success[own_response]
         expected[place] = weight[takes] @ success[takes]
     return children, expected
 

@@ -118,7 +118,7 @@ def teacher_advantage(student: Floats, teacher: Floats, success: Floats) -> Floa
         >>> round(float(teacher_advantage(np.array([0.5, 0.5]), np.array([0.75, 0.25]), np.array([1.0, 0.0]))), 3)
         0.25
     """
-    own = student / student.sum()
-    others = teacher / teacher.sum(axis=-1, keepdims=True)
-    advantage: Floats = (others - own) @ success
+    student_policy = student / student.sum()
+    teacher_policy = teacher / teacher.sum(axis=-1, keepdims=True)
+    advantage: Floats = (teacher_policy - student_policy) @ success
     return advantage

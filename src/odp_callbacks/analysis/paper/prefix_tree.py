@@ -198,12 +198,12 @@ def _leaves(path: Integers, responses: Sequence[TreeResponse]) -> tuple[list[int
     """Where each response leaves a path, and with which token."""
     lengths, tokens = [], []
     for response in responses:
-        own = np.asarray(response.tokens, dtype=np.int64)
-        common = min(len(own), len(path))
-        different = np.flatnonzero(own[:common] != path[:common])
+        tokens_taken = np.asarray(response.tokens, dtype=np.int64)
+        common = min(len(tokens_taken), len(path))
+        different = np.flatnonzero(tokens_taken[:common] != path[:common])
         shared = int(different[0]) if len(different) else common
         lengths.append(shared)
-        tokens.append(int(own[shared]) if shared < len(own) and shared < len(path) else ENDED)
+        tokens.append(int(tokens_taken[shared]) if shared < len(tokens_taken) and shared < len(path) else ENDED)
     return lengths, tokens
 
 

@@ -126,9 +126,9 @@ class PaperConfig:
 
     def settings(self) -> dict[str, Any]:
         """The options as a record keeps them; functions are replaced by their names."""
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in SHARED}
+        of_protocol = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in SHARED}
         recorded = self.shared.settings()
-        return {**own, **{option: recorded[option] for option in SHARED}}
+        return {**of_protocol, **{option: recorded[option] for option in SHARED}}
 
     def deviations(self) -> tuple[str, ...]:
         """The options that differ from the paper's published values, as sentences."""

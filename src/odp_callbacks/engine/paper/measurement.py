@@ -17,7 +17,7 @@ from odp_callbacks.engine.paper.config import PaperConfig
 from odp_callbacks.engine.paper.path_policies import PathPolicies, PathReader
 from odp_callbacks.engine.paper.targeted_rollouts import TargetedSampler, forced_tokens
 from odp_callbacks.engine.prompts import Question
-from odp_callbacks.engine.rollouts import Rollout, sample_rollouts, score_rollouts
+from odp_callbacks.engine.rollouts import Rollout, sample_rollouts, score_rollouts, try_thread
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.teachers import Teacher
 from odp_callbacks.engine.timing import StageTimer
@@ -136,12 +136,7 @@ class PaperMeasurement:
             )
         with self.timer.stage("verifier", len(rollouts)):
             rollouts = score_rollouts(self.verifier, rollouts)
-        self.verifier.try_thread(
-            [rollout.reward for rollout in rollouts],
-            [rollout.question for rollout in rollouts],
-            [rollout.text for rollout in rollouts],
-            [rollout.response_ids for rollout in rollouts],
-        )
+        try_thread(self.verifier, rollouts)
         return rollouts
 
     def representative(self, rollouts: Sequence[Rollout], left_out: Counter[str]) -> list[RolledOut]:
@@ -156,9 +151,9 @@ class PaperMeasurement:
                     left_out["pass rate 0" if scored else "no reward"] += 1
                     continue
                 responses = [rollout.response_ids for rollout in scored]
-                own = representative_paths(responses, correct, self.config.paths_per_class)
+                paths = representative_paths(responses, correct, self.config.paths_per_class)
                 tree = prefix_tree(
-                    own, [TreeResponse(tokens, float(ok)) for tokens, ok in zip(responses, correct, strict=True)]
+                    paths, [TreeResponse(tokens, float(ok)) for tokens, ok in zip(responses, correct, strict=True)]
                 )
                 question = scored[0].question
                 policies = [
@@ -199,11 +194,11 @@ class PaperMeasurement:
             student, teachers = self.reader.log_probabilities(
                 question.question, tree.paths[place], children.depth, children.token
             )
-            own = question.rollouts[tree.own[place]]
+            rollout = question.rollouts[tree.own[place]]
             paths.append(
                 PathRecord(
-                    own.text,
-                    own.reward >= self.config.success_threshold,
+                    rollout.text,
+                    rollout.reward >= self.config.success_threshold,
                     enriched[place],
                     policies.predictors,
                     children.depth,

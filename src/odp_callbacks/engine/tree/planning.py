@@ -38,7 +38,7 @@ class MeasuredNodes:
     tree: ContinuationTree
 
 
-class TimeBudget(Protocol):
+class TimeInTokens(Protocol):
     """Time, in tokens that could be sampled in it."""
 
     def affordable_tokens(self) -> float:
@@ -56,7 +56,7 @@ def thin_nodes(
     eos_token_ids: Sequence[int],
     token_budget: float,
     randomness: Randomness,
-    time_budget: TimeBudget | None = None,
+    time: TimeInTokens | None = None,
 ) -> list[Node]:
     """Subsample the nodes if the budget or the time is too small for all of them.
 
@@ -67,13 +67,13 @@ def thin_nodes(
         eos_token_ids: Tokens that end a response.
         token_budget: Expected number of tokens that continuations may take; infinite where there is no budget.
         randomness: Random draws, by the prefix's name.
-        time_budget: What continuations and gradients may take together; None for no limit.
+        time: What continuations and gradients may take together; None for no limit.
 
     Returns:
         The nodes that are kept, with their inclusion probabilities reduced accordingly.
     """
     nodes = logits.nodes
-    is_limited = config.adaptive or (time_budget is not None and not math.isinf(time_budget.affordable_tokens()))
+    is_limited = config.adaptive or (time is not None and not math.isinf(time.affordable_tokens()))
     if not is_limited or not nodes:
         return nodes
     tree = ContinuationTree(rollouts, nodes)
@@ -84,17 +84,17 @@ def thin_nodes(
         for first_node, group_branches in zip(tree.first_nodes, branches, strict=True)
     ]
     budget = EXPLORATION_SHARE * token_budget
-    if time_budget is not None:
+    if time is not None:
         members = [0.0] * len(costs)
         for node, group in zip(nodes, tree.group_of_node, strict=True):
-            members[group] += time_budget.gradient_tokens(rollouts[node.rollout], node.depth, len(branches[group]))
+            members[group] += time.gradient_tokens(rollouts[node.rollout], node.depth, len(branches[group]))
         count = 1 if config.adaptive else config.continuations
         # A wave that may not end in time counts nowhere, so there must be time for the longest continuations.
         with_gradients = [
             gradients + count * len(of_group) * max(1, config.max_new_tokens - nodes[first_node].depth - 1)
             for gradients, first_node, of_group in zip(members, tree.first_nodes, branches, strict=True)
         ]
-        affordable = EXPLORATION_SHARE * time_budget.affordable_tokens()
+        affordable = EXPLORATION_SHARE * time.affordable_tokens()
         if sum(with_gradients) * budget > sum(costs) * affordable:  # time is the tighter limit
             costs, budget = with_gradients, affordable
     # Nodes that were drawn in proportion to their contributions have unequal weights on purpose.

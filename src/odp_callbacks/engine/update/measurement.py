@@ -233,8 +233,8 @@ class UpdateMeter:
             if not time.allows(INFLUENCE, sum(work[number:])):
                 return None
             start = time.deadline.elapsed_seconds
-            own = places.fold[batch[0]]
-            others = [fold for fold in range(folds) if fold != own]
+            own_fold = places.fold[batch[0]]
+            others = [fold for fold in range(folds) if fold != own_fold]
             tangents = {
                 name: part.view(len(others), *p.shape)
                 for (name, p), part in zip(
