@@ -105,7 +105,7 @@ def test_trackers_of_transformers_get_the_same(tmp_path: Path) -> None:
     trainer = plain_trainer(tmp_path, report_to=["tensorboard"], max_steps=2)
     seen: list[dict[str, float]] = []
 
-    class Watching(TrainerCallback):  # type: ignore[misc]
+    class Watching(TrainerCallback):  # type: ignore[misc]  # untyped in transformers
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             seen.append({name: value for name, value in logs.items() if name.startswith("odp")})
 

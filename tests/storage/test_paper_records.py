@@ -1,5 +1,7 @@
 """A record of the paper's protocol survives a file, and a damaged file is noticed."""
 
+import struct
+import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -57,10 +59,29 @@ def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
         np.savez(path, nothing=np.zeros(2))
     else:
         changed = bytearray(content)
-        changed[len(content) // 2] ^= 0xFF
+        largest = max(zipfile.ZipFile(path).infolist(), key=lambda entry: entry.compress_size)
+        # In the middle of its data: some of the fields before them may be anything.
+        name_length, extra_length = struct.unpack_from("<HH", content, largest.header_offset + 26)
+        start = largest.header_offset + 30 + name_length + extra_length
+        changed[start + largest.compress_size // 2] ^= 0xFF
         path.write_bytes({"cut": content[:1000], "changed": bytes(changed), "empty": b"", "text": b"{}"}[damage])
     with pytest.raises(DamagedRecordsError, match=r"paper\.npz is damaged"):
         load_paper_record(path)
+
+
+def test_no_changed_byte_gives_another_record(tmp_path: Path) -> None:
+    path = save_paper_record(example_record(), tmp_path / "paper.npz")
+    content, expected, refused = path.read_bytes(), repr(load_paper_record(path)), 0
+    places = range(0, len(content), 101)
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 0xFF
+        path.write_bytes(bytes(changed))
+        try:
+            assert repr(load_paper_record(path)) == expected
+        except DamagedRecordsError:
+            refused += 1
+    assert refused > len(places) / 2
 
 
 def test_a_missing_file_is_no_damaged_one(tmp_path: Path) -> None:

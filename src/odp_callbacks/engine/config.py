@@ -281,12 +281,31 @@ def resolve_config(
         raise TypeError(
             f"`config` must be a ProbeConfig, but {config!r} was given; use `ProbeConfig(...)`, or keyword arguments."
         )
-    config_fields = {field.name for field in fields(ProbeConfig)}
-    if unknown_options := sorted(options.keys() - config_fields):
-        valid_options = sorted({*config_fields, *other_arguments})
-        closest = get_close_matches(unknown_options[0], valid_options, n=1)
+    check_option_names(options, {field.name for field in fields(ProbeConfig)}, other_arguments=other_arguments)
+    return replace(config or ProbeConfig(), **options)
+
+
+def check_option_names(
+    options: Mapping[str, Any],
+    valid: Collection[str],
+    *,
+    other_arguments: Collection[str] = (),
+    described: str = "",
+    similarity: float = 0.6,
+) -> None:
+    """Raise ``TypeError`` for an option that does not exist, with the closest valid one and a list of all.
+
+    Args:
+        options: Options by name.
+        valid: Names of the options that exist.
+        other_arguments: Names that the error lists, too.
+        described: What the options are those of, for the error.
+        similarity: How similar a name must be to be suggested, in [0, 1].
+    """
+    if unknown_options := sorted(set(options) - set(valid)):
+        listed = sorted({*valid, *other_arguments})
+        closest = get_close_matches(unknown_options[0], listed, n=1, cutoff=similarity)
         suggestion = f"did you mean `{closest[0]}`? " if closest else ""
         raise TypeError(
-            f"unknown option `{unknown_options[0]}`; {suggestion}Valid options are {', '.join(valid_options)}."
+            f"unknown option `{unknown_options[0]}`{described}; {suggestion}Valid options are {', '.join(listed)}."
         )
-    return replace(config or ProbeConfig(), **options)

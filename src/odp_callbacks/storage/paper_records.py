@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ VERSION = 1
 HEADER = "header"
 TREE = ("own", "shared", "next_token", "success", "forced_depth", "branch", "count")
 PATH = ("depth", "token", "student", "teachers")
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, ValueError, LookupError, TypeError, EOFError, NotImplementedError, TokenError
+)  # fmt: skip
+"""What numpy and zipfile raise for a file that is not what was written."""
 PLAIN = ("teachers", "settings", "deviations", "unpublished", "left_out", "generated_tokens", "targeted_rollouts")
 
 
@@ -62,7 +67,8 @@ def save_paper_record(record: PaperRecord, path: str | os.PathLike[str], *, over
             {"id": question.id, "prompt": question.prompt, "pass_rate": question.pass_rate, "paths": paths}
         )
     content = io.BytesIO()
-    np.savez_compressed(content, **{HEADER: np.array(json.dumps(header, default=repr))}, **arrays)  # type: ignore[arg-type]
+    arrays[HEADER] = np.array(json.dumps(header, default=repr))
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]  # mypy takes an array for `allow_pickle`
     write_atomically(target, content.getvalue())
     return target
 
@@ -88,7 +94,7 @@ def load_paper_record(path: str | os.PathLike[str]) -> PaperRecord:
                 "version of odp-callbacks that wrote it."
             )
         questions = tuple(_question(number, entry, arrays) for number, entry in enumerate(header["questions"]))
-    except (zipfile.BadZipFile, zlib.error, ValueError, LookupError, TypeError, EOFError) as error:
+    except DAMAGE as error:
         if isinstance(error, DamagedRecordsError):
             raise
         raise DamagedRecordsError(f"{source} is damaged: it is no record of the paper's protocol ({error}).") from error

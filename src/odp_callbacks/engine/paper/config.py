@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any
 
 from odp_callbacks.analysis.paper.prefix_tree import Ancestors, OwnPath, check_counting
-from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.config import ProbeConfig, check_option_names
 
 PUBLISHED = {
     "rollouts_per_question": ("G, the rollouts of a question,", 200),
@@ -171,13 +170,6 @@ def resolve_paper_config(config: PaperConfig | None, options: Mapping[str, Any])
     """
     if config is not None and not isinstance(config, PaperConfig):
         raise TypeError(f'`config` must be a PaperConfig for protocol "paper", but {config!r} was given.')
-    valid_options = sorted(field.name for field in fields(PaperConfig))
-    for option in options:
-        if option not in valid_options:
-            closest = get_close_matches(option, valid_options, n=1, cutoff=0.4)
-            suggestion = f"did you mean `{closest[0]}`? " if closest else ""
-            raise TypeError(
-                f'unknown option `{option}` of protocol "paper"; {suggestion}Valid options are '
-                f"{', '.join(valid_options)}."
-            )
+    valid = {field.name for field in fields(PaperConfig)}
+    check_option_names(options, valid, described=' of protocol "paper"', similarity=0.4)
     return replace(config or PaperConfig(), **options)
