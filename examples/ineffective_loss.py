@@ -99,6 +99,7 @@ def train(kind, base, tokenizer):
         max_overhead=None,
         influence=False,
         max_new_tokens=3,
+        log="all",
     )
     figures = Figures()
     trainer = Trainer(
