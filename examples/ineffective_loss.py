@@ -53,7 +53,11 @@ class Figures(CSVLogger):
         self.steps = []
 
     def log_metrics(self, metrics, step=None):
-        figures = {name.removeprefix("odp/step/"): value for name, value in metrics.items() if "odp/step" in name}
+        figures = {
+            name.removeprefix("odp/step/"): value
+            for name, value in metrics.items()
+            if "odp/step" in name and value != ""  # an empty cell of the table
+        }
         self.steps += [figures] if figures else []
 
 
@@ -120,13 +124,11 @@ base = train_base(LlamaForCausalLM(config), tokenizer, steps=150)
 
 for description, kind in (("sound loss", OnPolicyDistillation), ("ineffective loss", IneffectiveDistillation)):
     steps, size = train(kind, base, tokenizer)
-    cosines = torch.tensor([figures["cosine/base"] for figures in steps])
+    cosines = torch.tensor([figures["cosine/base"] for figures in steps if "cosine/base" in figures])
     gains = [figures for figures in steps if "gain" in figures]
     first, last = gains[: len(gains) // 4], gains[-len(gains) // 4 :]
     rewards = [sum(figures["reward"] for figures in part) / len(part) for part in (first, last)]
-    print(
-        f"\n{description}: {len(steps)} steps of {size} LoRA parameters; by chance a cosine is about {size**-0.5:.3f}"
-    )
+    print(f"\n{description}: {STEPS} steps of {size} LoRA parameters; by chance a cosine is about {size**-0.5:.3f}")
     print(f"  cosine of the step with the teacher's update: {cosines.mean():+.3f}, spread {cosines.std():.3f}")
     print(f"  share of steps with a positive cosine: {(cosines > 0).float().mean():.0%}")
     print(f"  expected gain of all steps: {gains[-1]['gain_sum']:+.3f} "
