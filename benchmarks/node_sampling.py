@@ -3,8 +3,8 @@
 - *Draws.* What predicts a node's gain before any continuation? For draws in proportion to a predictor, mixed with an
   even share: the second moment of the weighted gain relative to even draws (below 1 is better), and Kish's share of the
   weights. Gains are posterior second moments, so that noise in the successes does not count as gain.
-- *Price.* Probes with the same budget, questions and seeds, alternating: gradients at every node, gradients where they
-  matter, and nodes drawn by expected contribution, too. Printed: seconds, nodes, nodes with gradients, Kish's share,
+- *Price.* Probes with the same budget, questions and seeds, alternating: gradients at every node, and gradients where
+  they matter. Printed: seconds, nodes, nodes with gradients, Kish's share,
   half-widths (mean over teachers), decided tokens, and how many times the seconds the first would need for the same
   half-width, ``(half-width / own half-width)^2 * seconds / own seconds``; for decided tokens, tokens a second.
 - *Nothing to find.* Seconds of a probe whose rewards are all 0, relative to the same probe with the task's rewards.
@@ -37,7 +37,6 @@ ALL_GRADIENTS = {"differing_gradients": 1.0, "agreeing_gradients": 1.0}
 WAYS: dict[str, dict[str, Any]] = {
     "every gradient": ALL_GRADIENTS,
     "gradients where they matter": {},
-    "and nodes by contribution": {"nodes": "contribution"},
 }
 
 

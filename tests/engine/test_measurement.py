@@ -8,12 +8,12 @@ from odp_callbacks.analysis.evidence import stack
 from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED, estimate
 from odp_callbacks.analysis.summaries import summarise
 from odp_callbacks.engine import Probe, ProbeConfig, exponential_windows
-from odp_callbacks.engine.tree.nodes import ContributionNodes
 from odp_callbacks.functional import (
     distillation_logit_gradient,
     gradient_alignment,
     ideal_logit_gradient,
     node_predictors,
+    top_k_predictors,
 )
 from tests.helpers.models import DIVERGENCES, EOS, word_tokenizer
 from tests.helpers.probes import (
@@ -62,7 +62,9 @@ def test_with_the_true_success_every_figure_is_exact(divergence, options, temper
         assert estimates.ideal_norm == pytest.approx(float(g.norm()), rel=1e-6)
         assert estimates.success == pytest.approx(float(p @ node.success), abs=1e-9)
         assert estimates.teacher_advantage[0] == pytest.approx(float((q - p) @ node.success), abs=1e-9)
-        for name, value in node_predictors(node.logits, t, temperature).items():
+        expected = node_predictors(node.logits, t, temperature) | top_k_predictors(node.logits, t, temperature)
+        assert set(record.predictors) == set(expected)
+        for name, value in expected.items():
             assert record.predictors[name][0] == pytest.approx(float(value), rel=1e-6, abs=1e-12)
         np.testing.assert_allclose(record.probability, p[record.tokens], rtol=1e-9)
 
@@ -94,7 +96,7 @@ def test_tilted_teachers_align_exactly():
         {"branch_mass": 0.3, "max_branches": 2, "tail_draws": 1, "tail_roulette": 0.9, "continuations": 1},
         {"branch_mass": 0.3, "max_branches": 2, "tail_roulette": 0.9, "budget": 4000},
         {"differing_gradients": 0.2, "agreeing_gradients": 0.2, "continuations": 1},
-        {"nodes": ContributionNodes(1), "continuations": 2, "differing_gradients": 0.5},
+        {"budget": 1200, "differing_gradients": 0.5},
     ],
     ids=[
         "every token",
@@ -105,7 +107,7 @@ def test_tilted_teachers_align_exactly():
         "roulette",
         "roulette and budget",
         "few gradients",
-        "contribution",
+        "nodes thinned by contribution",
     ],
 )
 def test_predicted_gain_is_unbiased(config):

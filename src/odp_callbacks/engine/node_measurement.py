@@ -20,9 +20,16 @@ from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.timing import StageTimer
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
 from odp_callbacks.engine.tree.continuations import ContinuationCost, ContinuationSampler
-from odp_callbacks.engine.tree.contributions import expected_contributions, pick_by_contribution
-from odp_callbacks.engine.tree.nodes import ContributionNodes, Node, select_nodes
-from odp_callbacks.engine.tree.planning import MeasuredNodes, plan_branches, thin_nodes
+from odp_callbacks.engine.tree.contributions import draw_factors, expected_contributions
+from odp_callbacks.engine.tree.nodes import Node, select_nodes
+from odp_callbacks.engine.tree.planning import (
+    CANDIDATES,
+    EXPLORATION_SHARE,
+    MeasuredNodes,
+    plan_branches,
+    proposals_of_teachers,
+    thin_nodes,
+)
 from odp_callbacks.engine.tree.quiet_questions import thin_quiet_questions
 from odp_callbacks.engine.tree.recording import is_scored, with_outcomes, without_unscored
 from odp_callbacks.engine.tree.stream import ContinuationStream
@@ -127,31 +134,46 @@ class NodeMeasurement:
         """Select the nodes, as many as the budget allows, and choose their branches."""
         config, stage = self.config, self.timer.stage
         nodes = select_nodes(config.selector, rollouts, self.randomness)
-        selected = len(nodes)
         nodes = thin_quiet_questions(rollouts, nodes, self.randomness.generator("quiet"))
         with stage("branches", *_part(0)):
             logits = self.logits(rollouts, nodes)
-        if isinstance(config.selector, ContributionNodes):
-            with stage("teachers", len(rollouts)):
-                wanted = sum(config.selector.wanted(rollout) for rollout in rollouts)
-                logits = self.pick_by_contribution(rollouts, logits, wanted * len(nodes) / max(1, selected))
         with stage("branches", *_part(1)):
-            nodes = thin_nodes(
-                rollouts,
-                logits,
-                config,
-                eos_token_ids=self.eos_token_ids,
-                token_budget=float(config.budget or "inf"),
-                randomness=self.randomness,
-                time=self.time,
-            )
-            if len(nodes) < len(logits.nodes):
-                logits = self.logits(rollouts, nodes, logits)
-        if not isinstance(config.selector, ContributionNodes):
-            with stage("teachers", len(rollouts)):
-                logits.compute_ahead()
+            logits = self.thin(rollouts, logits, "candidates", share=CANDIDATES * EXPLORATION_SHARE)
+        with stage("teachers", len(rollouts)):
+            logits.compute_ahead()
         with stage("branches", *_part(2)):
-            return plan_branches(rollouts, nodes, logits, config, self.randomness)
+            if config.adaptive or self.time is not None:
+                contributions = expected_contributions(logits, self.differentiator.direction, config.temperature)
+                logits = self.thin(
+                    rollouts,
+                    logits,
+                    "nodes",
+                    proposals=proposals_of_teachers(logits, config),
+                    factors=draw_factors(logits.nodes, contributions),
+                )
+            return plan_branches(rollouts, logits.nodes, logits, config, self.randomness)
+
+    def thin(self, rollouts: Sequence[Rollout], logits: NodeLogits, draw: str, **options: Any) -> NodeLogits:
+        """Subsample nodes by :func:`thin_nodes`, and keep their logits.
+
+        Args:
+            rollouts: The probe's rollouts.
+            logits: The logits at the nodes.
+            draw: Name of the random draw.
+            options: Of :func:`thin_nodes`.
+        """
+        nodes = thin_nodes(
+            rollouts,
+            logits,
+            self.config,
+            eos_token_ids=self.eos_token_ids,
+            token_budget=float(self.config.budget or "inf"),
+            generator=self.randomness.generator("thin", draw),
+            randomness=self.randomness,
+            time=self.time,
+            **options,
+        )
+        return logits if len(nodes) == len(logits.nodes) else self.logits(rollouts, nodes, logits)
 
     def logits(
         self, rollouts: Sequence[Rollout], nodes: Sequence[Node], source: NodeLogits | None = None
@@ -165,13 +187,6 @@ class NodeMeasurement:
         """
         max_memory_bytes = self.config.max_memory_bytes
         return NodeLogits(self.student, self.differentiator.teachers, rollouts, nodes, max_memory_bytes, source)
-
-    def pick_by_contribution(self, rollouts: Sequence[Rollout], logits: NodeLogits, count: float) -> NodeLogits:
-        """Draw about ``count`` of the candidates by their expected contributions, and keep their logits."""
-        logits.compute_ahead()
-        contributions = expected_contributions(logits, self.differentiator.direction, self.config.temperature)
-        generator = self.randomness.generator("contributions")
-        return self.logits(rollouts, pick_by_contribution(logits.nodes, contributions, count, generator), logits)
 
     def sampler(self, rollouts: Sequence[Rollout], measured: MeasuredNodes) -> ContinuationSampler:
         """Make the sampler of continuations, which start from the rollouts with nodes."""

@@ -50,6 +50,24 @@ def test_thinned_sums_are_unbiased(generator: torch.Generator) -> None:
     assert np.mean(spent) == pytest.approx(sum(costs) / 5, rel=0.02)
 
 
+def test_sums_thinned_by_factors_are_unbiased_and_follow_the_factors(generator: torch.Generator) -> None:
+    nodes, tree = long_nodes(generator)
+    factors = 0.6 + 0.4 * torch.tensor([4.0 if node.depth % 4 == 0 else 0.0 for node in nodes], dtype=torch.float64)
+    values = [(-1.0) ** node.rollout * (1 + node.depth % 4 == 1) + 0.1 for node in nodes]
+    costs = [1.0] * len(nodes)
+    full = sum(value / node.inclusion for node, value in zip(nodes, values, strict=True))
+    value_of = {(node.rollout, node.depth): value for node, value in zip(nodes, values, strict=True)}
+    sums, counts = [], []
+    for _ in range(2000):
+        kept = subsample_nodes(nodes, tree, costs, len(nodes) / 50, generator, factors)
+        sums.append(sum(value_of[node.rollout, node.depth] / node.inclusion for node in kept))
+        counts.append(len(kept))
+        scales = [node.inclusion / (2.2 if node.depth % 4 == 0 else 0.6) for node in kept]
+        assert max(scales) == pytest.approx(min(scales))
+    assert abs(np.mean(sums) - full) < 3.5 * np.std(sums) / np.sqrt(len(sums))
+    assert np.mean(counts) == pytest.approx(len(nodes) / 50, rel=0.02)
+
+
 def test_all_nodes_are_kept_where_the_budget_allows_it(generator: torch.Generator) -> None:
     nodes, tree = long_nodes(generator)
     assert subsample_nodes(nodes, tree, [1.0] * len(nodes), len(nodes), generator) == nodes

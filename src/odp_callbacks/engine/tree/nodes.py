@@ -98,43 +98,6 @@ EVEN_SHARE = 0.75
 """Share of the inclusion probability that :class:`BalancedNodes` spreads evenly over a response."""
 
 
-@dataclass(frozen=True)
-class ContributionNodes:
-    """Selects positions that are expected to contribute much to predicted gain, as many as :class:`BalancedNodes`.
-
-    This selects candidates, :data:`CANDIDATES` times as many as are measured. Which of them are kept follows from the
-    logits of student and teachers (:mod:`~odp_callbacks.engine.tree.contributions`), over all rollouts of the probe.
-
-    Attributes:
-        count: Expected number of positions of each response; None for the number of exponential windows.
-    """
-
-    count: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the count."""
-        if self.count is not None:
-            _check_count(self.count)
-
-    def __call__(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
-        """Select the candidates of a rollout."""
-        return BalancedNodes(CANDIDATES * self.wanted(rollout))(rollout, generator)
-
-    def wanted(self, rollout: Rollout) -> int:
-        """Expected number of positions of a rollout that are measured."""
-        length = len(rollout.response_ids)
-        return min(length, self.count or (length - 1).bit_length() + 1)
-
-
-CANDIDATES = 4
-"""Number of candidates for each node that :class:`ContributionNodes` keeps."""
-
-
-def picks_by_contribution(selector: NodeSelector) -> bool:
-    """Whether a selector's nodes are candidates, of which some are kept by their expected contributions."""
-    return isinstance(selector, ContributionNodes)
-
-
 def every_node(rollout: Rollout, generator: torch.Generator) -> list[tuple[int, float]]:
     """Select every position of the response."""
     return [(depth, 1.0) for depth in range(len(rollout.response_ids))]
@@ -247,7 +210,6 @@ NODE_SELECTORS: dict[str, NodeSelector] = {
     "every": every_node,
     "uniform": UniformNodes(),
     "entropy": EntropyNodes(),
-    "contribution": ContributionNodes(),
 }
 """The node selectors that can be named in a configuration."""
 

@@ -15,10 +15,12 @@ from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.tree.branches import Branch, choose_branches, proposed_tokens
 from odp_callbacks.engine.tree.continuation_tree import ContinuationTree
-from odp_callbacks.engine.tree.nodes import Node, picks_by_contribution, systematic_sample
+from odp_callbacks.engine.tree.nodes import Node, systematic_sample
 
 EXPLORATION_SHARE = 0.5
 """Share of the budget that one continuation of every branch may take; if it would take more, nodes are subsampled."""
+CANDIDATES = 2.0
+"""How many times as much the candidates may take, whose teachers' logits tell which ones are kept."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,27 @@ def thin_nodes(
     *,
     eos_token_ids: Sequence[int],
     token_budget: float,
+    generator: torch.Generator,
     randomness: Randomness,
     time: TimeInTokens | None = None,
+    share: float = EXPLORATION_SHARE,
+    proposals: Sequence[Sequence[int]] | None = None,
+    factors: Tensor | None = None,
 ) -> list[Node]:
     """Subsample the nodes if the budget or the time is too small for all of them.
 
     Args:
         rollouts: The probe's rollouts.
-        logits: The student's logits at the nodes; the teachers' are not used.
+        logits: The student's logits at ``N`` nodes; the teachers' are not used.
         config: The probe's configuration.
         eos_token_ids: Tokens that end a response.
         token_budget: Expected number of tokens that continuations may take; infinite where there is no budget.
-        randomness: Random draws, by the prefix's name.
+        generator: Random stream of the draw, on the CPU.
+        randomness: Random draws of branches, by the prefix's name.
         time: What continuations and gradients may take together; None for no limit.
+        share: Share of the budget or time that one continuation of every branch may take.
+        proposals: For each node, the tokens that teachers propose there, as far as they are known.
+        factors: ``(N,)``, by which the probability of keeping a node is multiplied; None for 1.
 
     Returns:
         The nodes that are kept, with their inclusion probabilities reduced accordingly.
@@ -77,13 +87,13 @@ def thin_nodes(
     if not is_limited or not nodes:
         return nodes
     tree = ContinuationTree(rollouts, nodes)
-    branches = branches_of_groups(tree, logits, config, randomness, proposals=[()] * len(nodes))
+    branches = branches_of_groups(tree, logits, config, randomness, proposals or [()] * len(nodes))
     costs = [
         remaining_length(rollouts, nodes[first_node].depth, standard_errors=1.0)
         * sum(branch.token not in eos_token_ids for branch in group_branches)
         for first_node, group_branches in zip(tree.first_nodes, branches, strict=True)
     ]
-    budget = EXPLORATION_SHARE * token_budget
+    budget = share * token_budget
     if time is not None:
         members = [0.0] * len(costs)
         for node, group in zip(nodes, tree.group_of_node, strict=True):
@@ -94,12 +104,10 @@ def thin_nodes(
             gradients + count * len(of_group) * max(1, config.max_new_tokens - nodes[first_node].depth - 1)
             for gradients, first_node, of_group in zip(members, tree.first_nodes, branches, strict=True)
         ]
-        affordable = EXPLORATION_SHARE * time.affordable_tokens()
+        affordable = share * time.affordable_tokens()
         if sum(with_gradients) * budget > sum(costs) * affordable:  # time is the tighter limit
             costs, budget = with_gradients, affordable
-    # Nodes that were drawn in proportion to their contributions have unequal weights on purpose.
-    even = picks_by_contribution(config.selector)
-    return subsample_nodes(nodes, tree, costs, budget, randomness.generator("thin"), evenly=even)
+    return subsample_nodes(nodes, tree, costs, budget, generator, factors)
 
 
 def plan_branches(
@@ -115,7 +123,7 @@ def plan_branches(
         randomness: Random draws, by the prefix's name.
     """
     tree = ContinuationTree(rollouts, nodes)
-    tree.set_branches(branches_of_groups(tree, logits, config, randomness, _proposals(logits, config)))
+    tree.set_branches(branches_of_groups(tree, logits, config, randomness, proposals_of_teachers(logits, config)))
     return MeasuredNodes(nodes, logits, [tree.branches[group] for group in tree.group_of_node], tree)
 
 
@@ -152,7 +160,7 @@ def branches_of_groups(
     ]
 
 
-def _proposals(logits: NodeLogits, config: ProbeConfig) -> list[list[int]]:
+def proposals_of_teachers(logits: NodeLogits, config: ProbeConfig) -> list[list[int]]:
     """The tokens that teachers propose at each node."""
     proposals: list[list[int]] = [[] for _ in logits.student_logits]
     threshold = config.teacher_branch_probability
@@ -174,13 +182,13 @@ def subsample_nodes(
     costs: Sequence[float],
     budget: float,
     generator: torch.Generator,
-    *,
-    evenly: bool = False,
+    factors: Tensor | None = None,
 ) -> list[Node]:
     """Draw a subset of the nodes if one continuation of every branch would take too much of the budget.
 
-    A prefix is kept with a probability in proportion to the mean weight of its nodes: those that are kept then weigh
-    nearly alike. Systematic sampling spreads them over questions, rollouts and depths.
+    A prefix is kept with a probability in proportion to the mean weight of its nodes, times their factors: without
+    factors, those that are kept weigh nearly alike. Systematic sampling spreads them over questions, rollouts and
+    depths.
 
     Args:
         nodes: All nodes.
@@ -188,7 +196,7 @@ def subsample_nodes(
         costs: ``G`` numbers: expected number of tokens of one continuation of every branch of a prefix.
         budget: The tokens that these continuations may take.
         generator: Random stream of the draw.
-        evenly: Keep every prefix with the same probability instead.
+        factors: ``(N,)`` float64, positive; None for 1.
 
     Returns:
         The nodes that are kept, with their inclusion probabilities reduced accordingly.
@@ -197,8 +205,8 @@ def subsample_nodes(
         return list(nodes)
     weights = torch.zeros(len(costs), dtype=torch.float64)
     members = torch.zeros(len(costs), dtype=torch.float64)
-    for node, group_index in zip(nodes, tree.group_of_node, strict=True):
-        weights[group_index] += 1 if evenly else 1 / node.inclusion
+    for index, (node, group_index) in enumerate(zip(nodes, tree.group_of_node, strict=True)):
+        weights[group_index] += (1.0 if factors is None else float(factors[index])) / node.inclusion
         members[group_index] += 1
     keeping = keeping_probabilities(weights / members, torch.tensor(costs, dtype=torch.float64), budget)
     kept = dict(systematic_sample(keeping, generator))
