@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 
 from odp_callbacks import GradientAlignmentCallback, OnPolicyDistillation
-from odp_callbacks.engine.teachers import BaseTeacher
-from tests.helpers.models import tiny, word_tokenizer
+from odp_callbacks.engine.teachers import BaseTeacher, EMATeacher, ModelTeacher
+from tests.helpers.models import tiny, tiny_base, word_tokenizer
 from tests.helpers.training import make_loader, odd_length_reward
 
 # Lightning itself uses what jsonargparse has deprecated.
@@ -109,3 +109,20 @@ def test_a_fit_from_a_configuration_is_probed(tmp_path: Path, monkeypatch: pytes
     options = {"every_n_steps": 2, "max_new_tokens": 4, "questions_per_probe": 2, "strict": True}
     cli = run_cli(tmp_path, monkeypatch, options, run=True)
     assert callback_of(cli).monitor.probe_count == 1
+
+
+def test_teachers_of_all_kinds_come_from_class_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_base(seed=3).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    teachers = {
+        "answer": "The answer is {answer}. {prompt}",
+        "average": {"class_path": "odp_callbacks.EMATeacher", "init_args": {"decay": 0.9}},
+        "larger": {"class_path": "odp_callbacks.ModelTeacher", "init_args": {"model": str(tmp_path / "model")}},
+    }
+    options = {"teachers": teachers, "every_n_steps": 2, "max_new_tokens": 4, "questions_per_probe": 2, "strict": True}
+    callback = callback_of(run_cli(tmp_path, monkeypatch, options, run=True))
+    assert callback.monitor.probe_count == 1
+    assert isinstance(callback.teachers["average"], EMATeacher)
+    assert isinstance(callback.teachers["larger"], ModelTeacher)
+    assert callback.last_report is not None
+    assert callback.last_report.teachers == ("answer", "average", "larger")

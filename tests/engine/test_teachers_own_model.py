@@ -1,6 +1,7 @@
 """Teachers that are models of their own: what they share with the student, their tokenizer, and their embeddings."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,3 +200,19 @@ def test_a_teacher_takes_a_processor_too() -> None:
     user_token, assistant = WORDS.index("user"), WORDS.index("assistant")
     assert question.teacher_prompt_ids["model"].tolist() == [user_token, A, B, assistant]
     assert probe.run(ROWS).rollouts
+
+
+def test_a_model_given_by_its_folder_teaches_as_the_model_itself(tmp_path: Path) -> None:
+    model = tiny_base(seed=3)
+    model.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    named, given = ModelTeacher(str(tmp_path)), ModelTeacher(model)
+    report = measure(tiny(), {"named": named, "given": given}, continuations=1)
+    for node in report.nodes:
+        torch.testing.assert_close(node.logit_gram[-2], node.logit_gram[-1])
+    assert not any(parameter.requires_grad for parameter in named.model.parameters())
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`model` names '.*', which is neither a folder with a model"):
+        ModelTeacher(str(tmp_path)).check(tiny(), word_tokenizer())

@@ -130,26 +130,49 @@ class ModelTeacher(Teacher):
     """Any causal language model with the student's vocabulary.
 
     Args:
-        model: The teacher. It stays on its own device.
+        model: The teacher, which stays on its own device; or the folder or the name on the hub that it is loaded from
+            when the student is known, in the dtype of its checkpoint, onto the student's device and with its tokenizer.
         context: As in :class:`Teacher`.
         tokenizer: The teacher's tokenizer, or a processor that holds it. The teacher's prompts are then encoded by it,
             and messages are rendered by its chat template. It is needed if the two models differ in their number of
             logits, to check that they differ in padding rows and not in tokens. None stands for the student's.
     """
 
-    def __init__(self, model: nn.Module, context: Context | None = None, *, tokenizer: Any = None) -> None:
+    def __init__(self, model: nn.Module | str, context: Context | None = None, *, tokenizer: Any = None) -> None:
         super().__init__(context)
-        self.model = model
+        self.model: Any = model
+        self._was_named = isinstance(model, str)
         self.tokenizer = None if tokenizer is None else text_tokenizer(tokenizer)
 
     @contextmanager
     def policy(self, student: nn.Module) -> Iterator[Policy]:
         """The given model, in evaluation mode."""
+        self._load(student)
+        if self._was_named:  # a trainer may move the student after it has checked the teachers
+            self.model.to(next(student.parameters()).device)
         with evaluation_mode(self.model):
             yield self.model, None
 
+    def _load(self, student: nn.Module) -> None:
+        """Load a model that was given by its name."""
+        if not isinstance(self.model, str):
+            return
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        name = self.model
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            tokenizer = self.tokenizer or AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`model` names {name!r}, which is neither a folder with a model and its tokenizer nor available on "
+                f"the hub ({str(error).splitlines()[0]})."
+            ) from error
+        self.model, self.tokenizer = model.eval().requires_grad_(False), text_tokenizer(tokenizer)
+
     def check(self, student: nn.Module, tokenizer: Any) -> None:
         """Raise ``ValueError`` if this model is the student's, or unless the vocabularies agree, apart from padding."""
+        self._load(student)
         if shares_adapters(student, self.model):
             raise ValueError(
                 "`teachers` has a model that holds the student's own LoRA layers (`get_peft_model` changes the base "

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from odp_callbacks.engine.teachers.class_paths import is_class_path, teacher_of_class_path
 from odp_callbacks.engine.teachers.demonstration_contexts import named_context
 from odp_callbacks.engine.teachers.kinds import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
 from odp_callbacks.text import is_visible
@@ -22,7 +23,8 @@ def as_teachers(teachers: object) -> dict[str, Teacher]:
             :class:`~odp_callbacks.engine.teachers.ModelTeacher`, ``"base"`` for
             :class:`~odp_callbacks.engine.teachers.BaseTeacher`, and a template, a function or the name of a context
             such as ``"self-1c"`` (:mod:`~odp_callbacks.engine.teachers.demonstration_contexts`) for the student with
-            that context.
+            that context. ``{"class_path": "odp_callbacks.EMATeacher", "init_args": {"decay": 0.99}}`` makes a teacher
+            of any class, as LightningCLI does.
 
     Returns:
         The teachers by name.
@@ -36,7 +38,7 @@ def as_teachers(teachers: object) -> dict[str, Teacher]:
         >>> [type(teacher).__name__ for teacher in teachers.values()]
         ['BaseTeacher', 'Teacher']
     """
-    if isinstance(teachers, Mapping):
+    if isinstance(teachers, Mapping) and not is_class_path(teachers):
         named = {str(name): _as_teacher(value) for name, value in teachers.items()}
     else:
         values = list(teachers) if isinstance(teachers, Sequence) and not isinstance(teachers, str) else [teachers]
@@ -60,6 +62,8 @@ def _as_teacher(value: object) -> Teacher:
         return value
     if isinstance(value, nn.Module):
         return ModelTeacher(value)
+    if isinstance(value, Mapping) and is_class_path(value):
+        return teacher_of_class_path(value)
     if value == "base":
         return BaseTeacher()
     if isinstance(value, str) and (context := named_context(value)) is not None:
