@@ -9,14 +9,7 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
-SMALL_DEMO = (
-    "--steps=2",
-    "--probes=1",
-    "--questions=2",
-    "--rollouts_per_question=2",
-    "--budget=200",
-    "--teacher_steps=1",
-)
+SMALL_DEMO = ("--questions=3", "--held_out=3", "--held_out_responses=2", "--rollouts_per_question=2")
 BENCHMARKS = sorted(
     path.stem for path in ROOT.glob("benchmarks/*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8")
 )
@@ -74,12 +67,14 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run all examples, or those whose names follow ``--``."""
-    paths = [ROOT / "examples" / f"{name}.py" for name in session.posargs] or sorted(ROOT.glob("examples/*.py"))
+    """Run all examples and notebooks, or those whose names follow ``--``."""
+    all_paths = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("examples/*.ipynb")])
+    paths = [path for path in all_paths if path.stem in session.posargs or not session.posargs]
     # In a folder of their own: examples write logs, and must not depend on the repository around them.
     with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
         for path in paths:
-            session.run("python", str(path))
+            command = ("jupyter", "execute") if path.suffix == ".ipynb" else ("python",)
+            session.run(*command, str(path))
 
 
 @nox.session

@@ -13,8 +13,8 @@ from sizes import size_parser
 
 from odp_callbacks.analysis import alignment_intervals as token_intervals
 from odp_callbacks.analysis.evidence import gather, norm
+from odp_callbacks.analysis.predictors import PREDICTORS
 from odp_callbacks.analysis.success_model import fit_success_model
-from odp_callbacks.analysis.summaries import PREDICTORS
 from odp_callbacks.records import Floats, NodeRecord
 
 BRANCHES, PARAMETERS = 4, 12

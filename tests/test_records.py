@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from odp_callbacks import ProbeReport
+from odp_callbacks.analysis.predictors import TOP_K_PREDICTORS
 from odp_callbacks.analysis.ranking import rank
 from odp_callbacks.analysis.summaries import (
     FIGURES,
@@ -56,12 +57,16 @@ def test_the_table_has_one_row_for_each_figure() -> None:
     report = many_teachers(3)
     table = report.to_pandas()
     assert list(table.columns[:6]) == ["teacher", "split", "figure", "value", "low", "high"]
+    further = table["figure"].str.startswith("correlation_") | (table["teacher"] == "student")
+    assert table[further]["figure"].str.endswith(("_with_alignment", "_with_predicted_gain", "success")).all()
+    table = table[~further]
     pairs = {f"teacher {first} - teacher {second}" for first, second in ((0, 1), (0, 2), (1, 2))}
     assert set(table["teacher"]) == {*report.teachers, *pairs}
     assert set(table["split"]) == {*SPLITS, INCORRECT_MINUS_CORRECT}
-    assert set(table["figure"]) == set(FIGURES) - set(UPDATE_FIGURES)
+    figures = set(FIGURES) - {*UPDATE_FIGURES, *TOP_K_PREDICTORS}
+    assert set(table["figure"]) == figures
     assert not table.duplicated(["teacher", "split", "figure"]).any()
-    assert len(table) == (len(FIGURES) - len(UPDATE_FIGURES)) * (3 * 4 + 3 * 3)
+    assert len(table) == len(figures) * (3 * 4 + 3 * 3)
     rows = table.set_index(["teacher", "split", "figure"])
     analysis = Analysis(report)
     for summary in [*analysis.summaries(), *analysis.contrasts()]:

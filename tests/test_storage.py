@@ -88,6 +88,23 @@ def test_everything_comes_back(tmp_path: Path, report: ProbeReport, kind: str) -
     assert untimed_scalars(loaded) == pytest.approx(untimed_scalars(saved), rel=1e-6, abs=1e-9, nan_ok=True)
 
 
+def test_records_of_before_and_after_a_predictor_are_kept_together(tmp_path: Path, report: ProbeReport) -> None:
+    before = replace(
+        report,
+        nodes=tuple(
+            replace(node, predictors={k: v for k, v in node.predictors.items() if k != "top_k_overlap"})
+            for node in report.nodes
+        ),
+    )
+    both = load(save(concatenate([before, report]), tmp_path / "both"))
+    count = len(report.nodes)
+    assert all(np.isnan(node.predictors["top_k_overlap"]).all() for node in both.nodes[:count])
+    for loaded_node, saved_node in zip(both.nodes[count:], report.nodes, strict=True):
+        assert_same_node(replace(loaded_node, rollout=saved_node.rollout), saved_node)
+    assert "odp/top_k_overlap/answer/all" not in scalars(before)
+    assert scalars(both)["odp/top_k_overlap/answer/all"] == scalars(report)["odp/top_k_overlap/answer/all"]
+
+
 def test_pandas_reads_the_tables(tmp_path: Path, report: ProbeReport) -> None:
     folder = save(report, tmp_path / "probe")
     nodes = pd.read_parquet(folder / "nodes.parquet")

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from odp_callbacks.update_records import UpdateRecord
 
 if TYPE_CHECKING:  # what the methods of ProbeReport return; they import it when they are called
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
     from odp_callbacks.analysis.ranking import Ranking
@@ -93,7 +95,8 @@ class NodeRecord:
         logit_gram: ``(C, C)`` float64, Gram matrix on the logits.
         teacher_probability: ``(K, A)``, each teacher's probability of each token.
         teacher_tail: ``(K,)``, each teacher's probability of all tokens that are not candidates.
-        predictors: ``(K,)`` each: divergences (nats), cosine and entropies (nats) of student and teacher, by name.
+        predictors: ``(K,)`` each, by name: divergences, entropies (nats) and cosine of student and teacher, and the
+            figures of their likeliest tokens, see :mod:`~odp_callbacks.functional.top_k`.
         gradient_inclusion: Probability with which the gradients were computed, given the outcomes. Its inverse weights
             sums over nodes of what needs gradients.
     """
@@ -160,7 +163,7 @@ def step_sums(question: tuple[str, ...], correct: tuple[bool, ...], vectors: NDA
     return StepSums(question, correct, gram, vectors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProbeReport:
     """Everything that one probe measured.
 
@@ -208,6 +211,14 @@ class ProbeReport:
     slot_steps: Mapping[str, int] = field(default_factory=dict)
     teacher_responses: tuple[TeacherResponse, ...] = ()
     preconditioned: "ProbeReport | None" = None
+
+    def __repr__(self) -> str:
+        """Name the sizes; the contents would fill pages."""
+        questions = len({rollout.question for rollout in self.rollouts})
+        return (
+            f"<ProbeReport of {questions} questions, {len(self.rollouts)} rollouts, {len(self.nodes)} nodes; teachers: "
+            f"{', '.join(self.teachers)}>"
+        )
 
     @property
     def slot_occupancy(self) -> float:
@@ -311,6 +322,36 @@ class ProbeReport:
 
         return write_report(self, path, title=title, confidence=confidence)
 
+    def plot(
+        self, kind: str = "gain", ax: "Axes | None" = None, *, confidence: float | None = None
+    ) -> "tuple[Figure, Axes]":
+        """Plot the report with matplotlib, on axes of yours or on new ones.
+
+        Args:
+            kind: ``"gain"`` of each teacher and class of rollouts; with measured tokens also ``"depth"``, the
+                gain-weighted alignment over depth, and ``"divergence"``, each token's alignment against the divergence
+                of student and teacher there.
+            ax: Where to draw; None for new axes.
+            confidence: Level of the intervals, in (0, 1); None for :attr:`confidence`.
+
+        Returns:
+            The figure and its axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If there is no such plot, or the report has not measured what it shows.
+        """
+        from odp_callbacks.analysis.summaries import Analysis
+        from odp_callbacks.visualization.notebook import plot_report
+
+        return plot_report(Analysis(self, self._level(confidence)), kind, ax)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what to do next, a picture of the gains, and all figures in a table."""
+        from odp_callbacks.visualization.notebook import notebook_html
+
+        return notebook_html(self)
+
     def to_pandas(self, confidence: float | None = None) -> "DataFrame":
         """All figures as a pandas table with one row per figure.
 
@@ -323,7 +364,10 @@ class ProbeReport:
             ``"correct"``, ``"incorrect"`` and, for the difference between the last two, ``"incorrect-correct"``. Rows
             for the difference between two teachers have ``"a - b"`` as their teacher. Rows of the figure
             ``"contribution"`` have a part of the update as their split: ``"correct depth 4-7"``, ``"layer 3"``,
-            ``"module q_proj"`` for a kind of module, or a module's full name.
+            ``"module q_proj"`` for a kind of module, or a module's full name. The figure
+            ``"correlation_top_k_overlap_with_influence"`` is the rank correlation of a predictor with a target, see
+            :mod:`~odp_callbacks.analysis.correlations`. Rows of the figure ``"success"`` have ``"student"`` as their
+            teacher, and a class and window of depth as their split.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
@@ -338,7 +382,7 @@ class ProbeReport:
         return _pandas("to_pandas").DataFrame(figure_rows(self, self._level(confidence)), columns=list(COLUMNS))
 
     def tokens(self, confidence: float | None = None) -> "DataFrame":
-        """Every response token as a row of a pandas table, with its influence on the success of other questions.
+        """Every response token as a row of a pandas table, with its influence and what may predict it.
 
         Args:
             confidence: Level of the intervals, in (0, 1); None for :attr:`confidence`.
@@ -346,15 +390,17 @@ class ProbeReport:
         Returns:
             A table with the columns ``question``, ``rollout``, ``depth``, ``text`` and ``reward``, followed for each
             teacher by ``influence_<teacher>`` and the ends of its interval, ``influence_<teacher>_low`` and
-            ``influence_<teacher>_high``. The influences of a teacher add up to its update's contribution.
+            ``influence_<teacher>_high``. The influences of a teacher add up to its update's contribution. Then come
+            ``repetition`` of the whole response and ``student_entropy``, and for each teacher ``reverse_kl_<teacher>``
+            and its other :data:`~odp_callbacks.analysis.predictors.TOKEN_PREDICTORS`.
 
         Raises:
             ModuleNotFoundError: If pandas is not installed.
             ValueError: If ``confidence`` is not in (0, 1).
 
         Examples:
-            >>> ProbeReport(("base",), (), (), (), {}, 0, 0, {}).tokens().columns[-1]
-            'influence_base_high'
+            >>> list(ProbeReport(("base",), (), (), (), {}, 0, 0, {}).tokens().columns[5:10])
+            ['influence_base', 'influence_base_low', 'influence_base_high', 'repetition', 'student_entropy']
         """
         from odp_callbacks.analysis.token_table import token_columns, token_rows
 

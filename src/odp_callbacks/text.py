@@ -1,6 +1,7 @@
 """Safe display of text that users or models wrote: visible, harmless to a terminal or page, and of bounded length."""
 
 import unicodedata
+from collections.abc import Sequence
 
 VISIBLE_WHITESPACE = {"\n": "⏎", "\t": "⇥"}
 """Symbols that stand for line breaks and tabs."""
@@ -27,6 +28,20 @@ def displayable(text: str, max_length: int = MAXIMUM_LENGTH) -> str:
     if text and not text.strip():
         text = "␣" * len(text)
     return text if len(text) <= max_length else text[:max_length] + "…"
+
+
+def quoted_names(names: Sequence[str]) -> str:
+    """Enumerate names in quotation marks, ready for display.
+
+    Args:
+        names: At least one.
+
+    Examples:
+        >>> quoted_names(["answer", "base", "solution"])
+        '“answer”, “base” and “solution”'
+    """
+    quoted = [f"“{displayable(name)}”" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
 def shorten_middle(text: str, max_length: int = 24) -> str:

@@ -1,6 +1,7 @@
 """What the measurement of an update leaves behind: inner products of gradients, and the influence of every token."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +120,11 @@ class TokenFeatures:
         teacher_entropy: ``(N, K)``, in nats.
         teacher_log_prob: ``(N, K)``, log-probability that each teacher gives the token, in nats.
         reverse_kl: ``(N, K)``, divergence ``KL(student || teacher)``, in nats.
+        top_k_overlap: ``(N, K)``, and the three below: see :mod:`~odp_callbacks.functional.top_k`. No rule asks about
+            them; None in records from before they existed.
+        overlap_advantage: ``(N, K)``, in nats; NaN where no token is shared.
+        student_mass_on_teacher_top_k: ``(N, K)``.
+        teacher_mass_on_student_top_k: ``(N, K)``.
     """
 
     rollout: NDArray[np.int64]
@@ -128,6 +134,15 @@ class TokenFeatures:
     teacher_entropy: Floats32
     teacher_log_prob: Floats32
     reverse_kl: Floats32
+    top_k_overlap: Floats32 | None = None
+    overlap_advantage: Floats32 | None = None
+    student_mass_on_teacher_top_k: Floats32 | None = None
+    teacher_mass_on_student_top_k: Floats32 | None = None
+
+    def take(self, chosen: NDArray[np.bool_]) -> "TokenFeatures":
+        """Those of some tokens, by a mask ``(N,)``."""
+        columns: dict[str, Any] = {name: None if v is None else v[chosen] for name, v in vars(self).items()}
+        return TokenFeatures(**columns)
 
 
 @dataclass(frozen=True)
@@ -191,6 +206,5 @@ class UpdateRecord:
             )
         if features is not None:
             rollout = new_index[features.rollout]
-            columns = {name: values[rollout >= 0] for name, values in vars(features).items()}
-            features = TokenFeatures(**{**columns, "rollout": rollout[rollout >= 0]})
+            features = replace(features.take(rollout >= 0), rollout=rollout[rollout >= 0])
         return replace(self, influence=influence, features=features)

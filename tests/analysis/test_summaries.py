@@ -6,10 +6,10 @@ import pytest
 from scipy import stats
 
 from odp_callbacks.analysis.node_estimates import estimate
+from odp_callbacks.analysis.predictors import ENTROPY_GAP, PREDICTORS, TOP_K_PREDICTORS
 from odp_callbacks.analysis.summaries import (
     FIGURES,
     INCORRECT_MINUS_CORRECT,
-    PREDICTORS,
     SPLITS,
     UPDATE_FIGURES,
     Analysis,
@@ -50,7 +50,9 @@ def assert_class_summary(summary, nodes, teacher_index):
         "teacher_advantage": np.array([figures.teacher_advantage[teacher_index] for figures in estimates]),
         **{name: np.array([node.predictors[name][teacher_index] for node in nodes]) for name in PREDICTORS},
     }
-    assert set(summary.figures) == set(FIGURES) - set(UPDATE_FIGURES)
+    gaps = [abs(node.predictors["teacher_entropy"] - node.predictors["student_entropy"]) for node in nodes]
+    values_by_figure[ENTROPY_GAP] = np.array(gaps)[:, teacher_index]
+    assert set(summary.figures) == set(FIGURES) - {*UPDATE_FIGURES, *TOP_K_PREDICTORS}, "these records have no top k"
     for name, values in values_by_figure.items():
         figure = summary.figures[name]
         expected = jackknife_by_hand(values, weights, questions)

@@ -14,7 +14,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from odp_callbacks import OnPolicyDistillation, Teacher, TrainingRollout
+from odp_callbacks.analysis.run_curve import run_curve
+from odp_callbacks.callbacks.step_gain import MAXIMUM_POINTS
 from odp_callbacks.functional import lora_parameters
+from odp_callbacks.storage import load, record_folders
 from tests.helpers.models import randomise, tiny, word_tokenizer
 from tests.helpers.training import (
     ManualOptimization,
@@ -133,6 +136,30 @@ def test_loggers_and_other_callbacks_see_it(tmp_path: Path) -> None:
     for name in ("gain", "gain_sum", "reward", "reward_change"):
         assert (f"odp/step/{name}" in header) == (name != "reward_change"), "TensorBoard alone draws the change"
         assert float(shown[f"odp/step/{name}"]) == pytest.approx(logged[-1][1][name], abs=1e-6)
+
+
+def test_records_of_the_probes_keep_the_curves(tmp_path: Path) -> None:
+    seed_everything(1, verbose=False)
+    _, logged = train(make_callback(every_n_steps=3, prompts=None, records=tmp_path), max_steps=7)
+    reports = [load(folder) for folder in record_folders(tmp_path)]
+    curve = run_curve(reports)
+    assert curve is not None
+    assert curve.probe_steps.tolist() == [3, 6]
+    before_the_last_probe = [(step, figures) for step, figures in logged if step < 6]
+    # What is logged at a step is of the parameters before it.
+    assert curve.steps.tolist() == [step - 1 for step, _ in before_the_last_probe]
+    for column in ("gain_sum", "reward_change"):
+        expected = [figures[column] for _, figures in before_the_last_probe]
+        assert getattr(curve, column).tolist() == pytest.approx(expected)
+
+
+def test_points_without_a_record_are_thinned() -> None:
+    step_gain = quiet_callback().monitor.step_gain
+    for step in range(2 * MAXIMUM_POINTS):
+        step_gain._keep_point({"step": float(step)})
+    assert len(step_gain.points) <= MAXIMUM_POINTS
+    assert step_gain.take_points()[-1]["step"] == 2 * MAXIMUM_POINTS - 1
+    assert step_gain.points == []
 
 
 def test_a_figure_every_n_steps_is_of_all_steps_since_the_last() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from odp_callbacks.analysis.summaries import PREDICTORS
+from odp_callbacks.analysis.predictors import PREDICTORS
 from odp_callbacks.records import Floats, NodeRecord, ProbeReport, RolloutRecord, StepSums
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from odp_callbacks.analysis.correlations import correlations, measured_targets
 from odp_callbacks.analysis.jackknife import Estimate
+from odp_callbacks.analysis.success_by_depth import success_by_depth
 from odp_callbacks.analysis.summaries import GEOMETRY_DEPENDENT, Analysis
 from odp_callbacks.records import ProbeReport
 
@@ -11,6 +13,8 @@ COLUMNS = (
     "teacher", "split", "figure", "value", "low", "high", "uncorrected", "questions", "nodes", "note", "geometry",
 )  # fmt: skip
 """Names of the columns, in their order."""
+STUDENT = "student"
+"""Teacher of the rows on what the student does by itself."""
 CONTRIBUTION = "contribution"
 """Figure of the rows on what depths, layers and modules contribute to the update."""
 
@@ -46,6 +50,11 @@ def _estimates(report: ProbeReport, confidence: float) -> Iterator[tuple[tuple[s
     for split, estimates in analysis.contributions():
         for teacher, estimate in zip(report.teachers, estimates, strict=True):
             yield (teacher, split, CONTRIBUTION), estimate
+    for target in measured_targets(report):
+        for (teacher, predictor), estimate in correlations(report, confidence, target).items():
+            yield (teacher, "all", f"correlation_{predictor}_with_{target}"), estimate
+    for split, window, estimate in success_by_depth(report, confidence):
+        yield (STUDENT, f"{split} depth {window}", "success"), estimate
 
 
 def _row(teacher: str, split: str, figure: str, estimate: Estimate, report: ProbeReport) -> dict[str, Any]:

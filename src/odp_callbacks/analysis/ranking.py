@@ -8,7 +8,7 @@ from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.summaries import SPLITS, Analysis, ClassSummary
 from odp_callbacks.analysis.update_gain import EQUAL_REWARDS, EQUAL_TEACHER, ONE_QUESTION
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.text import displayable
+from odp_callbacks.text import quoted_names
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def rank_analysis(analysis: Analysis) -> Ranking:
     gains: dict[str, dict[str, Estimate]] = {}
     for summary in [*analysis.summaries(), *analysis.summaries("question")]:
         if summary.split in SPLITS or summary.split.startswith("question "):
-            gains.setdefault(summary.split, {})[summary.teacher] = _gain(summary)
-    differences = {(contrast.split, contrast.teacher): _gain(contrast) for contrast in analysis.contrasts()}
+            gains.setdefault(summary.split, {})[summary.teacher] = judged_gain(summary)
+    differences = {(contrast.split, contrast.teacher): judged_gain(contrast) for contrast in analysis.contrasts()}
     classes = {split: _rank_class(split, class_gains, differences) for split, class_gains in gains.items()}
     return Ranking(classes, _answer_without_differences(analysis.report) or _answer(classes["all"]))
 
@@ -87,11 +87,11 @@ def missing_gains(notes: Mapping[str, str]) -> str:
     for note, reason in NO_GAIN.items():
         if teachers := [teacher for teacher, of_teacher in notes.items() if of_teacher == note]:
             differ = "does not differ" if len(teachers) == 1 else "do not differ"
-            sentences.append(reason.format(teachers=_enumerate(teachers), differ=differ))
+            sentences.append(reason.format(teachers=quoted_names(teachers), differ=differ))
     return " ".join(sentences)
 
 
-def _gain(summary: ClassSummary) -> Estimate:
+def judged_gain(summary: ClassSummary) -> Estimate:
     """The figure that teachers are ranked by: update gain where it was measured, otherwise predicted gain."""
     return summary.figures["update_gain" if "update_gain" in summary.figures else "predicted_gain"]
 
@@ -111,17 +111,26 @@ def _rank_class(
     best_first = sorted(gains, key=value_or_last, reverse=True)
     ranked = []
     for teacher in best_first:
-        behind = None if teacher == best_first[0] else _difference(differences, split, best_first[0], teacher)
+        behind = None if teacher == best_first[0] else teacher_difference(differences, split, best_first[0], teacher)
         worse = behind is not None and behind.low > 0
         ranked.append(RankedTeacher(teacher, gains[teacher], verdict(gains[teacher]), behind, worse))
     return ranked
 
 
-def _difference(differences: dict[tuple[str, str], Estimate], split: str, best: str, teacher: str) -> Estimate | None:
-    """Gain of the best teacher minus another's; contrasts hold each pair of teachers in one best_first only."""
-    if (split, f"{best} - {teacher}") in differences:
-        return differences[split, f"{best} - {teacher}"]
-    reverse = differences.get((split, f"{teacher} - {best}"))
+def teacher_difference(
+    differences: Mapping[tuple[str, str], Estimate], split: str, first: str, second: str
+) -> Estimate | None:
+    """Gain of one teacher minus another's; None if they were not compared.
+
+    Args:
+        differences: By class and pair, such as ``("all", "a - b")``; each pair stands in one order only.
+        split: The class.
+        first: Name of the one teacher.
+        second: Name of the other.
+    """
+    if (split, f"{first} - {second}") in differences:
+        return differences[split, f"{first} - {second}"]
+    reverse = differences.get((split, f"{second} - {first}"))
     if reverse is None:
         return None
     return replace(reverse, value=-reverse.value, low=-reverse.high, high=-reverse.low)
@@ -150,28 +159,23 @@ def _answer(ranked: list[RankedTeacher]) -> str:
     helping, harming, undecided = by_verdict["helps"], by_verdict["harms"], by_verdict["undecided"]
     clauses = []
     if helping:
-        clauses.append(f"{_enumerate(helping)} measurably {_conjugate('help', helping)}")
+        clauses.append(f"{quoted_names(helping)} measurably {_conjugate('help', helping)}")
     if harming:
-        clauses.append(f"{_enumerate(harming)} measurably {_conjugate('harm', harming)}")
+        clauses.append(f"{quoted_names(harming)} measurably {_conjugate('harm', harming)}")
     if undecided:
-        clauses.append(f"the evidence does not show whether {_enumerate(undecided)} {_conjugate('help', undecided)}")
+        clauses.append(f"the evidence does not show whether {quoted_names(undecided)} {_conjugate('help', undecided)}")
     if not clauses:
         return missing or "Nothing was measured."
     answer = "; ".join(clauses) + "."
     if len(ranked) > 1 and helping:
         best, equally_good = [ranked[0].teacher], [place.teacher for place in ranked[1:] if not place.worse]
         answer += (
-            f" {_enumerate(best)} comes first, but {_enumerate(equally_good)} may be as good."
+            f" {quoted_names(best)} comes first, but {quoted_names(equally_good)} may be as good."
             if equally_good
-            else f" {_enumerate(best)} measurably helps most."
+            else f" {quoted_names(best)} measurably helps most."
         )
     answer = f"{answer} {missing}".strip()
     return answer[0].upper() + answer[1:]  # names are quoted, so a name's own first letter does not change
-
-
-def _enumerate(teachers: list[str]) -> str:
-    quoted = [f"“{displayable(teacher)}”" for teacher in teachers]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
 def _conjugate(verb: str, subjects: list[str]) -> str:

@@ -3,11 +3,11 @@
 from odp_callbacks.analysis.correlations import correlations
 from odp_callbacks.analysis.estimators import success_rate
 from odp_callbacks.analysis.jackknife import Estimate
+from odp_callbacks.analysis.predictors import POLICY_PREDICTORS
 from odp_callbacks.analysis.summaries import (
     GEOMETRY_DEPENDENT,
     INCORRECT_MINUS_CORRECT,
     NOISE_CORRECTED,
-    PREDICTORS,
     UPDATE_FIGURES,
     Analysis,
     ClassSummary,
@@ -22,7 +22,7 @@ def scalars(report: ProbeReport, confidence: float = 0.95) -> dict[str, float]:
     - ``odp/<figure>/<teacher>/<split>``, with the ends of its interval as ``odp/<figure>_low/…`` and
       ``odp/<figure>_high/…``, and as ``odp/<figure>_uncorrected/…`` the value before the correction for noise;
     - ``odp/questions/…``, ``odp/nodes/…``, ``odp/undefined_share/…`` and ``odp/undetermined_share/…`` of each class;
-    - ``odp/correlation_<predictor>/<teacher>`` with the ends of its interval;
+    - ``odp/correlation_<predictor>/<teacher>``, its correlation with alignment, with the ends of its interval;
     - ``odp/probe/…`` about the probe as a whole;
     - ``odp/<geometry>/<figure>/…``, such as ``odp/adam/alignment/answer/all``, in the second geometry if there is one.
 
@@ -96,7 +96,7 @@ def _difference_scalars(summary: ClassSummary) -> dict[str, float]:
     suffix = f"/{summary.teacher}/{summary.split}"
     logged: dict[str, float] = {}
     for figure, estimate in summary.figures.items():
-        if figure not in PREDICTORS:
+        if figure not in POLICY_PREDICTORS:
             logged |= _with_interval(f"odp/{figure}", suffix, estimate)
     return logged
 

@@ -1,7 +1,7 @@
 """All figures of a report, by teacher and class of nodes, each with its interval."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -17,6 +17,7 @@ from odp_callbacks.analysis.jackknife import Estimate, Estimator, check_confiden
 from odp_callbacks.analysis.module_contributions import ModuleContributions, module_contributions
 from odp_callbacks.analysis.node_estimates import DEFINED, UNDEFINED, UNDETERMINED, statuses, teacher_advantage
 from odp_callbacks.analysis.noise_correction import correct_for_noise
+from odp_callbacks.analysis.predictors import BOUNDS, POLICY_PREDICTORS, PREDICTORS, node_predictor
 from odp_callbacks.analysis.step_alignment import step_alignment
 from odp_callbacks.analysis.success_model import fit_success_model
 from odp_callbacks.analysis.update_gain import update_alignment, update_contribution, update_gain
@@ -26,8 +27,6 @@ SPLITS = ("all", "correct", "incorrect")
 """Classes by correctness of the node's rollout: all nodes, those of correct rollouts, those of incorrect rollouts."""
 INCORRECT_MINUS_CORRECT = "incorrect-correct"
 """Split of the summary that holds the differences between the classes ``incorrect`` and ``correct``."""
-PREDICTORS = ("forward_kl", "reverse_kl", "js", "cosine", "teacher_entropy", "student_entropy")
-"""Figures of the two distributions at a node, which need no continuations and may predict the alignment."""
 GEOMETRY_DEPENDENT = (
     "update_gain", "update_contribution", "update_alignment", "predicted_gain", "gain_weighted_alignment",
     "alignment", "step_alignment",
@@ -41,7 +40,7 @@ UPDATE_CLASSES = {"all": (1.0, 1.0), "correct": (1.0, 0.0), "incorrect": (0.0, 1
 """Weights of the directions of correct and of incorrect rollouts in the update of each split."""
 FIGURES = (
     *UPDATE_FIGURES, "predicted_gain", "gain_weighted_alignment", "alignment", "step_alignment", "logit_alignment",
-    "teacher_advantage", *PREDICTORS,
+    "teacher_advantage", *POLICY_PREDICTORS,
 )  # fmt: skip
 """Names of all figures, in the order in which summaries hold them."""
 
@@ -109,6 +108,10 @@ class Analysis:
 
     def contrasts(self) -> list[ClassSummary]:
         """Differences between every two teachers, on the same nodes, in each class by correctness."""
+        return list(self._contrasts)
+
+    @cached_property
+    def _contrasts(self) -> list[ClassSummary]:
         return [
             self._difference(
                 f"{first} - {second}",
@@ -132,6 +135,12 @@ class Analysis:
         lower_ends, upper_ends = alignment_intervals(self.evidence, self.confidence)
         missing = self.status != DEFINED
         return np.where(missing, np.nan, lower_ends), np.where(missing, np.nan, upper_ends)
+
+    @cached_property
+    def _predictors(self) -> dict[str, Floats]:
+        """Figures of the two policies at the nodes, ``(N, K)`` each; without those that no node's record has."""
+        columns = {name: node_predictor(self.report, name) for name in POLICY_PREDICTORS}
+        return {name: values for name, values in columns.items() if name in PREDICTORS or not np.isnan(values).all()}
 
     @cached_property
     def influence(self) -> ReportInfluence | None:
@@ -265,9 +274,9 @@ class Analysis:
         estimators["teacher_advantage"] = token_mean(
             self.evidence, self._advantage[:, teacher_index], chosen, estimators["predicted_gain"].withheld
         )
-        for predictor in PREDICTORS:
-            values = np.array([record.predictors[predictor][teacher_index] for record in self.report.nodes])
-            estimators[predictor] = token_mean(self.evidence, values, chosen)
+        for predictor, values in self._predictors.items():
+            mean = token_mean(self.evidence, values[:, teacher_index], chosen)
+            estimators[predictor] = replace(mean, bounds=BOUNDS.get(predictor))
         return {figure: estimators[figure] for figure in FIGURES if figure in estimators}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from odp_callbacks.analysis.run_curve import RUN_CURVE, curve_setting
 from odp_callbacks.analysis.scalars import scalars
 from odp_callbacks.analysis.summaries import SPLITS
 from odp_callbacks.callbacks.failures import FailureHandler
@@ -325,6 +326,8 @@ class Monitor:
             context.log(metrics, report)
         if report is not None and context.is_global_zero:
             with self.failures.guarded(context, "failed to save the records of a probe"):
+                curve = curve_setting(context.step, self.step_gain.take_points())
+                report = replace(report, settings={**report.settings, RUN_CURVE: curve})
                 self.run_records.save(report, context.step, overwrite=context.is_training)
         if context.is_training:
             self.time_budget.extend_last_probe(FULL_PROBE, time.perf_counter() - start_time)

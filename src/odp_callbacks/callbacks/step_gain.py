@@ -24,6 +24,8 @@ KIND = "step gain"
 """What the time budget calls a measurement of a step."""
 SHARE = 0.5
 """Steps may take this share of what ``max_overhead`` allows; the rest is for probes, which come more seldom."""
+MAXIMUM_POINTS = 2000
+"""Points of the curves that are kept for the record of the next probe; beyond it, every second one is dropped."""
 NOT_MEASURED = "the step that training took was not measured; training continues without it"
 """What it means that a measurement failed."""
 
@@ -56,6 +58,7 @@ class StepGain:
         curves: The expected gain and the realised change of the reward.
         directions: Summed distillation gradient of each teacher ``(P,)``, from the last measurement of an update.
         seconds: What the measurements have taken.
+        points: The figures of the steps since the last record of a probe, each with its ``"step"``.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class StepGain:
         self.curves = StepCurves()
         self.directions: dict[str, Tensor] = {}
         self.seconds = 0.0
+        self.points: list[dict[str, float]] = []
         self._rollouts: list[TrainingRollout] = []
         self._last_batch: list[TrainingRollout] = []
         self._shows_rollouts = False
@@ -97,7 +101,7 @@ class StepGain:
             is_new_run: Whether the curves start anew.
         """
         if is_new_run:
-            self.curves, self.seconds = StepCurves(), 0.0
+            self.curves, self.seconds, self.points = StepCurves(), 0.0, []
             self.directions.clear()  # the probes fill this dictionary
         self._rollouts, self._last_batch = [], []
         self._reference, self._batch_gains = None, BatchGains(self.failures, self.rewards)
@@ -148,7 +152,7 @@ class StepGain:
         sampled = self._sampled
         ready = context.processes.gather_results(lambda: self._advance(context, probe, time_budget))
         if not all(process.knows_step for process in ready):  # another student
-            self.curves, self._reference = StepCurves(), None
+            self.curves, self._reference, self.points = StepCurves(), None, []
             return {}
         is_first = self._reference is None and any(process.shows_rollouts for process in ready)
         if not (is_due or is_first) or not ready[0].has_time:
@@ -203,7 +207,18 @@ class StepGain:
         self._reference = sampled
         if figures:
             figures["steps"] = float(sampled.step - reference.step)
+            self._keep_point({"step": float(sampled.step), **figures})
         return {f"odp/step/{name}": value for name, value in figures.items()}
+
+    def _keep_point(self, point: dict[str, float]) -> None:
+        self.points.append(point)
+        if len(self.points) > MAXIMUM_POINTS:
+            del self.points[::2]
+
+    def take_points(self) -> list[dict[str, float]]:
+        """Return the points that no record has yet, and forget them."""
+        points, self.points = self.points, []
+        return points
 
     def _cosines(self, context: TrainerContext, before: KeptParameters, after: KeptParameters) -> dict[str, float]:
         """Cosine of the last step with the direction of each teacher, on average over the processes."""

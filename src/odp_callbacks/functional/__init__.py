@@ -9,6 +9,7 @@ from odp_callbacks.functional.distillation_losses import (
 )
 from odp_callbacks.functional.gradients import lora_gradients, lora_parameters
 from odp_callbacks.functional.ideal_gradient import ideal_logit_gradient
+from odp_callbacks.functional.top_k import top_k_predictors
 from odp_callbacks.functional.updates import leave_one_out_advantages, step_gain, update_gain
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "lora_parameters",
     "node_predictors",
     "step_gain",
+    "top_k_predictors",
     "update_gain",
 ]

@@ -5,7 +5,7 @@ keeps an example of each version in ``tests/data/records``.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -51,15 +51,19 @@ ROLLOUT_SCHEMA = pa.schema(
 
 def node_schema(report: ProbeReport) -> pa.Schema:
     """Columns of the table of nodes, with the metadata of the report."""
-    predictors = sorted({predictor for node in report.nodes for predictor in node.predictors})
     return pa.schema(
         [
             *SCALAR_COLUMNS.items(),
             *((column, pa.list_(value_type)) for column, value_type in {**LIST_COLUMNS, **MATRIX_COLUMNS}.items()),
-            *((PREDICTOR_PREFIX + predictor, pa.list_(pa.float64())) for predictor in predictors),
+            *((PREDICTOR_PREFIX + predictor, pa.list_(pa.float64())) for predictor in predictor_names(report)),
         ],
         metadata={METADATA_KEY: json.dumps(_metadata(report)).encode()},
     )
+
+
+def predictor_names(report: ProbeReport) -> list[str]:
+    """Names of the predictors that any node has; a report of several probes may hold nodes that lack one."""
+    return sorted({predictor for node in report.nodes for predictor in node.predictors})
 
 
 def _metadata(report: ProbeReport) -> dict[str, Any]:
@@ -100,8 +104,14 @@ def row_to_rollout(row: Mapping[str, Any]) -> RolloutRecord:
     return RolloutRecord(**{**row, "pieces": tuple(row["pieces"])})
 
 
-def node_to_row(node: NodeRecord) -> dict[str, Any]:
-    """Row of the table of nodes."""
+def node_to_row(node: NodeRecord, predictors: Iterable[str]) -> dict[str, Any]:
+    """Row of the table of nodes.
+
+    Args:
+        node: The node.
+        predictors: Names of the predictors in the table; one that the node lacks is NaN.
+    """
+    unknown = np.full(len(node.teacher_tail), np.nan)
     upper = np.triu_indices(len(node.logit_gram))
     return {
         **{column: getattr(node, column) for column in SCALAR_COLUMNS},
@@ -110,7 +120,7 @@ def node_to_row(node: NodeRecord) -> dict[str, Any]:
         "gram": node.gram.sum(axis=0)[upper],
         "logit_gram": node.logit_gram[upper],
         "module_gram": node.gram[:, upper[0], upper[1]].ravel().astype(np.float32),
-        **{PREDICTOR_PREFIX + predictor: values.tolist() for predictor, values in node.predictors.items()},
+        **{PREDICTOR_PREFIX + name: node.predictors.get(name, unknown).tolist() for name in predictors},
     }
 
 

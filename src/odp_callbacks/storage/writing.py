@@ -18,6 +18,7 @@ from odp_callbacks.storage.schema import (
     ROLLOUTS_FILE,
     node_schema,
     node_to_row,
+    predictor_names,
     rollout_to_row,
 )
 from odp_callbacks.storage.teacher_responses import write_teacher_responses
@@ -76,7 +77,8 @@ def _check_place(target: Path, overwrite: bool) -> None:
 
 
 def _write_files(report: ProbeReport, folder: Path) -> None:
-    node_table = pa.Table.from_pylist([node_to_row(node) for node in report.nodes], node_schema(report))
+    predictors = predictor_names(report)
+    node_table = pa.Table.from_pylist([node_to_row(node, predictors) for node in report.nodes], node_schema(report))
     rollout_table = pa.Table.from_pylist([rollout_to_row(rollout) for rollout in report.rollouts], ROLLOUT_SCHEMA)
     for table, name in ((node_table, NODES_FILE), (rollout_table, ROLLOUTS_FILE)):
         # Opened here, because pyarrow does not take every path that the system takes.

@@ -73,11 +73,28 @@ def draw_estimate(axes: Axes, estimate: Estimate, position: float, teacher_index
     )
 
 
-def draw_legend(plot: Figure, labels: Sequence[str]) -> None:
+def axes_or_new(axes: Axes | None, height: float) -> Axes:
+    """Return the axes to draw on: those of the caller, or the only ones of a new plot.
+
+    Args:
+        axes: The caller's; None for new ones.
+        height: Of a new plot, in inches.
+    """
+    return Figure(figsize=(WIDTH, height), layout="constrained").add_subplot() if axes is None else axes
+
+
+def plot_of(axes: Axes) -> Figure:
+    """The plot that axes belong to."""
+    plot = axes.get_figure(root=True)
+    assert plot is not None, "axes are a part of a plot"
+    return plot
+
+
+def draw_legend(plot: Figure | Axes, labels: Sequence[str]) -> None:
     """Draw the teachers' legend above the axes, in as many columns as fit.
 
     Args:
-        plot: The plot.
+        plot: The plot; or axes, if they are the caller's, who may have others in the same plot.
         labels: One label for each teacher.
     """
     handles = [
@@ -85,10 +102,13 @@ def draw_legend(plot: Figure, labels: Sequence[str]) -> None:
         for teacher_index in range(len(labels))
     ]
     column_count = max(1, min(4, len(labels), LEGEND_CHARACTERS // (max(map(len, labels)) + 6)))
-    plot.legend(handles, labels, frameon=False, fontsize=9, ncols=column_count, loc="outside upper left")
+    if isinstance(plot, Axes):
+        plot.legend(handles, labels, frameon=False, fontsize=9)
+    else:
+        plot.legend(handles, labels, frameon=False, fontsize=9, ncols=column_count, loc="outside upper left")
 
 
-def draw_teacher_legend(plot: Figure, teachers: Sequence[str]) -> None:
+def draw_teacher_legend(plot: Figure | Axes, teachers: Sequence[str]) -> None:
     """Draw a legend of the teachers' names."""
     draw_legend(plot, [shorten_middle(teacher) for teacher in teachers])
 

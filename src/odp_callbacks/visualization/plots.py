@@ -20,12 +20,13 @@ from odp_callbacks.text import displayable, shorten_middle
 from odp_callbacks.visualization.plot_style import (
     GREY,
     STYLE,
-    WIDTH,
+    axes_or_new,
     colour_of,
     draw_estimate,
     draw_legend,
     draw_teacher_legend,
     marker_of,
+    plot_of,
     uncorrected_where_withheld,
 )
 from odp_callbacks.visualization.wording import class_title, figure_title, gain_figure, level
@@ -40,20 +41,22 @@ GAINS = ("update_gain", "predicted_gain")
 """Figures that are no cosines, so that they have no largest value, and that need no correction for noise."""
 
 
-def plot_gains(summaries: Sequence[ClassSummary], teachers: Sequence[str], figure: str | None = None) -> Figure:
+def plot_gains(
+    summaries: Sequence[ClassSummary], teachers: Sequence[str], figure: str | None = None, axes: Axes | None = None
+) -> Figure:
     """Plot the gain of each teacher in each class of rollouts, and the difference of the classes, with intervals.
 
     Args:
         summaries: Of one report, by correctness.
         teachers: Names of its teachers.
         figure: Name of the figure; None for the update gain where it was measured, otherwise the predicted gain.
+        axes: Where to draw; None for a plot of its own.
     """
     figure = figure or gain_figure(summaries)
     estimates = {(summary.teacher, summary.split): summary.figures[figure] for summary in summaries}
     splits = [split for split in (*SPLITS, INCORRECT_MINUS_CORRECT) if any(key[1] == split for key in estimates)]
     with rc_context(STYLE):
-        plot = Figure(figsize=(WIDTH, 1.3 + 0.28 * len(teachers) * len(splits)), layout="constrained")
-        axes = plot.add_subplot()
+        given, axes = axes, axes_or_new(axes, 1.3 + 0.28 * len(teachers) * len(splits))
         rows_per_class = len(teachers) + 1
         for split_index, split in enumerate(splits):
             for teacher_index, teacher in enumerate(teachers):
@@ -66,20 +69,21 @@ def plot_gains(summaries: Sequence[ClassSummary], teachers: Sequence[str], figur
         axes.set_ylim(len(splits) * rows_per_class - 1.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=1)
         axes.set_xlabel(f"harms  ←  0  →  helps\n{figure_title(figure)}: success\nprobability per unit step")
-        draw_teacher_legend(plot, teachers)
-        return plot
+        draw_teacher_legend(given or plot_of(axes), teachers)
+        return plot_of(axes)
 
 
-def plot_over_depth(analysis: Analysis, figure: str = "gain_weighted_alignment") -> Figure:
+def plot_over_depth(analysis: Analysis, figure: str = "gain_weighted_alignment", axes: Axes | None = None) -> Figure:
     """Plot a figure over windows of depth; a hollow marker shows it uncorrected where it is withheld.
 
     Args:
         analysis: Analysis of a report.
         figure: Name of the figure.
+        axes: Where to draw; None for a plot of its own.
     """
     summaries = analysis.summaries("depth")
     labels = {summary.split: summary.split.removeprefix("depth ") for summary in summaries}
-    return _plot_lines(summaries, figure, analysis.report.teachers, labels, "response token")
+    return _plot_lines(summaries, figure, analysis.report.teachers, labels, "response token", axes)
 
 
 def plot_over_probes(reports: Sequence[tuple[str, ProbeReport]], confidence: float) -> Figure:
@@ -102,15 +106,19 @@ def plot_over_probes(reports: Sequence[tuple[str, ProbeReport]], confidence: flo
 
 
 def _plot_lines(
-    summaries: Sequence[ClassSummary], figure: str, teachers: Sequence[str], labels: Mapping[str, str], axis_label: str
+    summaries: Sequence[ClassSummary],
+    figure: str,
+    teachers: Sequence[str],
+    labels: Mapping[str, str],
+    axis_label: str,
+    axes: Axes | None = None,
 ) -> Figure:
     """Plot a figure of each teacher as a line over classes; ``labels`` has a label for each class, in order."""
     estimates = {
         (summary.teacher, summary.split): uncorrected_where_withheld(summary.figures[figure]) for summary in summaries
     }
     with rc_context(STYLE):
-        plot = Figure(figsize=(WIDTH, 2.8 + 0.2 * -(-len(teachers) // 4)), layout="constrained")
-        axes = plot.add_subplot()
+        given, axes = axes, axes_or_new(axes, 2.8 + 0.2 * -(-len(teachers) // 4))
         for teacher_index, teacher in enumerate(teachers):
             # Error bars of several teachers would hide each other at the same place.
             offset = (teacher_index - (len(teachers) - 1) / 2) * min(0.12, 0.6 / len(teachers))
@@ -133,8 +141,8 @@ def _plot_lines(
         )
         axes.set_xlabel(f"{axis_label} (hollow: {hollow_because})" if any_hollow else axis_label)
         axes.set_ylabel(figure_title(figure))
-        draw_teacher_legend(plot, teachers)
-        return plot
+        draw_teacher_legend(given or plot_of(axes), teachers)
+        return plot_of(axes)
 
 
 def _label_classes(axes: Axes, labels: Sequence[str]) -> None:
@@ -146,7 +154,9 @@ def _label_classes(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_xticks(positions, drawn_labels, rotation=30 if is_crowded else 0, ha="right" if is_crowded else "center")
 
 
-def plot_alignment_against_divergence(analysis: Analysis, predictor: str = "reverse_kl") -> Figure:
+def plot_alignment_against_divergence(
+    analysis: Analysis, predictor: str = "reverse_kl", axes: Axes | None = None
+) -> Figure:
     """Plot each token's alignment against a divergence between student and teacher, with their correlation.
 
     A marker is filled where the interval of the token's alignment excludes 0.
@@ -154,13 +164,13 @@ def plot_alignment_against_divergence(analysis: Analysis, predictor: str = "reve
     Args:
         analysis: Analysis of a report.
         predictor: Name of the divergence among a node's predictors.
+        axes: Where to draw; None for a plot of its own.
     """
     report = analysis.report
     estimates = correlations(report, analysis.confidence)
     interval = -(-len(report.nodes) * len(report.teachers) // MAXIMUM_POINTS) or 1
     with rc_context(STYLE):
-        plot = Figure(figsize=(WIDTH, 3.2 + 0.2 * len(report.teachers)), layout="constrained")
-        axes = plot.add_subplot()
+        given, axes = axes, axes_or_new(axes, 3.2 + 0.2 * len(report.teachers))
         largest_divergence = LINEAR_BELOW
         for teacher_index in range(len(report.teachers)):
             divergence = np.array([node.predictors[predictor][teacher_index] for node in report.nodes])
@@ -177,8 +187,9 @@ def plot_alignment_against_divergence(analysis: Analysis, predictor: str = "reve
             f"{figure_title(predictor)} divergence (nats)\n"
             f"filled: {level(analysis.confidence)} interval\nof the alignment excludes 0{subsampling_note}"
         )
-        draw_legend(plot, [_describe_correlation(name, estimates[name, predictor]) for name in report.teachers])
-        return plot
+        labels = [_describe_correlation(name, estimates[name, predictor]) for name in report.teachers]
+        draw_legend(given or plot_of(axes), labels)
+        return plot_of(axes)
 
 
 def _scatter_tokens(

@@ -18,7 +18,8 @@ def table_text(analysis: Analysis) -> str:
     except ImportError:  # rich belongs to the extras
         return ""
     text_buffer = io.StringIO()
-    Console(file=text_buffer, width=110, color_system=None).print(tabulate(analysis))
+    # In a notebook rich would show the table instead of writing it.
+    Console(file=text_buffer, width=110, color_system=None, force_jupyter=False).print(tabulate(analysis))
     return text_buffer.getvalue()
 
 

@@ -9,13 +9,14 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from odp_callbacks.analysis.advice import advise
 from odp_callbacks.analysis.estimators import success_rate
 from odp_callbacks.analysis.jackknife import FEW_INFORMATIVE, Estimate
 from odp_callbacks.analysis.summaries import INCORRECT_MINUS_CORRECT, Analysis, ClassSummary
 from odp_callbacks.analysis.update_gain import EQUAL_TEACHER, FEW_ROLLOUTS
 from odp_callbacks.gates.scoring import RuleScore
 from odp_callbacks.records import ProbeReport
-from odp_callbacks.text import MAXIMUM_LENGTH, displayable
+from odp_callbacks.text import MAXIMUM_LENGTH, displayable, printable
 from odp_callbacks.visualization.wording import gain_figure, level
 
 HEADINGS = {
@@ -40,7 +41,7 @@ SHORT_NOTES = {EQUAL_TEACHER: "as the student", FEW_ROLLOUTS: "few rollouts", FE
 def summary_table(report: ProbeReport, confidence: float = 0.95) -> Group:
     """Tabulate the figures of each teacher on correct and incorrect rollouts, and the differences between teachers.
 
-    Each estimate stands above its interval.
+    Each estimate stands above its interval. The last line says what to do next.
 
     Args:
         report: A probe's report.
@@ -76,7 +77,8 @@ def tabulate(analysis: Analysis) -> Group:
             end_section=is_difference,
         )
     contrasts = [contrast for contrast in analysis.contrasts() if contrast.split == "all"]
-    return Group(table, "", _contrast_table(contrasts, figures)) if contrasts else Group(table)
+    tables = (table, "", _contrast_table(contrasts, figures)) if contrasts else (table,)
+    return Group(*tables, "", f"[bold]Next:[/bold] {escape(printable(advise(analysis).sentence))}")
 
 
 def _figures(summaries: Sequence[ClassSummary]) -> tuple[str, ...]:
@@ -90,8 +92,9 @@ def _summary_caption(analysis: Analysis, figures: Sequence[str]) -> str:
     report = analysis.report
     success = success_rate(report, analysis.confidence)
     truncated = report.truncated / max(1, len(report.rollouts) + report.continuations)
+    interval = "" if math.isnan(success.low) else f" ({success.low:.0%} to {success.high:.0%})"
     lines = [
-        f"{len(report.rollouts)} rollouts, success rate {success.value:.0%} ({success.low:.0%} to {success.high:.0%})",
+        f"{len(report.rollouts)} rollouts, success rate {success.value:.0%}{interval}",
         f"{report.continuations} continuations; {truncated:.0%} of all responses cut at the length limit",
         f"{level(analysis.confidence)} intervals, clustered by question. Gap: incorrect minus correct.",
     ]

@@ -126,18 +126,19 @@ def run_names(names: Iterable[str]) -> dict[str, str]:
     return runs
 
 
-def pinned_cards(root: str, gain: str = "update_gain") -> str:
+def pinned_cards(root: str, gain: str = "update_gain", tags: Sequence[str] = PINNED) -> str:
     """The end of an address of TensorBoard that pins the main cards on top of its first tab.
 
     Args:
         root: How the names of all scalars begin.
         gain: The figure that teachers are judged by.
+        tags: What is pinned, in this order; ``{gain}`` stands for that figure.
 
     Examples:
         >>> pinned_cards("odp")[:52]
         '/?pinnedCards=%5B%7B%22plugin%22%3A%22scalars%22%2C%'
     """
-    cards = [{"plugin": "scalars", "tag": f"{root}/{tag.format(gain=gain)}"} for tag in PINNED]
+    cards = [{"plugin": "scalars", "tag": f"{root}/{tag.format(gain=gain)}"} for tag in tags]
     return f"/?pinnedCards={quote(json.dumps(cards, separators=(',', ':')), safe='')}#timeseries"
 
 

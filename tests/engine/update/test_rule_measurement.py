@@ -10,6 +10,7 @@ from odp_callbacks import ProbeReport, diagnose
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.engine.update.measurement import UpdateMeter
 from odp_callbacks.functional.tokens import Tokens, policy_features
+from odp_callbacks.functional.top_k import top_k_predictors
 from odp_callbacks.functional.updates import leave_one_out_advantages
 from odp_callbacks.gates import RULES, score_rules
 from odp_callbacks.update_records import TokenFeatures, UpdateRecord
@@ -67,7 +68,8 @@ def test_features_are_those_of_both_policies(apart: bool) -> None:
         own = student(input_ids=sequence).logits[0, rollout.positions(range(4))]
         with student.disable_adapter():
             base = student(input_ids=sequence).logits[0, rollout.positions(range(4))]
-    expected = torch.stack(list(policy_features(own, base, torch.tensor(rollout.response_ids), TEMPERATURE).values()))
+    of_rules = policy_features(own, base, torch.tensor(rollout.response_ids), TEMPERATURE)
+    expected = torch.stack([*of_rules.values(), *top_k_predictors(own, base, TEMPERATURE).values()])
     torch.testing.assert_close(directions.features[:, 1, :4], expected.float(), rtol=1e-4, atol=1e-6)
 
 

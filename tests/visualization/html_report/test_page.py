@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from odp_callbacks import Teacher, diagnose
+from odp_callbacks.analysis.advice import advise
 from odp_callbacks.analysis.evidence import gather
+from odp_callbacks.analysis.run_curve import RUN_CURVE, curve_setting
 from odp_callbacks.analysis.summaries import Analysis, summarise
+from odp_callbacks.records import Floats
 from odp_callbacks.visualization.html_report import write_report
 from odp_callbacks.visualization.html_report.data import page_data, success_with_interval
 from odp_callbacks.visualization.html_report.page import describe_estimate, significant_token_counts
@@ -62,7 +65,8 @@ def test_whatever_was_written_stays_text(make_report: MakeReport, tmp_path: Path
     assert "\x00" not in text
     data = embedded_data(text)
     assert data["rollouts"][0]["question"] == HOSTILE[0]
-    assert max(len(piece) for rollout in data["rollouts"] for piece in rollout["pieces"]) <= 61
+    assert max(len(piece) for piece in data["pieces"]["texts"]) <= 61
+    assert data["rollouts"][0]["length"] == len(HOSTILE)
     assert "49" not in data["words"]["7"], "no template is rendered"
 
 
@@ -154,7 +158,7 @@ def test_probes_of_a_run_are_shown_in_their_order(make_report: MakeReport, tmp_p
     text = write_report(reports, tmp_path / "report.html").read_text("utf-8")
     assert "Over the course of training" in text
     assert "step 1" in text
-    trend = text[text.index("Over the course of training") :]
+    trend = text[text.index("<h2>Over the course of training") :]
     assert trend.index("step 0") < trend.index("step 2")
     single = write_report(reports[0][1], tmp_path / "one.html").read_text("utf-8")
     assert "Over the course of training" not in single
@@ -165,29 +169,64 @@ def test_a_report_of_an_update_alone_opens_with_it(make_report: MakeReport, tmp_
     text = write_report(report, tmp_path / "report.html").read_text("utf-8")
     summaries, contrasts = Analysis(report).summaries(), Analysis(report).contrasts()
     assert {summary.split for summary in summaries} == {"all", "correct", "incorrect", "incorrect-correct"}
-    opening = text[: text.index("Where the gain comes from")]
+    opening = text[: text.index("<h2>Where the gain comes from")]
     for summary in [*summaries, *contrasts]:
         assert describe_estimate(summary.figures["update_gain"]) in opening, (summary.teacher, summary.split)
     assert opening.index('id="answer"') < opening.index("<svg") < opening.index("near - far")
-    assert text.index("Where the gain comes from") < text.index("On which tokens") < text.index("All figures")
+    headings = ("Where the gain comes from", "On which tokens", "All figures")
+    places = [text.index(f"<h2>{heading}") for heading in headings]
+    assert places == sorted(places)
     for absent in ("redicted gain", "continuations", "Alignment over depth", "Where to distil", "<h2>Questions</h2>"):
         assert absent not in elements_text(text), absent
     for figure in ("update_contribution", "update_alignment"):
-        assert describe_estimate(summaries[0].figures[figure]) in text[text.index("All figures") :]
+        assert describe_estimate(summaries[0].figures[figure]) in text[text.index("<h2>All figures") :]
+
+
+def influence_of(data: Any) -> tuple[Floats, Floats]:
+    """Influences and half-widths ``(T, K)`` as the page's script reads them."""
+    influence, teachers = data["influence"], len(data["teachers"])
+    value, half = (
+        influence["scale"] * np.frombuffer(b64decode(influence[name]), "<f2").astype(float).reshape(-1, teachers)
+        for name in ("value", "half")
+    )
+    return value, half
 
 
 def test_every_token_s_influence_is_in_the_page(make_report: MakeReport) -> None:
     report = update_only(make_report(split), lambda correct: (0.3, -0.2), noise=0.5)
     data, table = page_data(Analysis(report, 0.8)), report.tokens(0.8)
-    value, half = (
-        np.frombuffer(b64decode(data["influence"][name]), "<f4").reshape(-1, 2) for name in ("value", "half")
-    )
+    value, half = influence_of(data)
     assert len(value) == len(table) == 12 * 8
     for index, teacher in enumerate(report.teachers):
-        np.testing.assert_allclose(value[:, index], table[f"influence_{teacher}"], rtol=1e-6)
+        np.testing.assert_allclose(value[:, index], table[f"influence_{teacher}"], rtol=1e-3)
         low, high = table[f"influence_{teacher}_low"], table[f"influence_{teacher}_high"]
-        np.testing.assert_allclose(half[:, index], (high - low) / 2, rtol=1e-6)
-    assert data["influence"]["scale"] == pytest.approx(np.quantile(np.abs(value), 0.95), rel=1e-6)
+        np.testing.assert_allclose(half[:, index], (high - low) / 2, rtol=1e-3)
+    assert data["influence"]["scale"] == pytest.approx(np.quantile(np.abs(value), 0.95), rel=1e-3)
+
+
+def test_rounding_changes_no_significance(make_report: MakeReport) -> None:
+    """Half-widths that are nearly as large as the influences, on either side."""
+    report = update_only(make_report(split), lambda correct: (0.3, -0.2), noise=0.5)
+    exact = Analysis(report).influence
+    assert exact is not None
+    generator = np.random.default_rng(0)
+    half_width = np.abs(exact.value) * (1 + 1e-4 * generator.normal(size=exact.value.shape))
+    analysis = Analysis(report)
+    analysis.__dict__["influence"] = replace(exact, low=exact.value - half_width, high=exact.value + half_width)
+    assert analysis.influence is not None
+    value, half = influence_of(page_data(analysis))
+    significant = analysis.influence.significant
+    assert 0.2 < significant.mean() < 0.8
+    np.testing.assert_array_equal(np.abs(value) > half, significant)
+
+
+def test_every_token_s_text_is_in_the_page(make_report: MakeReport) -> None:
+    report = with_texts(make_report(split), 7)
+    data = page_data(Analysis(report))
+    ids = np.frombuffer(b64decode(data["pieces"]["ids"]), "<u4")
+    shown = [data["pieces"]["texts"][place] for place in ids]
+    assert shown == [piece for rollout in report.rollouts for piece in rollout.pieces]
+    assert len(data["pieces"]["texts"]) == 7, "each text once"
 
 
 def test_significant_tokens_are_counted_by_influence_where_it_was_measured(make_report: MakeReport) -> None:
@@ -218,7 +257,7 @@ def test_nodes_stay_beside_the_update(make_report: MakeReport, tmp_path: Path) -
         assert words in text
     for summary in summarise(report):
         for figure in ("update_gain", "predicted_gain"):
-            assert describe_estimate(summary.figures[figure]) in text[text.index("All figures") :]
+            assert describe_estimate(summary.figures[figure]) in text[text.index("<h2>All figures") :]
 
 
 def test_fifty_thousand_tokens_take_less_than_five_megabytes(make_report: MakeReport, tmp_path: Path) -> None:
@@ -226,7 +265,55 @@ def test_fifty_thousand_tokens_take_less_than_five_megabytes(make_report: MakeRe
     short = make_report(lambda correct, depth: (0.1,) * 4, questions=50, teachers=names, depths=(0,))
     report = update_only(with_texts(short, 500), lambda correct: (0.3, -0.2, 0.1, 0.0))
     assert len(report.tokens()) == 50_000
-    assert write_report(report, tmp_path / "report.html").stat().st_size < 5e6
+    assert write_report(report, tmp_path / "report.html").stat().st_size < 2.5e6
+
+
+def test_the_page_begins_with_what_to_do_next(make_report: MakeReport, tmp_path: Path) -> None:
+    report = update_only(make_report(split), lambda correct: (0.6, -0.3))
+    page = write_report(report, tmp_path / "report.html").read_text("utf-8")
+    text, sentence = re.sub("</?strong>", "", page), advise(Analysis(report)).sentence
+    assert text.index(sentence) < text.index(report.ranking().answer) < text.index("<table")
+    assert sentence in " ".join(table_text(Analysis(report)).split())
+
+
+def test_the_recommended_teacher_is_shown_first(make_report: MakeReport, tmp_path: Path) -> None:
+    report = update_only(make_report(split), lambda correct: (-0.3, 0.6))
+    text = write_report(report, tmp_path / "report.html").read_text("utf-8")
+    assert '<option value="1" selected>far</option>' in text
+    assert text.count(" selected>") == 1
+
+
+def test_no_reader_meets_a_nan(make_report: MakeReport, tmp_path: Path) -> None:
+    of_nodes = make_report(split, questions=1)
+    for number, report in enumerate(
+        (
+            of_nodes,
+            with_update(of_nodes, lambda correct: (0.6, 0.0)),
+            update_only(of_nodes, lambda correct: (0.1, -1.0)),
+        )
+    ):
+        text = write_report(report, tmp_path / f"report{number}.html").read_text("utf-8")
+        assert not re.search(r"\bnan\b", elements_text(text), re.IGNORECASE)
+        assert "nan" not in table_text(Analysis(report)).lower()
+
+
+def test_what_was_expected_of_a_run_stands_beside_what_was_realised(make_report: MakeReport, tmp_path: Path) -> None:
+    points = [{"step": 1, "gain_sum": 0.1, "gain_sum_low": 0.0, "gain_sum_high": 0.2, "reward_change": 0.15}]
+    reports = [
+        (f"step {step}", replace(make_report(split, seed=step), settings={RUN_CURVE: curve_setting(step, of_step)}))
+        for step, of_step in ((0, []), (2, points))
+    ]
+    text = write_report(reports, tmp_path / "report.html").read_text("utf-8")
+    course = text[text.index('<section id="course">') :]
+    for words in (
+        "Predicted against realised",
+        "expected: sum of step gains",
+        "reward of a batch",
+        "success of a probe",
+    ):
+        assert words in course
+    alone = write_report([(name, replace(report, settings={})) for name, report in reports], tmp_path / "alone.html")
+    assert "Predicted against realised" not in alone.read_text("utf-8")
 
 
 def test_updates_of_a_run_are_drawn_over_its_probes(make_report: MakeReport, tmp_path: Path) -> None:
@@ -234,7 +321,7 @@ def test_updates_of_a_run_are_drawn_over_its_probes(make_report: MakeReport, tmp
         (f"step {index}", update_only(make_report(split), lambda correct: (0.3, -0.2), seed=index)) for index in (0, 1)
     ]
     text = write_report(reports, tmp_path / "report.html").read_text("utf-8")
-    trend = text[text.index("Over the course of training") :]
+    trend = text[text.index("<h2>Over the course of training") :]
     assert "update gain</text>" in trend
 
 
@@ -249,9 +336,10 @@ def test_a_real_diagnosis_without_continuations_is_shown(tmp_path: Path) -> None
     )
     text = report.to_html(tmp_path / "report.html").read_text("utf-8")
     data = embedded_data(text)
-    shown = np.frombuffer(b64decode(data["influence"]["value"]), "<f4").reshape(-1, 2)
-    np.testing.assert_allclose(shown, report.tokens()[["influence_answer", "influence_base"]], rtol=1e-6)
-    assert len(shown) == sum(len(rollout["pieces"]) for rollout in data["rollouts"])
+    shown, _ = influence_of(data)
+    expected = report.tokens()[["influence_answer", "influence_base"]]
+    np.testing.assert_allclose(shown, expected, rtol=1e-3, atol=1e-6 * data["influence"]["scale"])
+    assert len(shown) == sum(rollout["length"] for rollout in data["rollouts"])
     for summary in report.summary():
         assert describe_estimate(summary.figures["update_gain"]) in text
     drawn = [name for name, _ in pictures(Analysis(report))]

@@ -23,6 +23,7 @@ from odp_callbacks.engine.tree.planning import MeasuredNodes
 from odp_callbacks.engine.tree.recording import is_scored, node_record
 from odp_callbacks.functional.distillation_losses import node_predictors
 from odp_callbacks.functional.gradients import lora_parameters
+from odp_callbacks.functional.top_k import top_k_predictors
 from odp_callbacks.records import Floats, NodeRecord
 
 
@@ -156,10 +157,10 @@ class NodeDifferentiator:
         """The records of one rollout's nodes."""
         rollout, temperature = logits.rollout, self.config.temperature
         directions = self._directions(measured, logits)
-        predictors = [
-            node_predictors(logits.student[..., : teacher.shape[-1]], teacher, temperature)
-            for teacher in logits.teachers
-        ]
+        predictors = []
+        for teacher in logits.teachers:
+            pair = logits.student[..., : teacher.shape[-1]], teacher, temperature
+            predictors.append({**node_predictors(*pair), **top_k_predictors(*pair)})
         return [
             node_record(
                 rollout,

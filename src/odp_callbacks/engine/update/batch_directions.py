@@ -14,6 +14,7 @@ from odp_callbacks.engine.teachers import Teacher, teacher_prompt_ids
 from odp_callbacks.engine.update.backward import vector_jacobian_products
 from odp_callbacks.engine.update.split_model import MAXIMUM_LOGITS, SplitModel
 from odp_callbacks.functional.tokens import policy_features
+from odp_callbacks.functional.top_k import top_k_predictors
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class BatchDirections:
     Attributes:
         cotangents: ``(1 + K, N, H)``: success, then each teacher, for the ``N`` response tokens of the batch.
         norms: ``(K, N)`` float32, the norm of each token's distillation direction on the logits.
-        features: ``(5, K, N)`` float32 on the CPU, what rules may ask about each token: the values of
-            :func:`~odp_callbacks.functional.tokens.policy_features` in their order; None if not asked for.
+        features: ``(9, K, N)`` float32 on the CPU, what is known about each token: the values of
+            :func:`~odp_callbacks.functional.tokens.policy_features`, about which rules may ask, and then those of
+            :func:`~odp_callbacks.functional.top_k.top_k_predictors`, in their order; None if not asked for.
     """
 
     cotangents: Tensor
@@ -152,7 +154,7 @@ class DirectionsOfBatches:
     def _directions_on_logits(
         self, logits: Tensor, tokens: Tensor, factors: Tensor, teacher_states: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """``(1 + K, n, V)``: the direction of success, then each teacher's; and ``(5, K, n)``, the tokens' features."""
+        """``(1 + K, n, V)``: the direction of success, then each teacher's; and ``(9, K, n)``, the tokens' features."""
         z = logits if logits.dtype == torch.float64 else logits.float()
         success = -torch.softmax(z / self.temperature, dim=-1)
         success[torch.arange(len(tokens), device=z.device), tokens] += 1
@@ -164,7 +166,10 @@ class DirectionsOfBatches:
             directions.append(self.direction(z, teacher_logits.to(z), tokens))
             if self._features:
                 shared = z[..., : teacher_logits.shape[-1]]
-                of_teacher = policy_features(shared, teacher_logits.to(z), tokens, self.temperature)
+                of_teacher = {
+                    **policy_features(shared, teacher_logits.to(z), tokens, self.temperature),
+                    **top_k_predictors(shared, teacher_logits.to(z), self.temperature),
+                }
                 features.append(torch.stack(list(of_teacher.values())).float().cpu())
         return torch.stack(directions), [torch.stack(features, dim=1)] if features else []
 

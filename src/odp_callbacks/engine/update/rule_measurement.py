@@ -29,7 +29,7 @@ Batches = Sequence[tuple[list[int], BatchDirections]]
 
 
 def features_of_batches(rollouts: Sequence[Rollout], batches: Batches) -> TokenFeatures | None:
-    """What rules may ask about all response tokens, rollout by rollout; None if the batches do not know it.
+    """What rules may ask about all response tokens, and further predictors; None if the batches do not know them.
 
     Args:
         rollouts: All rollouts.
@@ -40,10 +40,11 @@ def features_of_batches(rollouts: Sequence[Rollout], batches: Batches) -> TokenF
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     teachers = len(batches[0][1].norms)
-    values = np.zeros((5, teachers, starts[-1]), dtype=np.float32)
+    values = np.zeros((9, teachers, starts[-1]), dtype=np.float32)
     for batch, directions in batches:
         values[:, :, places_of(batch, starts)] = directions.features
-    student_entropy, teacher_entropy, student_log_prob, teacher_log_prob, reverse_kl = values
+    student_entropy, teacher_entropy, student_log_prob, teacher_log_prob, reverse_kl, *of_top_k = values
+    overlap, advantage, student_mass, teacher_mass = of_top_k
     return TokenFeatures(
         rollout=np.repeat(np.arange(len(rollouts)), lengths),
         depth=np.concatenate([np.arange(length) for length in lengths]),
@@ -53,6 +54,10 @@ def features_of_batches(rollouts: Sequence[Rollout], batches: Batches) -> TokenF
         teacher_entropy=teacher_entropy.T,
         teacher_log_prob=teacher_log_prob.T,
         reverse_kl=reverse_kl.T,
+        top_k_overlap=overlap.T,
+        overlap_advantage=advantage.T,
+        student_mass_on_teacher_top_k=student_mass.T,
+        teacher_mass_on_student_top_k=teacher_mass.T,
     )
 
 

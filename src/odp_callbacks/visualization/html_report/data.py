@@ -2,10 +2,12 @@
 
 import math
 from base64 import b64encode
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from odp_callbacks.analysis.contributions import ReportInfluence
 from odp_callbacks.analysis.summaries import Analysis
@@ -27,8 +29,9 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
 
     Returns:
         ``teachers``, names; ``level``, the confidence level in words;
-        ``words``, the texts of candidate tokens by id; ``rollouts`` and ``nodes``, see :func:`_rollout_data` and
-        :func:`_node_data`; ``influence``, see :func:`_influence_data`, or None if no influence was measured.
+        ``words``, the texts of candidate tokens by id; ``pieces``, see :func:`_piece_data`; ``rollouts`` and ``nodes``,
+        see :func:`_rollout_data` and :func:`_node_data`; ``influence``, see :func:`_influence_data`, or None if no
+        influence was measured.
     """
     report, alignment = analysis.report, analysis.token_alignment()
     lower_ends, upper_ends = analysis.token_intervals()
@@ -36,6 +39,7 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
         "teachers": [displayable(teacher_name) for teacher_name in report.teachers],
         "level": level(analysis.confidence),
         "words": {str(token_id): displayable(token_text) for token_id, token_text in report.token_text.items()},
+        "pieces": _piece_data(report.rollouts),
         "rollouts": [_rollout_data(rollout) for rollout in report.rollouts],
         "nodes": [
             _node_data(analysis, node_index, alignment[node_index], (lower_ends[node_index], upper_ends[node_index]))
@@ -46,30 +50,48 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
     }
 
 
+def _piece_data(rollouts: Sequence[RolloutRecord]) -> dict[str, Any]:
+    """Collect the texts of all tokens that the page shows, rollout after rollout.
+
+    ``texts`` are those that differ; ``ids`` is base64 of little-endian uint32, the place of each token's text.
+    """
+    places: dict[str, int] = {}
+    ids = [
+        places.setdefault(displayable(piece), len(places))
+        for rollout in rollouts
+        for piece in rollout.pieces[:MAXIMUM_RESPONSE_LENGTH]
+    ]
+    return {"texts": list(places), "ids": _base64(np.array(ids, "<u4"))}
+
+
 def _influence_data(influence: ReportInfluence) -> dict[str, Any]:
     """Collect the influences of all tokens that the page shows, rollout after rollout.
 
-    ``value`` and ``half``, the half-width of the interval, are base64 of little-endian float32, ``(T, K)``: of 50,000
-    tokens JSON would be several times as large, and slow to parse. ``scale`` is the influence of the strongest colour.
+    ``value`` and ``half``, the half-width of the interval, are base64 of little-endian float16, ``(T, K)``, in units of
+    ``scale``, the influence of the strongest colour: of 50,000 tokens JSON would be many times as large, and slow to
+    parse.
     """
     shown = influence.depth < MAXIMUM_RESPONSE_LENGTH
-    half_width = (influence.high - influence.low) / 2
-    return {
-        "value": _base64(influence.value[shown]),
-        "half": _base64(half_width[shown]),
-        "scale": influence.scale,
-    }
+    value, half_width = influence.value[shown], (influence.high - influence.low)[shown] / 2
+    short_value, short_half = (numbers / influence.scale for numbers in (value, half_width))
+    short_value, short_half = short_value.astype("<f2"), short_half.astype("<f2")
+    # Rounding must not change which tokens are significant.
+    flipped = (np.abs(short_value) > short_half) != influence.significant[shown]
+    flipped &= np.isfinite(short_value) & np.isfinite(short_half)
+    towards = np.where(influence.significant[shown], np.float16(-np.inf), np.float16(np.inf))
+    short_half[flipped] = np.nextafter(np.abs(short_value), towards)[flipped]
+    return {"value": _base64(short_value), "half": _base64(short_half), "scale": influence.scale}
 
 
-def _base64(values: Floats) -> str:
-    return b64encode(values.astype("<f4").tobytes()).decode("ascii")
+def _base64(values: NDArray[Any]) -> str:
+    return b64encode(values.tobytes()).decode("ascii")
 
 
 def _rollout_data(rollout: RolloutRecord) -> dict[str, Any]:
     return {
         "question": displayable(rollout.question),
         "prompt": keep_end(rollout.prompt, MAXIMUM_PROMPT_LENGTH),
-        "pieces": [displayable(piece) for piece in rollout.pieces[:MAXIMUM_RESPONSE_LENGTH]],
+        "length": min(len(rollout.pieces), MAXIMUM_RESPONSE_LENGTH),
         "omitted": max(0, len(rollout.pieces) - MAXIMUM_RESPONSE_LENGTH),
         "reward": json_number(rollout.reward),
         "correct": rollout.correct,

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from odp_callbacks.analysis.advice import advise
 from odp_callbacks.analysis.estimators import success_rate
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.ranking import rank_analysis, verdict
@@ -22,7 +23,7 @@ from odp_callbacks.files import local_path, write_atomically
 from odp_callbacks.gates.scoring import RuleScore, score_rules
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.text import displayable
-from odp_callbacks.visualization import contribution_plots, module_maps, plots
+from odp_callbacks.visualization import contribution_plots, module_maps, plots, predictor_plots, run_plots
 from odp_callbacks.visualization.html_report.data import page_data
 from odp_callbacks.visualization.plot_style import to_svg
 from odp_callbacks.visualization.wording import class_title, figure_title, gain_figure, level
@@ -43,9 +44,9 @@ def write_report(
 ) -> Path:
     """Write the report of a probe, or of the probes of a run, as one HTML file that loads nothing else.
 
-    The page begins with the answer: which teacher helps, where, and how certain that is. The gains of all teachers,
-    plots, rollouts with tokens coloured by influence or alignment, and tables follow. Whatever a model or a user wrote
-    appears as text, never as markup.
+    The page begins with what to do next, and with the answer: which teacher helps, where, and how certain that is. The
+    gains of all teachers, plots, rollouts with tokens coloured by influence or alignment, and tables follow. Whatever a
+    model or a user wrote appears as text, never as markup.
 
     Args:
         reports: The report of a probe; or several reports, each with a name, such as its step. The page shows the last
@@ -84,7 +85,8 @@ def render_page(named_reports: Sequence[tuple[str, ProbeReport]], title: str, co
         (displayable(report_name), other) for report_name, other in named_reports if other.teachers == report.teachers
     ]
     summaries, contrasts = analysis.summaries(), analysis.contrasts()
-    gain = gain_figure(summaries)
+    gain, ranking = gain_figure(summaries), rank_analysis(analysis)
+    advice = advise(analysis, ranking)
     figures = [figure for figure in TABULATED if any(figure in summary.figures for summary in summaries)]
     environment = Environment(loader=PackageLoader(PACKAGE, "."), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {
@@ -98,7 +100,9 @@ def render_page(named_reports: Sequence[tuple[str, ProbeReport]], title: str, co
         one_in=round(1 / (1 - confidence)),
         report=report,
         teachers=[displayable(teacher) for teacher in report.teachers],
-        ranking=rank_analysis(analysis),
+        ranking=ranking,
+        advice=advice,
+        first_teacher=report.teachers.index(advice.teacher or ranking.classes["all"][0].teacher),
         gain=gain,
         figures=figures,
         summaries=summaries,
@@ -115,9 +119,16 @@ def render_page(named_reports: Sequence[tuple[str, ProbeReport]], title: str, co
         probe=displayable(name),
         # Style and script are part of this package; the data is escaped for its place in the page.
         style=Markup(resources.joinpath("page.css").read_text("utf-8")),
-        script=Markup(resources.joinpath("page.js").read_text("utf-8")),
+        script=Markup(page_script()),
         data=Markup(json_for_script(page_data(analysis))),
     )
+
+
+def page_script() -> str:
+    """The page's script: the files of the folder ``script`` in the order of their names, in a scope of their own."""
+    parts = sorted(files(PACKAGE).joinpath("script").iterdir(), key=lambda part: part.name)
+    text = "".join(part.read_text("utf-8") for part in parts if part.name.endswith(".js"))
+    return f'"use strict";\n(() => {{\n{text}}})();\n'
 
 
 def _plots(analysis: Analysis, comparable: Sequence[tuple[str, ProbeReport]]) -> dict[str, Markup | None]:
@@ -131,6 +142,9 @@ def _plots(analysis: Analysis, comparable: Sequence[tuple[str, ProbeReport]]) ->
         "depth": plots.plot_over_depth(analysis) if has_nodes else None,
         "modules": module_maps.plot_module_maps(analysis) if has_nodes else None,
         "divergence": plots.plot_alignment_against_divergence(analysis) if has_nodes else None,
+        "predictors": predictor_plots.plot_predictors(analysis),
+        "success": predictor_plots.plot_success_by_depth(analysis),
+        "realised": run_plots.plot_realised([report for _, report in comparable], analysis.confidence),
         "trend": plots.plot_over_probes(comparable, analysis.confidence) if len(comparable) > 1 else None,
     }
     return {name: None if plot is None else Markup(to_svg(plot)) for name, plot in drawn_plots.items()}
