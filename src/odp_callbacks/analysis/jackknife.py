@@ -4,12 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from odp_callbacks.analysis.skewness import skewed_interval
 from odp_callbacks.records import Floats
 
 MINIMUM_QUESTIONS = 3
 """With fewer questions an interval would not reach its stated coverage, so none is given."""
+MAXIMUM_PAIRS = 2048
+"""Of many questions, about so many pairs are left out: their number grows with its square, and the variance of the
+interactions is known to a few percent from these."""
 FEW_INFORMATIVE = "few unequal rewards"
 """Why there is no interval: too few questions have rewards that differ, and rollouts of the class."""
 
@@ -103,7 +107,7 @@ class Estimator:
     def _pair_variance(self, leave_one_out: Floats) -> float:
         """The part of the jackknife variance that comes from pairs, measured by leaving out two questions."""
         count = len(leave_one_out)
-        first, second = np.triu_indices(count, 1)
+        first, second = question_pairs(count)
         weights = np.ones((len(first), len(self.questions)))
         places = np.flatnonzero(self.questions)
         weights[np.arange(len(first)), places[first]] = 0
@@ -113,7 +117,7 @@ class Estimator:
         interactions = (
             count * of_all - (count - 1) * (leave_one_out[first] + leave_one_out[second]) + (count - 2) * leave_two_out
         )
-        return float(((interactions - interactions.mean()) ** 2).sum() / (count * (count - 1)))
+        return float(((interactions - interactions.mean()) ** 2).mean() / 2)
 
     @property
     def skewness(self) -> float:
@@ -158,6 +162,25 @@ class Estimator:
             self.pairs or other.pairs,
             min((n for n in (self.informative, other.informative) if n is not None), default=None),
         )
+
+
+def question_pairs(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of different questions: all of them, or a balanced part of about :data:`MAXIMUM_PAIRS`.
+
+    In the part every question is in equally many pairs, with those that follow it in a circle.
+
+    Args:
+        count: Number of questions, at least 2.
+
+    Examples:
+        >>> question_pairs(3)
+        (array([0, 0, 1]), array([1, 2, 2]))
+    """
+    if count * (count - 1) // 2 <= MAXIMUM_PAIRS:
+        return np.triu_indices(count, 1)
+    offsets = np.arange(1, MAXIMUM_PAIRS // count + 1) if count <= MAXIMUM_PAIRS else np.ones(1, dtype=np.int64)
+    first = np.repeat(np.arange(count), len(offsets))
+    return first, (first + np.tile(offsets, count)) % count
 
 
 def check_confidence(confidence: float) -> float:
