@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from odp_callbacks.analysis.probe_plan import plan_probe, unit_prices
+from odp_callbacks.engine import ProbeConfig
+from odp_callbacks.engine.tree.nodes import BalancedNodes
 from odp_callbacks.records import RolloutRecord
 from tests.helpers.records import report_of, synthetic
 
@@ -57,3 +59,14 @@ def test_what_cannot_be_planned_is_refused(report):
         plan_probe(report, 0, 10)
     with pytest.raises(ValueError, match="`report` is too small for a plan"):
         plan_probe(replace(report, nodes=()), 60, 10)
+
+
+def test_a_plan_is_the_options_of_a_probe(report):
+    report = replace(report, generated_tokens={"rollouts": 24, "continuations": 10 * report.continuations})
+    plan = plan_probe(report, 96.0, 12, {"questions": 12, "rollouts": 2, "nodes": 4, "continuations": 4})
+    branches = sum(len(node.tokens) for node in report.nodes) / len(report.nodes)
+    assert plan.budget == pytest.approx(12 * 2 * 4 * 4 * branches * 10, abs=1)
+    config = ProbeConfig(**plan.options())
+    assert config.rollouts_per_question == 2
+    assert config.budget == plan.budget
+    assert config.selector == BalancedNodes(4)

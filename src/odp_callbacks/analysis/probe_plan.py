@@ -25,11 +25,24 @@ class ProbePlan:
         design: Numbers of questions, rollouts a question, nodes a rollout, and continuations a branch.
         seconds: What a probe of this design is expected to take.
         half_width: Expected half-width of the widest 95 % interval of predicted gain, over all nodes.
+        budget: Expected number of tokens of its continuations.
     """
 
     design: NestedDesign
     seconds: float
     half_width: float
+    budget: int
+
+    def options(self) -> dict[str, int]:
+        """The plan as options of a probe, which takes as many questions as the plan says.
+
+        The continuations become a ``budget``, so that they go where they tell most.
+        """
+        return {
+            "rollouts_per_question": self.design.rollouts,
+            "nodes": self.design.nodes,
+            "budget": self.budget,
+        }
 
     def __str__(self) -> str:
         """Say the plan in one sentence."""
@@ -73,7 +86,14 @@ def plan_probe(
     at_least = {} if fixed and "rollouts" in fixed else {"rollouts": SMALLEST_ROLLOUTS}
     design = best_design(prices, components, seconds, available_questions, fixed, at_least)
     scale = width / _realised_design(report).variance(components) ** 0.5
-    return ProbePlan(design, design.price(prices), scale * design.variance(components) ** 0.5)
+    tokens = report.generated_tokens.get("continuations", 0) / max(1, report.continuations)
+    continuations = design.questions * design.rollouts * design.nodes * design.continuations * _mean_branches(report)
+    return ProbePlan(
+        design,
+        design.price(prices),
+        scale * design.variance(components) ** 0.5,
+        max(1, round(continuations * tokens)),
+    )
 
 
 def unit_prices(report: ProbeReport) -> UnitPrices:
@@ -83,13 +103,17 @@ def unit_prices(report: ProbeReport) -> UnitPrices:
         report: A report with nodes.
     """
     stages = report.stage_seconds
-    mean_branches = float(np.mean([len(node.tokens) for node in report.nodes]))
     return UnitPrices(
         question=0.0,  # a prompt is read for its rollouts
         rollout=sum(max(0.0, stages.get(stage, 0.0)) for stage in STAGES_OF_ROLLOUTS) / len(report.rollouts),
         node=stages.get("gradients", 0.0) / len(report.nodes),
-        continuation=stages.get("continuations", 0.0) * mean_branches / max(1, report.continuations),
+        continuation=stages.get("continuations", 0.0) * _mean_branches(report) / max(1, report.continuations),
     )
+
+
+def _mean_branches(report: ProbeReport) -> float:
+    """Mean number of branches of a node."""
+    return float(np.mean([len(node.tokens) for node in report.nodes]))
 
 
 def _realised_design(report: ProbeReport) -> NestedDesign:

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from odp_callbacks.engine.chat_template import are_tools
 from odp_callbacks.engine.gradients.loss_directions import UserLoss
 from odp_callbacks.engine.tree.allocation import TARGETS
-from odp_callbacks.engine.tree.nodes import NODE_SELECTORS, NodeSelector
+from odp_callbacks.engine.tree.nodes import NODE_SELECTORS, BalancedNodes, NodeSelector
 from odp_callbacks.engine.update.response_tokens import Rule, check_rules
 from odp_callbacks.functional.distillation_losses import Divergence, check_divergence
 
@@ -41,7 +41,7 @@ class ProbeOptions(TypedDict, total=False):
     update: bool
     influence: bool
     rules: Mapping[str, Rule] | None
-    nodes: NodeSelector | str
+    nodes: NodeSelector | int | str
     branch_mass: float
     max_branches: int
     tail_draws: int
@@ -95,9 +95,9 @@ class ProbeConfig:
         rules: Rules for where to distil, whose update gain is measured too, as functions by name (such as
             ``odp_callbacks.gates.RULES``); :func:`~odp_callbacks.score_rules` reads it. Each rule that weights by more
             than correctness takes a forward pass and, for each teacher, a backward pass. None measures no rule.
-        nodes: Which response positions are measured: ``"balanced"`` (nearly equal weights, every depth), one in each of
-            the ``"exponential"`` windows, ``"every"``, ``"uniform"``, ``"entropy"``, or a
-            :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function.
+        nodes: Which response positions are measured: ``"balanced"`` (nearly equal weights, every depth), or the number of
+            balanced ones in each response; one in each of the ``"exponential"`` windows, ``"every"``, ``"uniform"``,
+            ``"entropy"``; or a :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function.
         branch_mass: Total probability that the most likely branches of a node must reach, in (0, 1].
         max_branches: Maximum number of most likely branches of a node.
         tail_draws: Number of tokens drawn from the remaining probability mass at each node.
@@ -149,7 +149,7 @@ class ProbeConfig:
     update: bool = True
     influence: bool = True
     rules: Mapping[str, Rule] | None = None
-    nodes: NodeSelector | str = "balanced"
+    nodes: NodeSelector | int | str = "balanced"
     branch_mass: float = 0.95
     max_branches: int = 4
     tail_draws: int = 2
@@ -217,8 +217,12 @@ class ProbeConfig:
             )
         if self.tools is not None and not are_tools(self.tools):
             raise ValueError(f"`tools` must be a list of functions or JSON schemas, but {self.tools!r} was given.")
-        if not callable(self.nodes) and self.nodes not in NODE_SELECTORS:
-            raise ValueError(f"`nodes` must be one of {list(NODE_SELECTORS)} or a function, but got {self.nodes!r}.")
+        is_count = type(self.nodes) is int and self.nodes > 0
+        if not callable(self.nodes) and not is_count and self.nodes not in NODE_SELECTORS:
+            raise ValueError(
+                f"`nodes` must be one of {list(NODE_SELECTORS)}, a positive number or a function, but got "
+                f"{self.nodes!r}."
+            )
         if not callable(self.divergence):
             check_divergence(self.divergence, self.beta, self.top_k)
 
@@ -235,6 +239,8 @@ class ProbeConfig:
     @property
     def selector(self) -> NodeSelector:
         """The function that selects a rollout's nodes."""
+        if isinstance(self.nodes, int):
+            return BalancedNodes(self.nodes)
         return NODE_SELECTORS[self.nodes] if isinstance(self.nodes, str) else self.nodes
 
     def settings(self) -> dict[str, Any]:
