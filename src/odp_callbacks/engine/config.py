@@ -95,8 +95,8 @@ class ProbeConfig:
         rules: Rules for where to distil, whose update gain is measured too, as functions by name (such as
             ``odp_callbacks.gates.RULES``); :func:`~odp_callbacks.score_rules` reads it. Each rule that weights by more
             than correctness takes a forward pass and, for each teacher, a backward pass. None measures no rule.
-        nodes: Which response positions are measured: ``"balanced"`` (nearly equal weights, every depth), or the number of
-            balanced ones in each response; one in each of the ``"exponential"`` windows, ``"every"``, ``"uniform"``,
+        nodes: Which response positions are measured: ``"balanced"`` (nearly equal weights, every depth), or the number
+            of balanced ones in each response; one in each of the ``"exponential"`` windows, ``"every"``, ``"uniform"``,
             ``"entropy"``; or a :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function.
         branch_mass: Total probability that the most likely branches of a node must reach, in (0, 1].
         max_branches: Maximum number of most likely branches of a node.
