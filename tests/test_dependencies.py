@@ -30,6 +30,7 @@ EXTRAS_OF = {
 CHOSEN_BY_THE_USER = {
     "bitsandbytes": "recognised where the user's model has its layers",
     "math_verify": "the reward `math-verify`; without it, the error names the extra `math`",
+    "matplotlib": "ProbeReport.plot; without it, the error names the extra `report`",
     "pandas": "ProbeReport.to_pandas",
     "reasoning_gym": "questions of a task; without it, the error names the extra `demo`",
     "rich": "the progress bar of users who chose Lightning's rich one",

@@ -1,5 +1,6 @@
 """What a notebook shows of a report, and plots on axes of the caller's."""
 
+import sys
 from dataclasses import replace
 
 import matplotlib.pyplot
@@ -8,7 +9,7 @@ import pytest
 
 from odp_callbacks.records import ProbeReport
 from tests.helpers.records import MakeReport, split
-from tests.helpers.updates import update_only, with_update
+from tests.helpers.updates import update_only
 
 
 def test_a_notebook_shows_the_advice_the_picture_and_the_table(make_report: MakeReport) -> None:
@@ -73,3 +74,9 @@ def test_a_plot_that_does_not_exist_is_refused(make_report: MakeReport) -> None:
 
 def test_a_report_is_named_in_one_line(make_report: MakeReport) -> None:
     assert repr(make_report(split)) == "<ProbeReport of 6 questions, 12 rollouts, 36 nodes; teachers: near, far>"
+
+
+def test_without_matplotlib_the_error_names_the_extra(make_report: MakeReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ModuleNotFoundError, match=r"`plot` needs matplotlib.*odp-callbacks\[report\]"):
+        make_report(split).plot()

@@ -57,6 +57,11 @@ COMMANDS = {
         "odp_callbacks.cli.demonstrations:run_command",
         after_interruption="; the same command resumes from here",
     ),
+    "study": Command(
+        "Ask whether the findings of arXiv:2605.10889 hold for several students and tasks.",
+        "odp_callbacks.cli.study.command:run_command",
+        after_interruption="; the same command resumes from here",
+    ),
     "report": Command("Build the HTML report of saved records.", "odp_callbacks.cli.report:run_command"),
     "compare": Command("Compare two runs, or two checkpoints of one run.", "odp_callbacks.cli.compare:run_command"),
     "demo": Command(

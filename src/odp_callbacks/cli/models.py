@@ -27,9 +27,7 @@ ON_CPU = ModelPlacement(device="cpu")
 """Float32 on the CPU."""
 
 
-def load_student(
-    model: str | None, inform: Inform, placement: ModelPlacement = ON_CPU
-) -> tuple[nn.Module, Any]:
+def load_student(model: str | None, inform: Inform, placement: ModelPlacement = ON_CPU) -> tuple[nn.Module, Any]:
     """Load a student and its tokenizer.
 
     Args:

@@ -30,6 +30,7 @@ def plot_report(analysis: Analysis, kind: str = "gain", axes: "Axes | None" = No
         The figure and its axes, as torchmetrics' ``plot`` does.
 
     Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If there is no such plot, or the report has not measured what it shows.
     """
     if kind not in KINDS:
@@ -39,9 +40,14 @@ def plot_report(analysis: Analysis, kind: str = "gain", axes: "Axes | None" = No
             f"`kind` is {kind!r}, which shows single tokens, but the report has measured none; give the probe a "
             '`budget`, or plot "gain".'
         )
-    import matplotlib.pyplot
+    try:
+        import matplotlib.pyplot
 
-    from odp_callbacks.visualization import plots
+        from odp_callbacks.visualization import plots
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"`plot` needs {error.name}; install it with: pip install 'odp-callbacks[report]'", name=error.name
+        ) from error
 
     if axes is None:
         axes = matplotlib.pyplot.subplots(layout="constrained")[1]

@@ -1,0 +1,134 @@
+"""``odp-callbacks study``: the questions of arXiv:2605.10889 asked of several students on several tasks."""
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from odp_callbacks.analysis.study.figures import CellSummary
+from odp_callbacks.cli.arguments import command_parser
+from odp_callbacks.cli.results import terminal_text
+from odp_callbacks.cli.study.page import write_study_page
+from odp_callbacks.cli.study.plan import StudyOptions, Unit, study_options
+from odp_callbacks.cli.study.units import StudyFolder
+from odp_callbacks.files import local_path, write_atomically
+from odp_callbacks.storage.study_summaries import load_summaries, save_summaries
+
+SUMMARIES_FILE = "summaries.json"
+
+
+@dataclass
+class Progress:
+    """How far a study is.
+
+    Attributes:
+        done: Units that are finished.
+        left: Units for which there was no time.
+        failed: Units that failed.
+        blocked: Units that need one that failed.
+    """
+
+    done: list[Unit] = field(default_factory=list)
+    left: list[Unit] = field(default_factory=list)
+    failed: list[Unit] = field(default_factory=list)
+    blocked: list[Unit] = field(default_factory=list)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Parse the arguments of ``odp-callbacks study``, and run it."""
+    parser = command_parser("study", "Do the findings of arXiv:2605.10889 hold for these students and tasks?")
+    parser.add_class_arguments(StudyOptions)
+    given = parser.parse_args(list(arguments)).as_dict()
+    del given["config"]
+    return run_study(study_options(given), Console())
+
+
+def run_study(options: StudyOptions, console: Console, clock: Callable[[], float] = time.monotonic) -> int:
+    """Measure what is not measured yet, as far as time allows, and build the page.
+
+    Args:
+        options: The arguments of the command.
+        console: Where progress is shown.
+        clock: Returns the time in seconds.
+
+    Returns:
+        The exit code: 1 if a unit failed, otherwise 0.
+
+    Raises:
+        ValueError: If an option does not work, or the folder holds units with other options.
+    """
+    options.check()
+    progress = Progress()
+    if options.records is not None:
+        cells = load_summaries(options.records)
+    else:
+        folder = StudyFolder(options, local_path("output", options.output))
+        units = options.units()
+        for unit in units:
+            folder.check(unit)
+        _measure_units(folder, units, progress, console, clock)
+        cells = _summaries(folder, units)
+        save_summaries(cells, folder.output / SUMMARIES_FILE)
+    if cells:
+        write_study_page(cells, options.page_path(), options.confidence)
+        console.print(terminal_text(f"the page: {options.page_path()}"))
+    _say_what_is_left(progress, console)
+    return 1 if progress.failed else 0
+
+
+def _measure_units(
+    folder: StudyFolder, units: Sequence[Unit], progress: Progress, console: Console, clock: Callable[[], float]
+) -> None:
+    """Measure unit after unit; a unit that fails is reported, and the others go on."""
+    start = clock()
+    limit = float("inf") if folder.options.hours is None else 3600 * folder.options.hours
+    for number, unit in enumerate(units, 1):
+        if folder.is_done(unit):
+            progress.done.append(unit)
+        elif unit.needed in (*progress.failed, *progress.blocked):
+            progress.blocked.append(unit)
+        elif clock() - start >= limit or unit.needed in progress.left:
+            progress.left.append(unit)
+        else:
+            place = f"{number} of {len(units)}"
+            console.print(terminal_text(f"{place}: {unit} ({(clock() - start) / 60:.1f} min since the start)"))
+            _measure(folder, unit, progress, console)
+
+
+def _measure(folder: StudyFolder, unit: Unit, progress: Progress, console: Console) -> None:
+    failure_file = folder.failure_file(unit)
+    try:
+        folder.measure(unit, console)
+    except Exception as error:  # whatever it is, it is this unit's, and the others may work
+        progress.failed.append(unit)
+        failure_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(failure_file, traceback.format_exc())
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        console.print(terminal_text(f"{unit} failed: {reason} (more in {failure_file})"))
+    else:
+        failure_file.unlink(missing_ok=True)
+        progress.done.append(unit)
+    gc.collect()  # a peft model refers to itself, and the next unit loads another one
+
+
+def _summaries(folder: StudyFolder, units: Sequence[Unit]) -> list[CellSummary]:
+    """The summaries of all units that have one."""
+    found = (folder.summary(unit) for unit in units)
+    return [summary for summary in found if summary is not None]
+
+
+def _say_what_is_left(progress: Progress, console: Console) -> None:
+    reasons = {
+        "no time for": progress.left,
+        "failed": progress.failed,
+        "not started, because what they need failed": progress.blocked,
+    }
+    for reason, units in reasons.items():
+        if units:
+            names = "; ".join(map(str, units))
+            console.print(terminal_text(f"{reason}: {names}"))
+    if any(reasons.values()):
+        console.print("The same command goes on from here.")
