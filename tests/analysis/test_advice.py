@@ -27,6 +27,7 @@ def advice_on(report: ProbeReport) -> Advice:
     assert "nan" not in advice.sentence
     assert advice.sentence.count(". ") == 0, "one sentence"
     assert advice.sentence.endswith(".")
+    assert bool(advice.certainty) == bool(advice.teacher)
     return advice
 
 
@@ -48,7 +49,7 @@ def test_two_that_may_be_equally_good_are_said_to_be_and_how_many_questions_woul
     assert advice.questions is not None
     assert 12 * growth <= advice.questions <= 1.1 * 12 * growth + 1
     assert growth < 20
-    assert f"“contrastive” may be as good (about {advice.questions} questions would tell)" in advice.sentence
+    assert f"“contrastive” may be as good (about {advice.questions} questions in all would tell)" in advice.sentence
 
 
 def test_undecided_asks_for_a_number_of_questions() -> None:
@@ -141,6 +142,39 @@ def test_a_teacher_that_is_the_student_is_not_waited_for() -> None:
     assert "“contrastive” does not differ from the student" in advice_on(without_direction(report, [1])).sentence
     advice = advice_on(without_direction(report, [0, 1]))
     assert advice.sentence.startswith("Try another teacher or context: “solution” and “contrastive” do not differ")
+
+
+def test_how_sure_it_is_has_the_interval_and_what_a_repetition_would_show() -> None:
+    report = report_of((0.6, 0.3), noise=0.1)
+    gain = Analysis(report).summaries()[0].figures["update_gain"]
+    assert advice_on(report).certainty == (
+        f"Update gain of “solution” on all rollouts: {gain.value:+.2g} (95% interval {gain.low:+.2g} to "
+        f"{gain.high:+.2g}), from 12 questions, 12 of which have rewards that differ; at least 95 of 100 repetitions "
+        "with as many new questions would show again that it helps."
+    )
+
+
+def test_an_interval_that_barely_excludes_0_is_called_as_weak_as_it_is() -> None:
+    reports = (report_of((0.2,), noise=0.3, seed=seed) for seed in range(50))
+    gains = ((report, Analysis(report).summaries()[0].figures["update_gain"]) for report in reports)
+    report = next(report for report, gain in gains if 0 < gain.low < 0.2 * gain.value)
+    found = re.search(r"about (\d+) of 100 repetitions .*, and 80 of 100 with (\d+)\.$", advice_on(report).certainty)
+    assert found is not None
+    assert 50 <= int(found[1]) <= 70
+    assert 12 < int(found[2]) < 30
+
+
+def test_few_questions_that_tell_something_are_not_relied_on() -> None:
+    report = report_of((0.6,), noise=0.05, questions=5)
+    assert Analysis(report).summaries()[0].figures["update_gain"].low > 0
+    certainty = advice_on(report).certainty
+    assert "repetitions" not in certainty
+    assert certainty.endswith("so measure about 10 questions before you rely on it.")
+
+
+def test_two_notes_on_one_clause_share_their_brackets() -> None:
+    for seed in range(10):
+        assert ") (" not in advise(Analysis(report_of((0.6, 0.5), noise=0.4, seed=seed))).sentence
 
 
 def test_names_are_shown_safely() -> None:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from odp_callbacks.analysis.jackknife import Estimate, Estimator, jackknife
-from odp_callbacks.analysis.questions_needed import POWER, growth_to_decide, rounded_up
+from odp_callbacks.analysis.questions_needed import POWER, decided_again, growth_to_decide, rounded_up
 
 
 def mean_of(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Estimate:
@@ -30,6 +30,20 @@ def test_so_many_questions_decide_with_the_stated_power(truth: float) -> None:
     assert decided / 400 == pytest.approx(POWER, abs=0.08)
 
 
+@pytest.mark.parametrize("truth", [0.35, -0.6])
+def test_a_repetition_decides_as_often_as_stated(truth: float) -> None:
+    generator, questions = np.random.default_rng(1), 40
+    spread = generator.normal(size=questions)
+    spread = (spread - spread.mean()) / spread.std()
+    estimate = mean_of(truth + spread)
+    assert estimate.low > 0 or estimate.high < 0
+    decided = 0
+    for _ in range(1000):
+        repeated = stats.ttest_1samp(truth + generator.normal(size=questions), 0).confidence_interval(0.95)
+        decided += repeated.low > 0 if truth > 0 else repeated.high < 0
+    assert decided / 1000 == pytest.approx(decided_again(estimate), abs=0.04)
+
+
 def test_what_is_decided_needs_no_more() -> None:
     assert growth_to_decide(Estimate(0.2, 0.1, 0.3, 8, 8)) == growth_to_decide(Estimate(-0.2, -0.3, -0.1, 8, 8)) == 1
 
@@ -41,6 +55,7 @@ def test_a_higher_level_needs_more() -> None:
 
 def test_without_an_interval_or_a_sign_there_is_no_number() -> None:
     assert math.isnan(growth_to_decide(Estimate(0.1, math.nan, math.nan, 2, 2)))
+    assert math.isnan(decided_again(Estimate(0.1, math.nan, math.nan, 2, 2)))
     assert growth_to_decide(Estimate(0.0, -0.1, 0.1, 8, 8)) == math.inf
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from odp_callbacks.analysis.rollout_choice import UNDECIDED_WHOLE, choose_rollouts, class_shares
+from odp_callbacks.analysis.rollout_choice import UNDECIDED_CLASSES, UNDECIDED_WHOLE, choose_rollouts, class_shares
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.update_records import RuleProducts, UpdateRecord, gram_of_rows
@@ -89,7 +89,7 @@ def test_without_a_decided_whole_there_are_no_shares() -> None:
     shares = class_shares(analysis, 0)
     assert {share.note for share in shares.values()} == {UNDECIDED_WHOLE}
     assert all(np.isnan(share.value) for share in shares.values())
-    assert choose_rollouts(analysis, "near").reason == "what each class of rollouts adds is undecided"
+    assert choose_rollouts(analysis, "near").reason == UNDECIDED_CLASSES
 
 
 def test_a_measured_rule_that_gains_more_is_recommended() -> None:

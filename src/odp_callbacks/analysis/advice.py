@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from odp_callbacks.analysis.jackknife import Estimate
-from odp_callbacks.analysis.questions_needed import growth_to_decide, rounded_up
+from odp_callbacks.analysis.questions_needed import POWER, decided_again, growth_to_decide, growth_to_repeat, rounded_up
 from odp_callbacks.analysis.ranking import (
     NO_GAIN,
     RankedTeacher,
@@ -36,6 +36,7 @@ class Advice:
 
     Attributes:
         sentence: All of it, in one sentence.
+        certainty: How sure it is that the teacher helps there, in a sentence; empty without a teacher.
         teacher: The teacher to distil with; empty if none is measured to help.
         where: On which rollouts, such as ``"on all rollouts"``; empty without a teacher.
         questions: About how many questions would decide what the sentence leaves open, those of the report included;
@@ -43,6 +44,7 @@ class Advice:
     """
 
     sentence: str
+    certainty: str = ""
     teacher: str = ""
     where: str = ""
     questions: int | None = None
@@ -77,36 +79,74 @@ class _Adviser:
     def advice(self) -> Advice:
         if not self.places or _rewards_are_equal(self.report):
             return Advice(self._without_gain())
-        teacher, choice = self._recommended()
-        if choice is None:
-            clauses = self._without_recommendation()
-        else:
-            start = "Distil with" if self.report.updates else "As far as single tokens tell, distil with"
-            clauses = [f"{start} {quoted_names([teacher])}, {choice.where}", *self._others(teacher)]
-            clauses += [choice.reason + self._question_note(choice.growth)] if choice.reason else []
+        best, choice = self._recommended()
+        clauses = self._without_recommendation() if best is None else self._recommendation(best.teacher, choice)
         if not self.report.updates:
             clauses.append("measure the update (`update=True`) before you decide")
+        sentence = "; ".join(clauses) + "."
         questions = rounded_up(max(self.wanted)) if self.wanted else None
-        return Advice("; ".join(clauses) + ".", teacher, "" if choice is None else choice.where, questions)
+        if best is None:
+            return Advice(sentence, questions=questions)
+        return Advice(sentence, self._certainty(best), best.teacher, choice.where, questions)
+
+    def _recommendation(self, teacher: str, choice: RolloutChoice) -> list[str]:
+        """Clauses on the recommended teacher, the others, and the rollouts."""
+        start = "Distil with" if self.report.updates else "As far as single tokens tell, distil with"
+        clauses = [f"{start} {quoted_names([teacher])}, {choice.where}", *self._others(teacher)]
+        return [*clauses, _with_note(choice.reason, self._question_note(choice.growth))] if choice.reason else clauses
+
+    def _certainty(self, best: RankedTeacher) -> str:
+        """The gain of the recommended teacher with its interval, and how often a repetition would show it again."""
+        gain, level = best.gain, 100 * self.analysis.confidence
+        figure = "Update gain" if self.report.updates else "Predicted gain"
+        split = next(split for split, places in self.ranking.classes.items() if best in places)
+        unequal = _questions_with_unequal_rewards(self.report)
+        evidence = f", {unequal} of which have rewards that differ" if self.report.updates else ""
+        if self.report.updates and unequal < INFORMATIVE_QUESTIONS:
+            caution = self._few_questions(gain, unequal)
+        else:
+            caution = self._repetitions(gain)
+        return (
+            f"{figure} of {quoted_names([best.teacher])} on {split} rollouts: {gain.value:+.2g} ({level:g}% interval "
+            f"{gain.low:+.2g} to {gain.high:+.2g}), from {self.questions} questions{evidence}; {caution}."
+        )
+
+    def _few_questions(self, gain: Estimate, unequal: int) -> str:
+        """What to do before an interval of few questions is relied on: such intervals are too short."""
+        growth = max(2.0, INFORMATIVE_QUESTIONS / max(1, unequal), growth_to_repeat(gain, self.analysis.confidence))
+        return (
+            f"of fewer than {INFORMATIVE_QUESTIONS} such questions, intervals are often too short, so measure about "
+            f"{rounded_up(growth * self.questions)} questions before you rely on it"
+        )
+
+    def _repetitions(self, gain: Estimate) -> str:
+        """In how many repetitions the interval would exclude 0 again, and how many questions a weak case takes."""
+        share = decided_again(gain, self.analysis.confidence)
+        times = "at least 95" if share >= 0.95 else f"about {5 * round(20 * share)}"
+        clause = f"{times} of 100 repetitions with as many new questions would show again that it helps"
+        if share >= POWER:
+            return clause
+        needed = rounded_up(growth_to_repeat(gain, self.analysis.confidence) * self.questions)
+        return f"{clause}, and {100 * POWER:.0f} of 100 with {needed}"
 
     def _without_gain(self) -> str:
         answer = self.ranking.answer
         notes = {place.gain.note for place in self.ranking.classes["all"]}
         return f"Try another teacher or context: {answer}" if notes == {EQUAL_TEACHER} else answer
 
-    def _recommended(self) -> tuple[str, RolloutChoice | None]:
-        """The first teacher that is measured to help on all rollouts, or else on one class; empty and None if none."""
+    def _recommended(self) -> tuple[RankedTeacher | None, RolloutChoice]:
+        """The first teacher that is measured to help on all rollouts, or else on one class; None if there is none."""
         for place in self.places:
             if place.verdict == "helps":
-                return place.teacher, choose_rollouts(self.analysis, place.teacher)
+                return place, choose_rollouts(self.analysis, place.teacher)
         known = {place.teacher for place in self.places}
         for split in CLASSES:
             for place in self.ranking.classes.get(split, ()):
                 if place.verdict == "helps" and place.teacher in known:
-                    return place.teacher, RolloutChoice(
+                    return place, RolloutChoice(
                         f"on {split} rollouts only", "on all rollouts it is not measured to help"
                     )
-        return "", None
+        return None, RolloutChoice("")
 
     def _others(self, recommended: str) -> list[str]:
         """Clauses on the other teachers, those of one fate together."""
@@ -129,7 +169,7 @@ class _Adviser:
                 one, several = FATES[fate]
                 is_open = fate in ("open", "alike")
                 note = self._question_note(max(growths[name] for name in teachers)) if is_open else ""
-                clauses.append(f"{quoted_names(teachers)} {one if len(teachers) == 1 else several}{note}")
+                clauses.append(_with_note(f"{quoted_names(teachers)} {one if len(teachers) == 1 else several}", note))
         return clauses
 
     def _without_recommendation(self) -> list[str]:
@@ -149,7 +189,7 @@ class _Adviser:
             largest = max(place.gain.high for place in undecided if place.teacher in with_interval)
             main = (
                 f"Try another teacher or context: {self.questions} questions show no gain from {names} "
-                f"(at most {largest:+.2g}), and {LARGEST_GROWTH:.0f} times as many would hardly tell"
+                f"(at most {largest:+.2g}), and even {LARGEST_GROWTH:.0f} times as many would hardly tell"
             )
             return [main, *filter(None, [harm])]
         needed = self._needed(with_interval[soonest])
@@ -174,12 +214,12 @@ class _Adviser:
         return rounded_up(growth * self.questions)
 
     def _question_note(self, growth: float) -> str:
-        """How many questions would tell what is open, in brackets; empty if nothing is."""
+        """How many questions would tell what is open; empty if nothing is."""
         if growth == 1 or math.isnan(growth):
             return ""
         if growth > LARGEST_GROWTH:
-            return f" ({LARGEST_GROWTH:.0f} times as many questions would hardly tell)"
-        return f" (about {self._needed(growth)} questions would tell)"
+            return f"even {LARGEST_GROWTH:.0f} times as many questions would hardly tell"
+        return f"about {self._needed(growth)} questions in all would tell"
 
     def _duration(self, growth: float) -> str:
         seconds = growth * sum(self.report.stage_seconds.values())
@@ -219,6 +259,13 @@ def _fate(place: RankedTeacher, ahead: Estimate | None, confidence: float) -> tu
         return ("less" if place.verdict == "helps" else "nothing"), 1.0
     growth = growth_to_decide(ahead, confidence)
     return ("open" if growth <= LARGEST_GROWTH else "alike"), growth
+
+
+def _with_note(clause: str, note: str) -> str:
+    """Add a note in brackets to a clause, which may end in brackets itself."""
+    if not note:
+        return clause
+    return f"{clause.removesuffix(')')}; {note})" if clause.endswith(")") else f"{clause} ({note})"
 
 
 def _rewards_are_equal(report: ProbeReport) -> bool:

@@ -13,6 +13,7 @@ from odp_callbacks.text import displayable
 from odp_callbacks.update_records import CLASSES
 
 OTHER_CLASS = {"correct": "incorrect", "incorrect": "correct"}
+UNDECIDED_CLASSES = "whether to leave out correct or incorrect rollouts is undecided"
 UNDECIDED_WHOLE = "whole update undecided"
 """Why a class has no share of the gain: that of the whole update cannot be told from 0."""
 
@@ -117,7 +118,7 @@ def _by_shares(analysis: Analysis, teacher_index: int) -> RolloutChoice:
     shares = {split: share for split, share in every.items() if not math.isnan(share.low)}
     if not shares:
         undecided = any(share.note == UNDECIDED_WHOLE for share in every.values())
-        return RolloutChoice("on all rollouts", "what each class of rollouts adds is undecided" if undecided else "")
+        return RolloutChoice("on all rollouts", UNDECIDED_CLASSES if undecided else "")
     split = min(shares, key=lambda name: shares[name].value)
     share = shares[split]
     if share.high < 0:

@@ -71,7 +71,10 @@ def notebook_html(report: ProbeReport) -> str:
         HTML without scripts, whose texts are escaped.
     """
     analysis = Analysis(report, report.confidence)
-    parts = [f"<p><strong>{escape(advise(analysis).sentence)}</strong></p>"]
+    advice = advise(analysis)
+    parts = [f"<p><strong>{escape(advice.sentence)}</strong></p>"]
+    if advice.certainty:
+        parts.append(f"<p>How sure: {escape(advice.certainty)}</p>")
     if report.updates or report.nodes:
         parts += _picture(analysis)
         parts.append(f"<details><summary>All figures</summary><pre>{escape(table_text(analysis))}</pre></details>")

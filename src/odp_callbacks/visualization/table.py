@@ -78,7 +78,9 @@ def tabulate(analysis: Analysis) -> Group:
         )
     contrasts = [contrast for contrast in analysis.contrasts() if contrast.split == "all"]
     tables = (table, "", _contrast_table(contrasts, figures)) if contrasts else (table,)
-    return Group(*tables, "", f"[bold]Next:[/bold] {escape(printable(advise(analysis).sentence))}")
+    advice = advise(analysis)
+    certainty = [f"[bold]How sure:[/bold] {escape(printable(advice.certainty))}"] if advice.certainty else []
+    return Group(*tables, "", f"[bold]Next:[/bold] {escape(printable(advice.sentence))}", *certainty)
 
 
 def _figures(summaries: Sequence[ClassSummary]) -> tuple[str, ...]:

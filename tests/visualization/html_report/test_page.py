@@ -268,12 +268,13 @@ def test_fifty_thousand_tokens_take_less_than_five_megabytes(make_report: MakeRe
     assert write_report(report, tmp_path / "report.html").stat().st_size < 2.5e6
 
 
-def test_the_page_begins_with_what_to_do_next(make_report: MakeReport, tmp_path: Path) -> None:
+def test_the_page_begins_with_what_to_do_next_and_how_sure_that_is(make_report: MakeReport, tmp_path: Path) -> None:
     report = update_only(make_report(split), lambda correct: (0.6, -0.3))
     page = write_report(report, tmp_path / "report.html").read_text("utf-8")
-    text, sentence = re.sub("</?strong>", "", page), advise(Analysis(report)).sentence
-    assert text.index(sentence) < text.index(report.ranking().answer) < text.index("<table")
-    assert sentence in " ".join(table_text(Analysis(report)).split())
+    text, advice = re.sub("</?strong>", "", page), advise(Analysis(report))
+    places = [text.index(part) for part in (advice.sentence, advice.certainty, report.ranking().answer, "<table")]
+    assert places == sorted(places)
+    assert f"Next: {advice.sentence} How sure: {advice.certainty}" in " ".join(table_text(Analysis(report)).split())
 
 
 def test_the_recommended_teacher_is_shown_first(make_report: MakeReport, tmp_path: Path) -> None:
