@@ -49,7 +49,10 @@ def test_two_that_may_be_equally_good_are_said_to_be_and_how_many_questions_woul
     assert advice.questions is not None
     assert 12 * growth <= advice.questions <= 1.1 * 12 * growth + 1
     assert growth < 20
-    assert f"“contrastive” may be as good (about {advice.questions} questions in all would tell)" in advice.sentence
+    assert (
+        f"“contrastive” cannot be told from it yet (about {advice.questions} questions in all would tell)"
+        in advice.sentence
+    )
 
 
 def test_undecided_asks_for_a_number_of_questions() -> None:
@@ -148,9 +151,9 @@ def test_how_sure_it_is_has_the_interval_and_what_a_repetition_would_show() -> N
     report = report_of((0.6, 0.3), noise=0.1)
     gain = Analysis(report).summaries()[0].figures["update_gain"]
     assert advice_on(report).certainty == (
-        f"Update gain of “solution” on all rollouts: {gain.value:+.2g} (95% interval {gain.low:+.2g} to "
-        f"{gain.high:+.2g}), from 12 questions, 12 of which have rewards that differ; at least 95 of 100 repetitions "
-        "with as many new questions would show again that it helps."
+        f"Update gain of “solution” on all rollouts (success probability gained per unit step): {gain.value:+.2g}, 95% "
+        f"interval {gain.low:+.2g} to {gain.high:+.2g}, from 12 questions, on 12 of which the rollouts' rewards "
+        "differ; at least 95 of 100 repetitions with as many new questions would show again that it helps."
     )
 
 
@@ -167,9 +170,11 @@ def test_an_interval_that_barely_excludes_0_is_called_as_weak_as_it_is() -> None
 def test_few_questions_that_tell_something_are_not_relied_on() -> None:
     report = report_of((0.6,), noise=0.05, questions=5)
     assert Analysis(report).summaries()[0].figures["update_gain"].low > 0
-    certainty = advice_on(report).certainty
-    assert "repetitions" not in certainty
-    assert certainty.endswith("so measure about 10 questions before you rely on it.")
+    advice = advice_on(report)
+    assert advice.sentence.startswith("Measure more before you distil: so far “solution” is ahead, on all rollouts")
+    assert "repetitions" not in advice.certainty
+    assert advice.certainty.endswith("so measure about 10 questions in all before you rely on it.")
+    assert advice.questions == 10
 
 
 def test_two_notes_on_one_clause_share_their_brackets() -> None:

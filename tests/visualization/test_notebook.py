@@ -20,9 +20,7 @@ def test_a_notebook_shows_the_advice_the_picture_and_the_table(make_report: Make
 
 
 def test_texts_of_a_report_are_escaped(make_report: MakeReport) -> None:
-    report = replace(
-        update_only(make_report(split), lambda correct: (0.6, 0.1)), teachers=("<b>bold</b>", "other")
-    )
+    report = replace(update_only(make_report(split), lambda correct: (0.6, 0.1)), teachers=("<b>bold</b>", "other"))
     assert "<b>bold</b>" not in report._repr_html_()
 
 

@@ -84,40 +84,49 @@ class _Adviser:
         if not self.report.updates:
             clauses.append("measure the update (`update=True`) before you decide")
         sentence = "; ".join(clauses) + "."
+        certainty = "" if best is None else self._certainty(best)
         questions = rounded_up(max(self.wanted)) if self.wanted else None
         if best is None:
             return Advice(sentence, questions=questions)
-        return Advice(sentence, self._certainty(best), best.teacher, choice.where, questions)
+        return Advice(sentence, certainty, best.teacher, choice.where, questions)
 
     def _recommendation(self, teacher: str, choice: RolloutChoice) -> list[str]:
         """Clauses on the recommended teacher, the others, and the rollouts."""
-        start = "Distil with" if self.report.updates else "As far as single tokens tell, distil with"
-        clauses = [f"{start} {quoted_names([teacher])}, {choice.where}", *self._others(teacher)]
+        name = quoted_names([teacher])
+        if not self.report.updates:
+            main = f"As far as single tokens tell, distil with {name}, {choice.where}"
+        elif self._is_small():
+            main = f"Measure more before you distil: so far {name} is ahead, {choice.where}"
+        else:
+            main = f"Distil with {name}, {choice.where}"
+        clauses = [main, *self._others(teacher)]
         return [*clauses, _with_note(choice.reason, self._question_note(choice.growth))] if choice.reason else clauses
 
     def _certainty(self, best: RankedTeacher) -> str:
         """The gain of the recommended teacher with its interval, and how often a repetition would show it again."""
         gain, level = best.gain, 100 * self.analysis.confidence
         figure = "Update gain" if self.report.updates else "Predicted gain"
+        unit = "success probability gained per unit step"
         split = next(split for split, places in self.ranking.classes.items() if best in places)
         unequal = _questions_with_unequal_rewards(self.report)
-        evidence = f", {unequal} of which have rewards that differ" if self.report.updates else ""
-        if self.report.updates and unequal < INFORMATIVE_QUESTIONS:
-            caution = self._few_questions(gain, unequal)
-        else:
-            caution = self._repetitions(gain)
+        evidence = f", on {unequal} of which the rollouts' rewards differ" if self.report.updates else ""
+        caution = self._few_questions(gain, unequal) if self._is_small() else self._repetitions(gain)
         return (
-            f"{figure} of {quoted_names([best.teacher])} on {split} rollouts: {gain.value:+.2g} ({level:g}% interval "
-            f"{gain.low:+.2g} to {gain.high:+.2g}), from {self.questions} questions{evidence}; {caution}."
+            f"{figure} of {quoted_names([best.teacher])} on {split} rollouts ({unit}): {gain.value:+.2g}, {level:g}% "
+            f"interval {gain.low:+.2g} to {gain.high:+.2g}, from {self.questions} questions{evidence}; {caution}."
         )
 
     def _few_questions(self, gain: Estimate, unequal: int) -> str:
         """What to do before an interval of few questions is relied on: such intervals are too short."""
         growth = max(2.0, INFORMATIVE_QUESTIONS / max(1, unequal), growth_to_repeat(gain, self.analysis.confidence))
         return (
-            f"of fewer than {INFORMATIVE_QUESTIONS} such questions, intervals are often too short, so measure about "
-            f"{rounded_up(growth * self.questions)} questions before you rely on it"
+            f"with fewer than {INFORMATIVE_QUESTIONS} such questions an interval is often too narrow, so measure about "
+            f"{self._needed(growth)} questions in all before you rely on it"
         )
+
+    def _is_small(self) -> bool:
+        """Whether an update was measured on too few questions for its interval to be relied on."""
+        return bool(self.report.updates) and _questions_with_unequal_rewards(self.report) < INFORMATIVE_QUESTIONS
 
     def _repetitions(self, gain: Estimate) -> str:
         """In how many repetitions the interval would exclude 0 again, and how many questions a weak case takes."""
@@ -218,7 +227,7 @@ class _Adviser:
         if growth == 1 or math.isnan(growth):
             return ""
         if growth > LARGEST_GROWTH:
-            return f"even {LARGEST_GROWTH:.0f} times as many questions would hardly tell"
+            return f"even {LARGEST_GROWTH:.0f} times as many questions hardly would"
         return f"about {self._needed(growth)} questions in all would tell"
 
     def _duration(self, growth: float) -> str:
@@ -232,8 +241,8 @@ class _Adviser:
 
 
 FATES = {
-    "open": ("may be as good", "may be as good"),
-    "alike": ("may be as good", "may be as good"),
+    "open": ("cannot be told from it yet", "cannot be told from it yet"),
+    "alike": ("cannot be told from it", "cannot be told from it"),
     "less": ("helps less", "help less"),
     "nothing": ("adds nothing measurable", "add nothing measurable"),
     "harms": ("harms", "harm"),

@@ -17,6 +17,7 @@ from odp_callbacks.functional.policies import LogPolicies, log_policies
 from odp_callbacks.functional.working_precision import check_floating_point, check_temperature
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "sampled_token"]
+"""Distillation losses that have a name."""
 
 
 def distillation_loss(
