@@ -53,7 +53,7 @@ def full(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation, without a warning, into the folder ``site``."""
+    """Build the documentation, without a warning, into the folder ``site``; its search must find all public names."""
     session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
 
 

@@ -6,15 +6,19 @@ import pytest
 
 from odp_callbacks.cli.main import main
 from odp_callbacks.demo import command
-from odp_callbacks.demo.run import DemoConfig
+from odp_callbacks.demo.config import DemoConfig
 
 
 def test_the_command_line_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
     refusals = {
-        ("--steps", "0"): "`steps`",
-        ("--probes", "9", "--steps", "2"): "`probes` must be at most",
+        ("--questions", "1"): "`questions` must be an integer of at least 2",
+        ("--held_out", "0"): "`held_out`",
+        ("--step_length", "-1"): "`step_length` must be a positive number",
+        ("--update", "false", "--budget", "100"): "`update` is False",
         ("--budget", "-5"): "`budget`",
         ("--budget", "much"): "--budget",
+        ("--questions", "300"): "`questions` and `held_out` are 332 together",
+        ("--task", "no_task"): "no_task",
     }
     for flags, message in refusals.items():
         try:
@@ -28,7 +32,7 @@ def test_the_command_line_refuses_what_it_cannot_do(capsys: pytest.CaptureFixtur
 def test_options_of_a_probe_are_arguments_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[DemoConfig] = []
     monkeypatch.setattr(command, "run_demo", lambda config, console: started.append(config))
-    assert main(["demo", "--steps=2", "--budget=200", "--nodes=every"]) == 0
+    assert main(["demo", "--questions=5", "--rollouts_per_question=3"]) == 0
     config: Any = started[0]
-    assert (config.steps, config.probe.budget, config.probe.nodes) == (2, 200, "every")
-    assert (config.probe.max_new_tokens, config.probe.max_branches) == (20, 3), "small enough for two cores"
+    assert (config.questions, config.probe.rollouts_per_question) == (5, 3)
+    assert (config.probe.max_new_tokens, config.probe.budget) == (24, 0), "small enough for two cores"
