@@ -38,7 +38,7 @@ def test_hover_filter_and_sort(browser: Any, make_report: MakeReport, tmp_path: 
     report = replace(report, nodes=nodes_by_module, modules=("layers.0.q_proj", "layers.1.q_proj"))
     open_page(browser, write_report(report, tmp_path / "report.html"))
     assert browser.find_element(By.ID, "next").text.startswith("As far as single tokens tell, distil with “near”")
-    assert "“near”" in browser.find_element(By.ID, "answer").text
+    assert "“near”" in browser.find_element(By.ID, "certainty").text
     assert len(tokens(browser)) == len(report.nodes)
     ActionChains(browser).move_to_element(tokens(browser)[0]).perform()
     panel = browser.find_element(By.ID, "panel")
