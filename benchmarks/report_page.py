@@ -22,6 +22,7 @@ from sizes import parse_sizes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.helpers.page_scripts import FILTER
 from tests.helpers.records import report_maker
 from tests.helpers.updates import with_module_products, with_texts, with_update
 
@@ -39,13 +40,6 @@ const answer = () => {
   if (paint) done([paint.startTime, load.domComplete]); else setTimeout(answer, 10);
 };
 answer();
-"""
-FILTER = """
-const control = document.getElementById(arguments[0]), start = performance.now();
-if (control.type === 'checkbox') control.checked = arguments[1]; else control.value = arguments[1];
-control.dispatchEvent(new Event(control.tagName === 'SELECT' ? 'change' : 'input'));
-document.getElementById('rollouts').getBoundingClientRect();
-return performance.now() - start;
 """
 SCROLL = """
 const done = arguments[0], list = document.getElementById('rollouts'), frames = [];

@@ -13,6 +13,7 @@ from odp_callbacks.analysis.ranking import (
     NO_GAIN,
     RankedTeacher,
     Ranking,
+    distinct_rewards,
     judged_gain,
     rank_analysis,
     teacher_difference,
@@ -77,7 +78,7 @@ class _Adviser:
         self.wanted: list[float] = []  # how many questions each open matter would take
 
     def advice(self) -> Advice:
-        if not self.places or _rewards_are_equal(self.report):
+        if not self.places or len(distinct_rewards(self.report)) <= 1:
             return Advice(self._without_gain())
         best, choice = self._recommended()
         clauses = self._without_recommendation() if best is None else self._recommendation(best.teacher, choice)
@@ -275,13 +276,6 @@ def _with_note(clause: str, note: str) -> str:
     if not note:
         return clause
     return f"{clause.removesuffix(')')}; {note})" if clause.endswith(")") else f"{clause} ({note})"
-
-
-def _rewards_are_equal(report: ProbeReport) -> bool:
-    """Whether every rollout and continuation has the same reward."""
-    rewards = {rollout.reward for rollout in report.rollouts}
-    rewards |= {float(mean) for node in report.nodes for mean in node.total / node.count.clip(1)}
-    return len(rewards) <= 1
 
 
 def _questions_with_unequal_rewards(report: ProbeReport) -> int:

@@ -1,5 +1,6 @@
 """Confidence intervals by the delete-one jackknife over questions, for any smooth function of sums over questions."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,26 @@ class Estimate:
     def half_width(self) -> float:
         """Half the length of the interval."""
         return (self.high - self.low) / 2
+
+    def scaled(self, factor: float) -> "Estimate":
+        """The estimate times a number, which may be negative.
+
+        Examples:
+            >>> Estimate(0.2, 0.1, 0.4, questions=9, nodes=9).scaled(-2.0).low
+            -0.8
+        """
+        value, *ends = (factor * end for end in (self.value, self.low, self.high))
+        return replace(self, value=value, low=min(ends), high=max(ends))
+
+    def minus_independent(self, other: "Estimate") -> "Estimate":
+        """The difference from an estimate that rests on other questions.
+
+        Examples:
+            >>> Estimate(0.5, 0.2, 0.8, questions=9, nodes=9).minus_independent(Estimate(0.1, -0.3, 0.5, 9, 9)).high
+            0.9
+        """
+        value, half_width = self.value - other.value, math.hypot(self.half_width, other.half_width)
+        return replace(self, value=value, low=value - half_width, high=value + half_width)
 
 
 @dataclass(frozen=True)
@@ -178,7 +199,7 @@ def question_pairs(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """
     if count * (count - 1) // 2 <= MAXIMUM_PAIRS:
         return np.triu_indices(count, 1)
-    offsets = np.arange(1, MAXIMUM_PAIRS // count + 1) if count <= MAXIMUM_PAIRS else np.ones(1, dtype=np.int64)
+    offsets = np.arange(1, max(1, MAXIMUM_PAIRS // count) + 1)
     first = np.repeat(np.arange(count), len(offsets))
     return first, (first + np.tile(offsets, count)) % count
 

@@ -99,6 +99,6 @@ def rounded_up(count: float) -> int:
         >>> rounded_up(7.2), rounded_up(61.0), rounded_up(1234.0)
         (8, 61, 1300)
     """
-    whole = math.ceil(count)
-    unit = int(10 ** max(0, len(str(whole)) - 2))
-    return math.ceil(whole / unit) * unit
+    questions = math.ceil(count)
+    unit = int(10 ** max(0, len(str(questions)) - 2))
+    return math.ceil(questions / unit) * unit

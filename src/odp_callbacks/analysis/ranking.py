@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.summaries import SPLITS, Analysis, ClassSummary
@@ -131,15 +131,18 @@ def teacher_difference(
     if (split, f"{first} - {second}") in differences:
         return differences[split, f"{first} - {second}"]
     reverse = differences.get((split, f"{second} - {first}"))
-    if reverse is None:
-        return None
-    return replace(reverse, value=-reverse.value, low=-reverse.high, high=-reverse.low)
+    return None if reverse is None else reverse.scaled(-1.0)
+
+
+def distinct_rewards(report: ProbeReport) -> set[float]:
+    """The rewards of all rollouts, and the mean rewards of all branches."""
+    means = {float(mean) for node in report.nodes for mean in node.total / node.count.clip(1)}
+    return {rollout.reward for rollout in report.rollouts} | means
 
 
 def _answer_without_differences(report: ProbeReport) -> str:
     """The answer for a probe in which success never differs, so that there is nothing to rank by; otherwise empty."""
-    rewards = {rollout.reward for rollout in report.rollouts}
-    rewards |= {float(mean) for node in report.nodes for mean in node.total / node.count.clip(1)}
+    rewards = distinct_rewards(report)
     if not rewards:
         return "Nothing was measured: there is no rollout."
     if len(rewards) > 1:

@@ -1,7 +1,7 @@
 """Predicted against realised: whether a step along a teacher's update changed success as its update gain said."""
 
 from dataclasses import dataclass, replace
-from math import hypot, isnan, nan
+from math import isnan, nan
 
 import numpy as np
 
@@ -32,9 +32,7 @@ class RealisedGain:
     @property
     def surprise(self) -> Estimate:
         """Realised minus predicted change; the two are independent, because they rest on different questions."""
-        value = self.change.value - self.predicted.value
-        half_width = hypot(self.change.half_width, self.predicted.half_width)
-        return replace(self.change, value=value, low=value - half_width, high=value + half_width)
+        return self.change.minus_independent(self.predicted)
 
     @property
     def agrees(self) -> bool | None:
@@ -70,10 +68,9 @@ def realised_gain(
             f"`before` and `after` must hold one number for each of the same questions, but have the shapes "
             f"{before.shape} and {after.shape}."
         )
-    scaled = {end: length * getattr(update_gain, end) for end in ("value", "low", "high")}
     return RealisedGain(
         teacher,
-        replace(update_gain, uncorrected=nan, **scaled),
+        replace(update_gain.scaled(length), uncorrected=nan),
         mean_over_questions(before, confidence, (0.0, 1.0)),
         mean_over_questions(after, confidence, (0.0, 1.0)),
         mean_over_questions(after - before, confidence, (-1.0, 1.0)),

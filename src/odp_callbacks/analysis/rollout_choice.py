@@ -48,9 +48,9 @@ def choose_rollouts(analysis: Analysis, teacher: str) -> RolloutChoice:
         return _by_single_tokens(analysis, teacher)
     teacher_index = analysis.report.teachers.index(teacher)
     alternatives = _alternatives(analysis.report, teacher_index)
-    whole = update_gain([update.gram for update in analysis.report.updates], teacher_index)
+    all_tokens = update_gain([update.gram for update in analysis.report.updates], teacher_index)
     joint_confidence = 1 - (1 - analysis.confidence) / len(alternatives)
-    gained = {name: jackknife(gain - whole, joint_confidence) for name, gain in alternatives.items()}
+    gained = {name: jackknife(gain - all_tokens, joint_confidence) for name, gain in alternatives.items()}
     better = [name for name, estimate in gained.items() if estimate.low > 0]
     if better:
         best = max(better, key=lambda name: gained[name].value)
@@ -76,12 +76,12 @@ def class_shares(analysis: Analysis, teacher_index: int) -> dict[str, Estimate]:
         Shares by class; NaN where the gain of the whole update is not told from 0.
     """
     grams = [update.gram for update in analysis.report.updates]
-    whole = update_contribution(grams, teacher_index, ALL_CLASSES)
-    estimate = jackknife(whole, analysis.confidence)
+    all_tokens = update_contribution(grams, teacher_index, ALL_CLASSES)
+    estimate = jackknife(all_tokens, analysis.confidence)
     withheld = estimate.note or ("" if estimate.low > 0 or estimate.high < 0 else UNDECIDED_WHOLE)
     parts = {split: update_contribution(grams, teacher_index, UPDATE_CLASSES[split]) for split in CLASSES}
     return {
-        split: jackknife(contribution_share(part, whole, withheld or part.withheld), analysis.confidence)
+        split: jackknife(contribution_share(part, all_tokens, withheld or part.withheld), analysis.confidence)
         for split, part in parts.items()
     }
 

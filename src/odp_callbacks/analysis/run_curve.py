@@ -79,7 +79,7 @@ def run_curve(reports: Sequence[ProbeReport], confidence: float = 0.95) -> RunCu
         high,
         reward_change,
         np.array([setting["at"] for setting in settings], float),
-        tuple(_change(success[0], later) if index else _start(later) for index, later in enumerate(success)),
+        tuple(later.minus_independent(success[0]) if index else _start(later) for index, later in enumerate(success)),
     )
 
 
@@ -89,9 +89,3 @@ def _numbers(values: object) -> list[float]:
 
 def _start(success: Estimate) -> Estimate:
     return Estimate(0.0, np.nan, np.nan, success.questions, success.nodes)
-
-
-def _change(first: Estimate, later: Estimate) -> Estimate:
-    value = later.value - first.value
-    half_width = float(np.hypot(first.half_width, later.half_width))
-    return Estimate(value, value - half_width, value + half_width, later.questions, later.nodes)

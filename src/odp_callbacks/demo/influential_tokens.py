@@ -81,13 +81,13 @@ def token_kinds(report: ProbeReport, teacher: str) -> list[TokenKind]:
     kinds = np.array([kind_of(piece) for rollout in report.rollouts for piece in rollout.pieces])
     measured = np.isfinite(values)
     total = float(values[measured].sum())
-    found = []
+    present_kinds = []
     for kind in KINDS:
         chosen = measured & (kinds == kind)
         if chosen.any():
             contribution = float(values[chosen].sum())
-            found.append(TokenKind(kind, chosen.sum() / measured.sum(), contribution, contribution / total))
-    return sorted(found, key=lambda one: -one.contribution)
+            present_kinds.append(TokenKind(kind, chosen.sum() / measured.sum(), contribution, contribution / total))
+    return sorted(present_kinds, key=lambda one: -one.contribution)
 
 
 def influential_tokens(report: ProbeReport, teacher: str, count: int) -> list[InfluentialToken]:
@@ -105,12 +105,11 @@ def influential_tokens(report: ProbeReport, teacher: str, count: int) -> list[In
     values = influence.value[:, teacher_index]
     significant = influence.significant[:, teacher_index]
     rollout_of = np.repeat(np.arange(len(report.rollouts)), np.diff(influence.starts))
-    found: dict[tuple[str, str], InfluentialToken] = {}
-    for place in np.argsort(-np.abs(np.nan_to_num(values))):
-        if len(found) == count or not significant[place]:
-            if len(found) == count:
-                break
-            continue
+    chosen: dict[tuple[str, str], InfluentialToken] = {}
+    largest_first = np.argsort(-np.abs(np.nan_to_num(values)))
+    for place in largest_first[significant[largest_first]]:
+        if len(chosen) == count:
+            break
         rollout, depth = report.rollouts[rollout_of[place]], int(influence.depth[place])
         before, after = "".join(rollout.pieces[:depth]), "".join(rollout.pieces[depth + 1 :])
         token = InfluentialToken(
@@ -122,5 +121,5 @@ def influential_tokens(report: ProbeReport, teacher: str, count: int) -> list[In
             float(influence.low[place, teacher_index]),
             float(influence.high[place, teacher_index]),
         )
-        found.setdefault((before, token.text), token)
-    return list(found.values())
+        chosen.setdefault((before, token.text), token)
+    return list(chosen.values())

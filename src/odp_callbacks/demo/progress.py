@@ -36,10 +36,10 @@ class TimeLeft:
 
     def start(self, stage: str) -> None:
         """Begin a stage, which ends the one before it; one that was not expected counts nowhere."""
-        now = self.clock()
+        start = self.clock()
         if self.stage in self.expected:
-            self.taken[self.stage] = self.taken.get(self.stage, 0.0) + now - self._start
-        self.stage, self._start, self._last_sign, self._share = stage, now, now, 0.0
+            self.taken[self.stage] = self.taken.get(self.stage, 0.0) + start - self._start
+        self.stage, self._start, self._last_sign, self._share = stage, start, start, 0.0
 
     def advance(self, share: float) -> None:
         """Say which share of the current stage is done."""

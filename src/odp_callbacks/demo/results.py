@@ -1,7 +1,7 @@
 """What the demo found, and what that means: who helps, whether the step kept the promise, what is undecided."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import isnan
 
@@ -140,7 +140,7 @@ def control_check(results: DemoResults) -> str:
         return f"The negative control {name} comes first, so do not believe this ranking."
     best = results.places[0].teacher
     realised = results.difference(best, place.teacher) if {best, place.teacher} <= results.gains.keys() else None
-    gaps = [] if isnan(place.behind.value) else [f"{_with_interval(_scaled(place.behind, results.length))} (predicted)"]
+    gaps = [] if isnan(place.behind.value) else [f"{_with_interval(place.behind.scaled(results.length))} (predicted)"]
     gaps += [] if realised is None else [f"{_with_interval(realised)} (realised)"]
     behind = f"it stays behind {quoted_names([best])} by {', and by '.join(gaps) or 'nothing that was measured'}"
     others = _no_better_than_control(results, best)
@@ -192,11 +192,6 @@ def _needed(growth: float, count: int, what: str, option: str = "") -> str:
     if growth > LARGEST_GROWTH:
         return f"; {LARGEST_GROWTH:.0f} times as many {what} would hardly tell"
     return f"; about {rounded_up(growth * count)} {what}{option} would tell"
-
-
-def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    value, *ends = (factor * end for end in (estimate.value, estimate.low, estimate.high))
-    return replace(estimate, value=value, low=min(ends), high=max(ends))
 
 
 def _with_interval(estimate: Estimate) -> str:

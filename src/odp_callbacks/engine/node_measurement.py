@@ -142,16 +142,16 @@ class NodeMeasurement:
         with stage("teachers", len(rollouts)):
             logits.compute_ahead()
         with stage("branches", *_part(2)):
+            proposals = proposals_of_teachers(logits, config)
             if config.adaptive or self.time is not None:
                 contributions = expected_contributions(logits, self.differentiator.direction, config.temperature)
-                logits = self.thin(
-                    rollouts,
-                    logits,
-                    "nodes",
-                    proposals=proposals_of_teachers(logits, config),
-                    factors=draw_factors(logits.nodes, contributions),
-                )
-            return plan_branches(rollouts, logits.nodes, logits, config, self.randomness)
+                factors = draw_factors(logits.nodes, contributions)
+                proposed = {
+                    (node.rollout, node.depth): tokens for node, tokens in zip(logits.nodes, proposals, strict=True)
+                }
+                logits = self.thin(rollouts, logits, "nodes", proposals=proposals, factors=factors)
+                proposals = [proposed[node.rollout, node.depth] for node in logits.nodes]
+            return plan_branches(rollouts, logits, proposals, config, self.randomness)
 
     def thin(self, rollouts: Sequence[Rollout], logits: NodeLogits, draw: str, **options: Any) -> NodeLogits:
         """Subsample nodes by :func:`thin_nodes`, and keep their logits.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odp_callbacks.functional.policies import LogPolicies, log_policies
-from odp_callbacks.functional.working_precision import check_floating_point, check_temperature
+from odp_callbacks.functional.working_precision import check_logits
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "sampled_token"]
 """Distillation losses that have a name."""
@@ -221,14 +221,7 @@ def _check_arguments(
     temperature: float,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless the arguments of a loss fit each other."""
-    check_floating_point("student_logits", student_logits)
-    check_floating_point("teacher_logits", teacher_logits)
-    check_temperature(temperature)
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            "`teacher_logits` must have the shape of `student_logits`, "
-            f"but {tuple(teacher_logits.shape)} and {tuple(student_logits.shape)} were given."
-        )
+    check_logits(student_logits, teacher_logits, temperature)
     check_divergence(divergence, beta, top_k)
     if divergence == "sampled_token" and tokens is None:
         raise ValueError("divergence 'sampled_token' needs `tokens`, but none were given.")

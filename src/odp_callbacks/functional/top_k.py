@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from odp_callbacks.functional.working_precision import check_floating_point, check_temperature, working_dtype
+from odp_callbacks.functional.working_precision import check_logits, working_dtype
 
 TOP_K = 16
 """Number of likeliest tokens, as in arXiv:2604.13016."""
@@ -88,13 +88,6 @@ def _overlap_advantage(student: Tensor, teacher: Tensor, is_shared: Tensor) -> T
 
 def _check_arguments(student_logits: Tensor, teacher_logits: Tensor, temperature: float, top_k: int) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless the arguments fit each other."""
-    check_floating_point("student_logits", student_logits)
-    check_floating_point("teacher_logits", teacher_logits)
-    check_temperature(temperature)
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            "`teacher_logits` must have the shape of `student_logits`, "
-            f"but {tuple(teacher_logits.shape)} and {tuple(student_logits.shape)} were given."
-        )
+    check_logits(student_logits, teacher_logits, temperature)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"`top_k` must be a positive integer, but {top_k!r} was given.")

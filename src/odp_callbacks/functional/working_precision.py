@@ -33,6 +33,18 @@ def check_floating_point(name: str, tensor: Tensor) -> None:
         raise TypeError(f"`{name}` must be a floating-point tensor of shape (..., V), but {given} was given.")
 
 
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless both models' logits and the temperature fit each other."""
+    check_floating_point("student_logits", student_logits)
+    check_floating_point("teacher_logits", teacher_logits)
+    check_temperature(temperature)
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "`teacher_logits` must have the shape of `student_logits`, "
+            f"but {tuple(teacher_logits.shape)} and {tuple(student_logits.shape)} were given."
+        )
+
+
 def check_temperature(temperature: float) -> None:
     """Raise ``ValueError`` unless ``temperature`` is a positive finite number."""
     if not (0 < temperature < float("inf")):

@@ -33,20 +33,20 @@ def plot_predictors(analysis: Analysis) -> Figure | None:
         The plot, or None if no correlation exists.
     """
     report = analysis.report
-    found = {
+    by_target = {
         target: _existing(correlations(report, analysis.confidence, target)) for target in measured_targets(report)
     }
-    found = {target: estimates for target, estimates in found.items() if estimates}
-    if not found:
+    by_target = {target: estimates for target, estimates in by_target.items() if estimates}
+    if not by_target:
         return None
-    numbers = [(name, abs(one.value)) for estimates in found.values() for (_, name), one in estimates.items()]
+    numbers = [(name, abs(one.value)) for estimates in by_target.values() for (_, name), one in estimates.items()]
     names = [name for name in NODE_PREDICTORS if name in dict(numbers)]
     scale = max(SMALLEST_SCALE, *(size for _, size in numbers))
-    has_room = len(found) * len(report.teachers) <= MAXIMUM_NUMBERS
+    has_room = len(by_target) * len(report.teachers) <= MAXIMUM_NUMBERS
     with rc_context(STYLE):
         plot = Figure(figsize=(WIDTH, 1.9 + 0.22 * len(names)), layout="constrained")
-        maps = plot.subplots(1, len(found), sharey=True, squeeze=False)[0]
-        for axes, (target, estimates) in zip(maps, found.items(), strict=True):
+        maps = plot.subplots(1, len(by_target), sharey=True, squeeze=False)[0]
+        for axes, (target, estimates) in zip(maps, by_target.items(), strict=True):
             _draw_map(axes, estimates, report.teachers, names, scale, has_room)
             axes.set_title(figure_title(target), fontsize=9, pad=4)
         maps[0].set_yticks(np.arange(len(names)) + 0.5, [_label(name) for name in names], fontsize=8)

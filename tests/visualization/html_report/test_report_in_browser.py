@@ -14,6 +14,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.visualization.html_report import write_report
+from tests.helpers.page_scripts import FILTER
 from tests.helpers.records import HOSTILE, MakeReport, hostile, many_teachers, report_maker, split
 from tests.helpers.updates import update_only, with_texts, with_update
 
@@ -183,13 +184,6 @@ def test_the_alignment_of_measured_tokens_lies_on_top_of_the_influence(
     assert f"alignment {alignment[0]:+.3f}".replace("-", "\N{MINUS SIGN}") in drawn[0].get_attribute("aria-label")
 
 
-FILTER = """
-const control = document.getElementById(arguments[0]), start = performance.now();
-if (control.type === 'checkbox') control.checked = arguments[1]; else control.value = arguments[1];
-control.dispatchEvent(new Event(control.tagName === 'SELECT' ? 'change' : 'input'));
-document.getElementById('rollouts').getBoundingClientRect();
-return performance.now() - start;
-"""
 SCROLL = """
 const done = arguments[0], list = document.getElementById('rollouts'), drawn = [];
 let steps = 0, last = performance.now(), longest = 0;

@@ -7,6 +7,7 @@ import numpy as np
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.study.figures import (
     ALL_TEACHERS,
+    NOT_MEASURED,
     CellSummary,
     FigureKey,
     StudyFigure,
@@ -48,7 +49,7 @@ def best_context_lead(cells: Sequence[CellSummary], measurement: str, confidence
     tables = [_scores(cell, score) for cell in measured]
     contexts = [name for name in (tables[0] if tables else ()) if all(name in table for table in tables)]
     if len(measured) < 2 or len(contexts) < 2:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0, 0, note="not measured")
+        return NOT_MEASURED
     comparisons = len(measured) * len(contexts) * (len(contexts) - 1) // 2
     level = 1 - (1 - confidence) / comparisons
     ends = np.full((3, len(contexts), len(contexts), len(measured)), np.inf)

@@ -12,6 +12,8 @@ ALL_TEACHERS = "all"
 """Stands for the mean over the teachers that are no controls."""
 GAP = "incorrect-correct"
 """The class of the difference between incorrect and correct paths, or rollouts."""
+NOT_MEASURED = Estimate(np.nan, np.nan, np.nan, 0, 0, note="not measured")
+"""A figure that no cell has."""
 UNBIASED = "cosine without both biases"
 """The mean cosine where neither the path's own ending nor forced tokens at ancestors count as visits."""
 CONTROL_PREFIX = "control"
@@ -99,16 +101,16 @@ def figures_without_each(
         >>> figures_without_each({"a": "task/a", "b": "task/b"}, mean)[FigureKey("mean")]
         StudyFigure(value=2.0, left_out={'task/a': 3.0, 'task/b': 1.0}, informative={})
     """
-    whole = compute(None)
-    left_out: dict[FigureKey, dict[str, float]] = {key: {} for key in whole}
+    with_all = compute(None)
+    left_out: dict[FigureKey, dict[str, float]] = {key: {} for key in with_all}
     for question, name in questions.items():
         without = compute(question)
-        for key, value in whole.items():
+        for key, value in with_all.items():
             changed = without.get(key, float("nan"))
             # A figure that does not change to the last bit does not depend on the question.
             if changed != value and not (np.isnan(changed) and np.isnan(value)):
                 left_out[key][name] = float(changed)
-    return {key: StudyFigure(float(value), left_out[key]) for key, value in whole.items()}
+    return {key: StudyFigure(float(value), left_out[key]) for key, value in with_all.items()}
 
 
 def combination(terms: Iterable[tuple[float, StudyFigure]]) -> StudyFigure:

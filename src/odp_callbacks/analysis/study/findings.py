@@ -92,18 +92,18 @@ def above_control(name: str, paths: str = "all") -> Contrast:
     """
 
     def contrast(cell: CellSummary) -> StudyFigure | None:
-        found = _find(cell, name, ALL_TEACHERS, paths)
+        of_teachers = _find(cell, name, ALL_TEACHERS, paths)
         controls = [_find(cell, name, teacher, paths) for teacher in cell.teachers if is_control(teacher)]
         control = mean_figure([one for one in controls if one is not None])
-        return None if found is None or control is None else combination([(1.0, found), (-1.0, control)])
+        return None if of_teachers is None or control is None else combination([(1.0, of_teachers), (-1.0, control)])
 
     return contrast
 
 
 def _find(cell: CellSummary, name: str, teacher: str, paths: str) -> StudyFigure | None:
-    for key, found in cell.figures.items():
+    for key, of_cell in cell.figures.items():
         if (key.figure, key.paths, key.teacher.lower()) == (name, paths, teacher.lower()):
-            return found
+            return of_cell
     return None
 
 

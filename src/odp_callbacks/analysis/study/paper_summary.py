@@ -87,11 +87,11 @@ def paper_figures(nodes: ScoredNodes) -> dict[FigureKey, float]:
         inside = nodes.select((nodes.depth >= first) & (nodes.depth <= last))
         figures.update(_means(inside, "cosine", f"depth {first}" + (f"-{last}" if last < 1 << 30 else "+")))
     figures.update(_correlations(nodes))
-    taught = _of_teachers(nodes, _real(nodes))
-    for part in oracle_filter(nodes) + [one for one in oracle_filter(taught) if one.teacher == "all"]:
+    without_controls = _of_teachers(nodes, _real(nodes))
+    for part in oracle_filter(nodes) + [one for one in oracle_filter(without_controls) if one.teacher == "all"]:
         for name in ("kept", "before", "after"):
             figures[FigureKey(f"filter {name}", part.teacher)] = getattr(part, name)
-    cosine = taught.cosine[np.isfinite(taught.cosine)]
+    cosine = without_controls.cosine[np.isfinite(without_controls.cosine)]
     figures[FigureKey("cosine spread")] = float(cosine.std(ddof=1)) if len(cosine) > 1 else float("nan")
     mean, positive = figures[FigureKey("cosine")], figures[FigureKey("positive")]
     figures[FigureKey("cosine beyond its sign")] = mean - (2 * positive - 1)

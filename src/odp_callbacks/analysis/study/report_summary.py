@@ -84,8 +84,7 @@ def node_summary(report: ProbeReport, student: str, task: str, names: Sequence[s
             for figure in NODE_FIGURES
         }
         for target, figure in (("alignment", "correlation"), ("predicted_gain", "gain correlation")):
-            found = correlations(kept, target=target)
-            for (teacher, predictor), estimate in found.items():
+            for (teacher, predictor), estimate in correlations(kept, target=target).items():
                 if predictor in NODE_PREDICTORS:
                     values[FigureKey(f"{figure} {predictor}", teacher)] = estimate.value
         return values
@@ -143,16 +142,16 @@ def accuracy_summary(report: ProbeReport, student: str, task: str, names: Sequen
 
 def _with_gaps(figures: Mapping[FigureKey, StudyFigure], teachers: Sequence[str]) -> dict[FigureKey, StudyFigure]:
     """Means over the teachers that are no controls, and differences between incorrect and correct rollouts."""
-    made = dict(figures)
+    with_gaps = dict(figures)
     real = [teacher for teacher in teachers if not is_control(teacher)]
     for figure, paths in dict.fromkeys((key.figure, key.paths) for key in figures):
         of_teachers = [figures[key] for teacher in real if (key := FigureKey(figure, teacher, paths)) in figures]
         if (mean := mean_figure(of_teachers)) is not None:
-            made[FigureKey(figure, ALL_TEACHERS, paths)] = mean
-    for key in list(made):
-        if key.paths == "incorrect" and (other := key._replace(paths="correct")) in made:
-            made[key._replace(paths=GAP)] = combination([(1.0, made[key]), (-1.0, made[other])])
-    return made
+            with_gaps[FigureKey(figure, ALL_TEACHERS, paths)] = mean
+    for key in list(with_gaps):
+        if key.paths == "incorrect" and (other := key._replace(paths="correct")) in with_gaps:
+            with_gaps[key._replace(paths=GAP)] = combination([(1.0, with_gaps[key]), (-1.0, with_gaps[other])])
+    return with_gaps
 
 
 def _figure_of(estimator: Estimator, groups: Sequence[str], task: str) -> StudyFigure:

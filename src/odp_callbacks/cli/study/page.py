@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from odp_callbacks.analysis.study.figures import CellSummary
-from odp_callbacks.analysis.study.verdicts import CANNOT_TELL, DOES_NOT_HOLD, HOLDS, study_verdicts
+from odp_callbacks.analysis.study.verdicts import CANNOT_TELL, DOES_NOT_HOLD, HOLDS, Verdict, study_verdicts
 from odp_callbacks.cli.study.pictures import gap_picture, where_picture
 from odp_callbacks.cli.study.tables import (
     cells_table,
@@ -66,7 +66,7 @@ def study_page(cells: Sequence[CellSummary], confidence: float, pictures: dict[s
         "hold** if it lies outside, and otherwise the data **cannot tell**. Contrasts are means over the cells "
         "(student and task); intervals are a jackknife over questions, stratified by task, and not corrected for the "
         "number of findings. *Italics* name the paper's table.",
-        _count_sentence(cells, confidence),
+        _count_sentence(verdicts),
         "## Findings",
         findings_table(verdicts),
         "Update gain and figures at nodes are [other quantities](method.md#what-is-the-papers-and-what-is-ours) than "
@@ -113,8 +113,8 @@ def _described(cells: Sequence[CellSummary]) -> str:
     return f"{_enumerate(students)} on {_enumerate(tasks)}"
 
 
-def _count_sentence(cells: Sequence[CellSummary], confidence: float) -> str:
-    counts = verdict_counts(study_verdicts(cells, confidence), "paper")
+def _count_sentence(verdicts: Sequence[Verdict]) -> str:
+    counts = verdict_counts(verdicts, "paper")
     return (
         f"In the paper's own protocol, {counts[HOLDS]} of {sum(counts.values())} findings hold, "
         f"{counts[DOES_NOT_HOLD]} do not, and of {counts[CANNOT_TELL]} these data cannot tell."
@@ -129,9 +129,9 @@ def _notes(cells: Sequence[CellSummary]) -> str:
     """Deviations from the paper, and the size of each cell."""
     deviations = dict.fromkeys(one for cell in cells for one in cell.facts.get("deviations", ()))
     lines = [f"- Deviation: {deviation}." for deviation in deviations]
-    own = dict.fromkeys(name for cell in cells for name in cell.facts.get("own_contexts", ()))
-    if own:
-        lines.append(f"- Contexts in the study's own form, not the paper's: {', '.join(own)}.")
+    own_contexts = dict.fromkeys(name for cell in cells for name in cell.facts.get("own_contexts", ()))
+    if own_contexts:
+        lines.append(f"- Contexts in the study's own form, not the paper's: {', '.join(own_contexts)}.")
     for cell in cells:
         if cell.measurement == "paper":
             left_out = ", ".join(f"{count} left out ({reason})" for reason, count in cell.facts["left_out"].items())

@@ -1,10 +1,8 @@
 """The models of a study's students, as folders or hub names that the other commands take."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-import platformdirs
-
+from odp_callbacks.cli.cached_models import is_cached, model_folder
 from odp_callbacks.cli.demonstrations import SAME_MODEL
 from odp_callbacks.cli.models import HUB_NAME, load_student
 from odp_callbacks.cli.study.gemma import GEMMA, gemma_folder
@@ -41,5 +39,5 @@ def summary_model(options: StudyOptions, inform: Inform) -> str | None:
     if (model := student_model(options, name, inform)) is not None:
         return model
     load_student(None, inform)  # downloads it if it is not there
-    cached_folder = Path(platformdirs.user_cache_dir("odp-callbacks")) / HUB_NAME.partition("/")[2]
-    return str(cached_folder) if (cached_folder / "config.json").is_file() else HUB_NAME
+    cached_folder = model_folder(HUB_NAME.partition("/")[2])
+    return str(cached_folder) if is_cached(cached_folder) else HUB_NAME

@@ -68,8 +68,8 @@ def cells_table(verdicts: Sequence[Verdict]) -> str:
     places = list(dict.fromkeys(place for verdict in chosen for place in verdict.of_cells))
     rows = []
     for verdict in chosen:
-        found = [verdict.of_cells.get(place) for place in places]
-        cells = [f"{_plus_minus(one[0])}{SIGNS[one[1]]}" if one else "-" for one in found]
+        of_cells = [verdict.of_cells.get(place) for place in places]
+        cells = [f"{_plus_minus(one[0])}{SIGNS[one[1]]}" if one else "-" for one in of_cells]
         rows.append([verdict.finding.id, *cells])
     return _table(("finding", *(_name(place) for place in places)), rows)
 
@@ -150,8 +150,8 @@ def has(cells: Sequence[CellSummary], measurement: str) -> bool:
 def verdict_counts(verdicts: Iterable[Verdict], measurement: str) -> dict[str, int]:
     """How many findings of the paper have each verdict in a measurement."""
     of_paper = [verdict for verdict in verdicts if verdict.finding.source != OURS]
-    found = [verdict.verdict for verdict in of_paper if verdict.measurement == measurement]
-    return {verdict: found.count(verdict) for verdict in (HOLDS, DOES_NOT_HOLD, CANNOT_TELL)}
+    given = [verdict.verdict for verdict in of_paper if verdict.measurement == measurement]
+    return {verdict: given.count(verdict) for verdict in (HOLDS, DOES_NOT_HOLD, CANNOT_TELL)}
 
 
 def _of(cells: Sequence[CellSummary], measurement: str) -> list[CellSummary]:

@@ -122,7 +122,7 @@ class StudyFolder:
     def _make_demonstrations(self, unit: Unit, console: Console) -> None:
         options, task = self.options, self.options.task_of(unit)
         inform = _informer(console)
-        made = DemonstrationsCommand(
+        command = DemonstrationsCommand(
             **_question_options(task),
             stop=task.stop,
             model=student_model(options, unit.student, inform),
@@ -132,7 +132,7 @@ class StudyFolder:
             summary_max_new_tokens=options.summary_max_new_tokens,
             output=str(self.demonstrations(unit)),
         )
-        result = make_demonstrations(made, console)
+        result = make_demonstrations(command, console)
         inform(sentence(result))
 
     def _diagnose_options(self, unit: Unit, console: Console) -> DiagnoseOptions:

@@ -111,20 +111,24 @@ def thin_nodes(
 
 
 def plan_branches(
-    rollouts: Sequence[Rollout], nodes: list[Node], logits: NodeLogits, config: ProbeConfig, randomness: Randomness
+    rollouts: Sequence[Rollout],
+    logits: NodeLogits,
+    proposals: Sequence[Sequence[int]],
+    config: ProbeConfig,
+    randomness: Randomness,
 ) -> MeasuredNodes:
     """Choose the branches of every prefix.
 
     Args:
         rollouts: The probe's rollouts.
-        nodes: The nodes to measure.
-        logits: The student's and the teachers' logits at these nodes.
+        logits: The student's and the teachers' logits at the nodes to measure.
+        proposals: For each node, the tokens that teachers propose there.
         config: The probe's configuration.
         randomness: Random draws, by the prefix's name.
     """
-    tree = ContinuationTree(rollouts, nodes)
-    tree.set_branches(branches_of_groups(tree, logits, config, randomness, proposals_of_teachers(logits, config)))
-    return MeasuredNodes(nodes, logits, [tree.branches[group] for group in tree.group_of_node], tree)
+    tree = ContinuationTree(rollouts, logits.nodes)
+    tree.set_branches(branches_of_groups(tree, logits, config, randomness, proposals))
+    return MeasuredNodes(logits.nodes, logits, [tree.branches[group] for group in tree.group_of_node], tree)
 
 
 def branches_of_groups(
