@@ -14,6 +14,8 @@ def test_the_default_is_float32_on_a_cpu_and_the_gpu_where_there_is_one(monkeypa
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert ModelPlacement().arguments() == {"dtype": "auto", "device_map": {"": "cuda"}}
     assert ModelPlacement(device="cpu").arguments() == {"dtype": torch.float32}
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert ModelPlacement().arguments() == {"dtype": torch.float32}, "Apple's GPUs have no float64"
 
 
 def test_dtype_and_attention_are_those_that_were_asked_for(student_folder: str) -> None:

@@ -14,7 +14,8 @@ class ModelPlacement:
     """How student and teachers are loaded.
 
     Attributes:
-        device: Where they are: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``auto`` for the GPU if there is one.
+        device: Where they are: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``auto`` for the GPU if there is one
+            other than Apple's, which has no float64.
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` for float32 on a CPU, and for the dtype of the
             checkpoint elsewhere.
         attention: transformers' attention implementation, such as ``eager``, ``sdpa`` or ``flash_attention_2``; none
@@ -46,7 +47,8 @@ class ModelPlacement:
         """
         if self.device == AUTOMATIC:
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            return accelerator or torch.device("cpu")
+            # Apple's GPUs have no float64, in which probabilities and sums are computed.
+            return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
