@@ -33,6 +33,8 @@ CURVES = {
 }
 USUAL = {"length": 64, "nodes": 6, "branches": 3, "continuations": 4, "teachers": 2, "vocabulary": 2000}
 """The size of a probe where a curve varies something else."""
+BUDGET, LENGTHS_AT_BUDGET = 20_000, CURVES["length"]
+"""The curve over length where the probe chooses nodes and continuations itself, from a fixed number of tokens."""
 SMOKE_CURVES = {"nodes": [1, 2], "teachers": [1, 2]}
 SMOKE = {"length": 8, "nodes": 2, "branches": 2, "continuations": 1, "teachers": 1, "vocabulary": 100}
 
@@ -75,9 +77,16 @@ def random_student(vocabulary: int) -> tuple[Any, Any]:
 
 
 def probe_seconds(
-    length: int, nodes: int, branches: int, continuations: int, teachers: int, vocabulary: int, repeats: int = 3
+    length: int,
+    nodes: int,
+    branches: int,
+    continuations: int,
+    teachers: int,
+    vocabulary: int,
+    repeats: int = 3,
+    budget: int | None = None,
 ) -> float:
-    """Seconds of a probe of this size, the best of some repeats."""
+    """Seconds of a probe of this size, the best of some repeats; with a budget, nodes and continuations follow."""
     model, tokenizer = random_student(vocabulary)
     config = ProbeConfig(
         rollouts_per_question=1,
@@ -86,7 +95,9 @@ def probe_seconds(
         max_branches=branches,
         branch_mass=1.0,
         tail_draws=1,
-        nodes=evenly(nodes),
+        nodes=evenly(nodes) if budget is None else "balanced",
+        budget=budget,
+        update=budget is None,
         step_alignment=False,
     )
     contexts = {str(teacher): Teacher(f"{teacher + 2} 7 7 {{prompt}}") for teacher in range(teachers)}
@@ -95,8 +106,9 @@ def probe_seconds(
         return [float(len(completion) % 2) for completion in completions]
 
     probe = Probe(model, tokenizer, reward, contexts, config)
-    responses = [[torch.randint(2, vocabulary, (length,)).tolist()]]
-    rows = [{"prompt": " ".join(str(word % 90 + 2) for word in range(32))}]
+    questions = 1 if budget is None else 4  # so that every probe has enough nodes for its budget
+    responses = [[torch.randint(2, vocabulary, (length,)).tolist()] for _ in range(questions)]
+    rows = [{"prompt": " ".join(str((word + number) % 90 + 2) for word in range(32))} for number in range(questions)]
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -115,11 +127,21 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return covariance / sum((size - mean_size) ** 2 for size in log_sizes)
 
 
-def main(curves: dict[str, list[int]] = CURVES, usual: dict[str, int] = USUAL, repeats: int = 3) -> dict[str, Any]:
+def main(
+    curves: dict[str, list[int]] = CURVES,
+    usual: dict[str, int] = USUAL,
+    repeats: int = 3,
+    budget: int = BUDGET,
+    lengths: Sequence[int] = LENGTHS_AT_BUDGET,
+) -> dict[str, Any]:
     """Print and return a curve for each size."""
     results = {}
-    for name, values in curves.items():
-        seconds = [probe_seconds(**{**usual, name: value}, repeats=repeats) for value in values]
+    at_budget = f"length at {budget} tokens"
+    for name, values in {**curves, at_budget: lengths}.items():
+        if name == at_budget:
+            seconds = [probe_seconds(**{**usual, "length": value}, repeats=repeats, budget=budget) for value in values]
+        else:
+            seconds = [probe_seconds(**{**usual, name: value}, repeats=repeats) for value in values]
         results[name] = {
             "values": values,
             "seconds": seconds,
@@ -137,6 +159,6 @@ def main(curves: dict[str, list[int]] = CURVES, usual: dict[str, int] = USUAL, r
 
 if __name__ == "__main__":
     if size_parser(__doc__, {}, {}).parse_args().smoke:
-        main(SMOKE_CURVES, SMOKE, repeats=1)
+        main(SMOKE_CURVES, SMOKE, repeats=1, budget=100, lengths=[8, 16])
     else:
         main()

@@ -26,12 +26,13 @@ from odp_callbacks.analysis.evidence import gather
 from odp_callbacks.analysis.success_model import fit_success_model
 from odp_callbacks.analysis.summaries import Analysis
 from odp_callbacks.engine import Probe, ProbeConfig
+from odp_callbacks.engine.tree.contributions import EVEN_SHARE
 from odp_callbacks.records import ProbeReport
 
 USUAL = {"task": list(TASKS[:1]), "questions": 20, "seeds": 2, "budget": 1500, "continuations": 6}
 SMOKE = {"task": ["chain_sum"], "questions": 2, "seeds": 1, "budget": 60, "continuations": 1}
 FIGURES = ("predicted_gain", "gain_weighted_alignment")
-EVEN_SHARES = (0.0, 0.25, 0.5)
+EVEN_SHARES = (0.0, 0.25, 0.5, EVEN_SHARE)
 MEASURE = {"rollouts_per_question": 2, "max_new_tokens": 24, "max_branches": 3, "tail_draws": 1, "update": False}
 ALL_GRADIENTS = {"differing_gradients": 1.0, "agreeing_gradients": 1.0}
 WAYS: dict[str, dict[str, Any]] = {
