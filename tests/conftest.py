@@ -1,6 +1,5 @@
 """Fixtures that all tests share; the functions behind them are in ``tests.helpers``."""
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from hypothesis import settings
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from tests.helpers.browser import open_browser
 from tests.helpers.models import FAMILIES, tiny, word_tokenizer
 from tests.helpers.records import MakeReport, report_maker
 from tests.helpers.worlds import World, make_world
@@ -62,17 +62,6 @@ def make_report() -> MakeReport:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Headless Chromium."""
-    from selenium import webdriver
-
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert binary, "install Debian's package chromium"
-    assert driver, "install Debian's package chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1400"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield found
-    found.quit()
+    """Chromium for the project's own pages, whose console must stay empty."""
+    with open_browser() as opened:
+        yield opened

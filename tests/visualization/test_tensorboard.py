@@ -31,6 +31,7 @@ from odp_callbacks.visualization import tensorboard as module
 from odp_callbacks.visualization.card_size import DOTS_PER_INCH
 from odp_callbacks.visualization.tensorboard import TensorBoardReports
 from odp_callbacks.visualization.tensorboard_tags import PINNED, interval_tags, pinned_cards
+from tests.helpers.browser import open_browser
 from tests.helpers.records import MakeReport, hostile, in_modules, many_teachers, split
 from tests.helpers.tensorboard import read_events, read_runs
 from tests.helpers.updates import update_only, with_update
@@ -351,6 +352,13 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 time.sleep(0.5)
         yield url, count
         process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium of TensorBoard's own: what it writes to the console can arrive when the next page is already open."""
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.mark.browser
