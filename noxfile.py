@@ -47,8 +47,14 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def full(session: nox.Session) -> None:
-    """Run all tests, including slow ones and those in a browser; arguments of pytest after ``--``."""
+    """Run all tests, including slow ones, in a browser and with vLLM; arguments of pytest after ``--``."""
     session.run("pytest", "-m", "", *session.posargs)
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """Run the tests with a real vLLM, which is installed into ``.venv-vllm`` if it is not there (3 GB)."""
+    session.run("pytest", "-n0", "-m", "vllm", "tests/engine/engines", *session.posargs, env={"ODP_INSTALL_VLLM": "1"})
 
 
 @nox.session

@@ -1,5 +1,7 @@
 """Every benchmark is listed, and has a smoke size that CI runs (``nox -s benchmarks``)."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,13 @@ def test_a_benchmark_is_listed_and_has_a_smoke_size(script: Path) -> None:
     assert "SMOKE" in text or "--smoke" in text
     assert text.startswith('"""')
     assert f"\nRun: python benchmarks/{script.name}" in text
+
+
+@pytest.mark.slow
+def test_the_validation_for_gpus_runs_on_a_tiny_student_wherever_it_is() -> None:
+    """What is prepared for a machine with a GPU must not fail there for a reason that shows on any machine."""
+    command = [sys.executable, str(FOLDER / "gpu" / "validate.py"), "--smoke"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "few calls, sdpa: used" in finished.stdout
+    assert "three steps end in the same bits: True" in finished.stdout

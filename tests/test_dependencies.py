@@ -29,14 +29,20 @@ EXTRAS_OF = {
 """Which extras' packages files may import, by how their paths begin; all others import what is always installed."""
 CHOSEN_BY_THE_USER = {
     "bitsandbytes": "recognised where the user's model has its layers",
+    "deepspeed": "recognised where the user's trainer has partitioned parameters by it",
     "math_verify": "the reward `math-verify`; without it, the error names the extra `math`",
     "matplotlib": "ProbeReport.plot; without it, the error names the extra `report`",
     "pandas": "ProbeReport.to_pandas",
     "reasoning_gym": "questions of a task; without it, the error names the extra `demo`",
     "rich": "the progress bar of users who chose Lightning's rich one",
     "trl": "recognised where the user trains with it",
+    "vllm": "an engine in the process, which the user made with it",
 }
 """Packages that the library imports only where their absence is handled, and why."""
+
+
+ELSEWHERE = {"accelerate", "pytorch_lightning", "vllm"}
+"""What another declared package brings along, and what tests import in an environment of its own."""
 
 
 def normalised(distribution: str) -> str:
@@ -96,7 +102,7 @@ def test_what_the_repository_imports_is_declared(folder: str, extra: str) -> Non
     missing = {
         str(path.relative_to(ROOT)): names
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if (names := undeclared(path, requirements(extra), {"pytorch_lightning"}))
+        if (names := undeclared(path, requirements(extra), ELSEWHERE))
     }
     assert not missing, f"declare it in the extra {extra}"
 

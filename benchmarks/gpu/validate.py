@@ -1,16 +1,19 @@
 """What works on a GPU, how fast and with how much memory: a random student of a real shape, sections one by one.
 
-``python benchmarks/gpu/validate.py`` on a machine with a GPU takes some minutes and prints a line for each figure;
-``--output FILE`` keeps them as JSON. ``--smoke`` runs every section with a tiny student on whatever device there is.
-A section that fails is reported with its error, and the others run.
+``python benchmarks/gpu/validate.py`` on a machine with a GPU prints a line for each figure; ``--output FILE`` keeps
+them as JSON. A section that fails is reported with its error, and the others run; what would start after
+``--minutes`` (10) is left out. ``--smoke`` runs every section with a tiny student on whatever device there is.
 """
 
 import argparse
 import copy
+import importlib.util
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,12 @@ from odp_callbacks import BaseTeacher, ProbeConfig, Teacher, diagnose
 from odp_callbacks.engine.gradients.logits import response_logits
 from odp_callbacks.engine.gradients.loss_directions import distillation_direction
 from odp_callbacks.engine.prompts import Question
-from odp_callbacks.engine.rollouts import Rollout, sample_rollouts
-from odp_callbacks.engine.sampling.randomness import Randomness
+from odp_callbacks.engine.rollouts import Rollout
+from odp_callbacks.engine.sampling.backends import PrefilledRollouts, prefill_rollouts, sample_continuations
+from odp_callbacks.engine.sampling.decoder.choice import choose_decoder
+from odp_callbacks.engine.sampling.decoder.forward import DecoderSlots
+from odp_callbacks.engine.sampling.model_slots import ModelSlots
+from odp_callbacks.engine.sampling.requests import ContinuationRequest
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 
 SHAPES = {
@@ -145,37 +152,102 @@ def decode_against_full_forward(validation: Validation) -> None:
             validation.note(f"total variation of bf16 to float32, {attention}", round(float(rounding.max()), 6))
 
 
+@torch.no_grad()
+def steps_against_full_forward(validation: Validation) -> None:
+    """Logits of the steps of continuations, by few calls and by the model's forward pass, against the full forward."""
+    prompt, length, steps = (8, 6, 3) if validation.smoke else (200, 64, 16)
+    generator = torch.Generator().manual_seed(6)
+    size = validation.shape["vocab_size"]
+    prompts = [question.prompt_ids for question in validation.questions(2, prompt)]
+    responses = [torch.randint(3, size, (length - 2 * place,), generator=generator) for place in range(3)]
+    for attention in ("eager", "sdpa"):
+        student = validation.make_student(attention)
+        prefixes = prefill_rollouts(student, prompts, responses, (0, 0, 1), "shared prefix")
+        assert prefixes.cache is not None
+        requests = [
+            ContinuationRequest(sequence, len(prefixes.sequences[sequence]) - back, 3, steps)
+            for sequence in range(3)
+            for back in (0, 2)
+        ]
+        tokens = torch.randint(3, size, (steps, len(requests)), generator=generator).to(validation.device)
+        choice = choose_decoder(student, prefixes.cache, prompt + length + steps, 2**36)
+        validation.note(f"few calls, {attention}", choice.reason or "used")
+        for name, parts in (("few calls", choice.parts), ("forward pass", None)):
+            if name == "few calls" and parts is None:
+                continue
+            slots: Any = ModelSlots(student, steps) if parts is None else DecoderSlots(parts, prefixes.cache, steps)
+            view = prefixes.cache.shared_prefix_view(requests, validation.device, steps)
+            slots.set_row_count(len(requests))
+            slots.set_view(view)
+            found = []
+            for step in range(steps):
+                found.append(slots.logits(tokens[step], view.prefix_lengths + step).float())
+                view.set_suffix_lengths(view.suffix_lengths + 1, step + 1, True)
+            worst = 0.0
+            for row, request in enumerate(requests):
+                prefix = prefixes.sequences[request.sequence][: request.prefix_length].to(validation.device)
+                whole = torch.cat([prefix, tokens[:, row]])
+                full = student(input_ids=whole[None]).logits[0, -steps:].float()
+                own = torch.stack([logits[row] for logits in found])
+                worst = max(worst, float(0.5 * (torch.softmax(own, -1) - torch.softmax(full, -1)).abs().sum(-1).max()))
+            validation.note(f"total variation of steps by {name}, {attention}", round(worst, 6))
+
+
+@torch.no_grad()
 def sampling_speed(validation: Validation) -> None:
-    """Tokens per second of rollouts beside the full forward over as many tokens."""
+    """Tokens per second of rollouts and continuations, beside the full forward over as many tokens and vLLM."""
     prompt, length = (6, 4) if validation.smoke else (256, 128)
-    for slots in (2, 4) if validation.smoke else (32, 64, 256):
-        questions = validation.questions(max(1, slots // 8), prompt)
+    all_slots = (2, 4) if validation.smoke else (32, 64, 256)
+    for slots in all_slots:
+        prompts = [question.prompt_ids for question in validation.questions(max(1, slots // 8), prompt)]
+        prefixes = prefill_rollouts(validation.student, prompts, backend="shared prefix")
+        requests = [
+            ContinuationRequest(row % len(prompts), len(prompts[0]) - 1, int(prompts[0][-1]), length)
+            for row in range(slots)
+        ]
 
-        def sample(questions: list[Question] = questions, slots: int = slots) -> list[Rollout]:
-            with torch.no_grad():
-                return sample_rollouts(
-                    validation.student,
-                    validation.tokenizer,
-                    questions,
-                    per_question=min(8, slots),
-                    max_new_tokens=length,
-                    temperature=1.0,
-                    eos_token_ids=(),
-                    randomness=Randomness(0),
-                    batch_size=slots,
-                )
+        def sample(requests: list[ContinuationRequest] = requests, prefixes: PrefilledRollouts = prefixes) -> None:
+            sample_continuations(
+                validation.student, prefixes, requests, temperature=1.0, eos_token_ids=(),
+                keys=range(len(requests)), batch_size=len(requests),
+            )  # fmt: skip
 
-        sample()
-        seconds, peak, rollouts = validation.peak(sample)
-        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        validation.note(f"rollout tokens/s, {slots} slots", round(tokens / seconds))
-        validation.note(f"peak GiB of rollouts, {slots} slots", round(peak, 2))
+        sample([replace(request, max_new_tokens=2) for request in requests])
+        seconds, peak, _ = validation.peak(sample)
+        validation.note(f"tokens/s, {slots} slots", round(slots * length / seconds))
+        validation.note(f"milliseconds a step, {slots} slots", round(1000 * seconds / length, 1))
+        validation.note(f"peak GiB of sampling, {slots} slots", round(peak, 2))
     ids = torch.randint(3, validation.shape["vocab_size"], (8, 16 if validation.smoke else 512))
-    with torch.no_grad():
-        run = lambda: validation.student(input_ids=ids.to(validation.device), logits_to_keep=1)  # noqa: E731
-        run()
-        seconds, _, _ = validation.peak(run)
+    run = lambda: validation.student(input_ids=ids.to(validation.device), logits_to_keep=1)  # noqa: E731
+    run()
+    seconds, _, _ = validation.peak(run)
     validation.note("full forward tokens/s", round(ids.numel() / seconds))
+    bytes_read = sum(parameter.numel() * parameter.element_size() for parameter in validation.student.parameters())
+    validation.note("GiB of weights that a step reads at least", round(bytes_read / 2**30, 3))
+    vllm_speed(validation, all_slots, prompt, length)
+
+
+def vllm_speed(validation: Validation, all_slots: tuple[int, ...], prompt: int, length: int) -> None:
+    """The same by vLLM in this process, on the student without its adapter, if vLLM is installed."""
+    if importlib.util.find_spec("vllm") is None or validation.device.type != "cuda":
+        validation.note("vLLM tokens/s", "vLLM is not installed here")
+        return
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        base: Any = copy.deepcopy(validation.student)
+        base.unload().save_pretrained(folder)
+        validation.tokenizer.save_pretrained(folder)
+        del base
+        engine = LLM(folder, dtype="bfloat16", gpu_memory_utilization=0.4, max_model_len=2 * (prompt + length))
+        for slots in all_slots:
+            texts = [question.prompt_ids.tolist() for question in validation.questions(max(1, slots // 8), prompt)]
+            inputs = [{"prompt_token_ids": texts[row % len(texts)]} for row in range(slots)]
+            options = SamplingParams(max_tokens=length, temperature=1.0, ignore_eos=True, detokenize=False)
+            engine.generate(inputs, options, use_tqdm=False)
+            start = time.perf_counter()
+            engine.generate(inputs, options, use_tqdm=False)
+            validation.note(f"vLLM tokens/s, {slots} slots", round(slots * length / (time.perf_counter() - start)))
 
 
 def gradient_memory(validation: Validation) -> None:
@@ -226,7 +298,7 @@ def training_bits(validation: Validation) -> None:
 
     from odp_callbacks import GradientAlignmentCallback, OnPolicyDistillation
 
-    validation.shape = SHAPES["tiny"]
+    own_shape, validation.shape = validation.shape, SHAPES["tiny"]
     rows = validation.rows(8, 5)
 
     def train(with_callback: bool) -> list[torch.Tensor]:
@@ -252,11 +324,22 @@ def training_bits(validation: Validation) -> None:
             state.append(torch.cuda.get_rng_state())
         return [*state, torch.get_rng_state()]
 
-    without, with_probes = train(False), train(True)
+    try:
+        without, with_probes = train(False), train(True)
+    finally:
+        validation.shape = own_shape
     validation.note("three steps end in the same bits", all(map(torch.equal, without, with_probes)))
 
 
-SECTIONS = (machine, decode_against_full_forward, sampling_speed, gradient_memory, probe_and_update, training_bits)
+SECTIONS = (
+    machine,
+    training_bits,
+    decode_against_full_forward,
+    steps_against_full_forward,
+    gradient_memory,
+    probe_and_update,
+    sampling_speed,
+)
 
 
 def main() -> None:
@@ -264,14 +347,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny student")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no section starts later")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--sections", nargs="*", default=[section.__name__ for section in SECTIONS])
     arguments = parser.parse_args()
+    begin = time.perf_counter()
     validation = Validation(arguments.smoke, arguments.device)
     for section in SECTIONS:
         if section.__name__ not in arguments.sections:
             continue
         start = time.perf_counter()
+        if start - begin > 60 * arguments.minutes:
+            validation.note(f"{section.__name__} left out", f"{arguments.minutes:g} minutes are over")
+            continue
         try:
             section(validation)
         except Exception as error:

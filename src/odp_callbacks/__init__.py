@@ -19,7 +19,14 @@ if TYPE_CHECKING:  # type checkers and editors see plain imports; at run time a 
     from odp_callbacks.engine.diagnosis import diagnose
     from odp_callbacks.engine.probe import Probe
     from odp_callbacks.engine.teacher_responses import sample_teacher_responses
-    from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
+    from odp_callbacks.engine.teachers import (
+        AdapterTeacher,
+        BaseTeacher,
+        EMATeacher,
+        ModelTeacher,
+        ServedTeacher,
+        Teacher,
+    )
     from odp_callbacks.engine.teachers.demonstration_contexts import demonstration_context
     from odp_callbacks.engine.training_rollouts import TrainingRollout
     from odp_callbacks.engine.tree.nodes import (
@@ -64,7 +71,7 @@ _MODULES = {
     "engine.diagnosis": ["diagnose"],
     "engine.probe": ["Probe"],
     "engine.teacher_responses": ["sample_teacher_responses"],
-    "engine.teachers": ["AdapterTeacher", "BaseTeacher", "EMATeacher", "ModelTeacher", "Teacher"],
+    "engine.teachers": ["AdapterTeacher", "BaseTeacher", "EMATeacher", "ModelTeacher", "ServedTeacher", "Teacher"],
     "engine.teachers.demonstration_contexts": ["demonstration_context"],
     "engine.training_rollouts": ["TrainingRollout"],
     "engine.tree.nodes": ["BalancedNodes", "EntropyNodes", "UniformNodes", "every_node", "exponential_windows"],
@@ -109,6 +116,7 @@ __all__ = [
     "Probe",
     "ProbeConfig",
     "ProbeReport",
+    "ServedTeacher",
     "Teacher",
     "TeacherRouter",
     "Tokens",

@@ -18,7 +18,8 @@ from odp_callbacks.engine.gradients.loss_directions import UserLoss
 from odp_callbacks.engine.prompts import as_questions, rows_from_batch, text_tokenizer
 from odp_callbacks.engine.rewards import RewardFunction, check_reward
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
-from odp_callbacks.engine.teachers import as_teachers, teacher_logits, teacher_prompt_ids
+from odp_callbacks.engine.sharded_parameters import is_sharded
+from odp_callbacks.engine.teachers import ServedTeacher, as_teachers, teacher_logits, teacher_prompt_ids
 from odp_callbacks.engine.teachers.saved_states import load_or_keep, restore_teachers
 from odp_callbacks.engine.training_rollouts import TrainingRollout
 from odp_callbacks.engine.user_defaults import UserDefaults
@@ -127,6 +128,11 @@ class OnPolicyDistillation(LightningModule):
         self.teachers = as_teachers(teachers)
         for teacher in self.teachers.values():
             teacher.check(student, tokenizer)
+            if isinstance(teacher, ServedTeacher):
+                raise ValueError(
+                    "`teachers` has a teacher behind a server, which probes can ask, but OnPolicyDistillation trains "
+                    "on the policies of models; give `ModelTeacher(model)`, or use TRL's ServerDistillationTrainer."
+                )
         if reward is not None:
             check_reward(reward)
         if gate is not None:
@@ -293,7 +299,17 @@ class OnPolicyDistillation(LightningModule):
         return torch.optim.AdamW(trained, lr=self.learning_rate)
 
     def on_fit_start(self) -> None:
-        """Remember torch's defaults for the reward function: Lightning sets others in a training step."""
+        """Remember torch's defaults for the reward function: Lightning sets others in a training step.
+
+        Raises:
+            ValueError: If the student is sharded.
+        """
+        if is_sharded(self.student):
+            raise ValueError(
+                "`student` is sharded, but OnPolicyDistillation samples in each process as long as its own responses "
+                "are, while shards need the same forward passes in all of them; train with DDP or ZeRO-2, or give a "
+                "LightningModule of your own."
+            )
         self._user_defaults = UserDefaults()
 
     def on_train_start(self) -> None:

@@ -98,7 +98,7 @@ class NodeRecord:
         predictors: ``(K,)`` each, by name: divergences, entropies (nats) and cosine of student and teacher, and the
             figures of their likeliest tokens, see :mod:`~odp_callbacks.functional.top_k`.
         gradient_inclusion: Probability with which the gradients were computed, given the outcomes. Its inverse weights
-            sums over nodes of what needs gradients.
+            sums over nodes of what needs gradients. NaN where an error kept them from being computed.
     """
 
     rollout: int

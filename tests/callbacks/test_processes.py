@@ -1,6 +1,5 @@
 """Two processes that share each probe, over gloo."""
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 from odp_callbacks import AlignmentGate
 from odp_callbacks.analysis.scalars import scalars
@@ -26,7 +25,7 @@ from tests.helpers.training import (
     odd_length_reward,
     states_equal,
 )
-from tests.helpers.two_processes import run_in_two_processes
+from tests.helpers.two_processes import run_in_two_processes, trainer_of_two
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -74,25 +73,7 @@ def test_what_fails_in_one_process_is_raised_in_all_and_none_waits(failing: int 
 
 
 def _ddp_trainer(callback: Any = None, **changes: Any) -> Any:
-    import lightning.pytorch as lightning
-    from lightning.fabric.plugins.environments import LightningEnvironment
-
-    lightning.seed_everything(int(os.environ["RANK"]), verbose=False)
-
-    class ExistingProcesses(LightningEnvironment):
-        creates_processes_externally = True
-
-        def world_size(self) -> int:
-            return 2
-
-        def global_rank(self) -> int:
-            return int(os.environ["RANK"])
-
-        def local_rank(self) -> int:
-            return int(os.environ["RANK"])
-
-    strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=ExistingProcesses())
-    return make_trainer(callback, strategy=strategy, devices=2, **changes)
+    return trainer_of_two(DDPStrategy(process_group_backend="gloo"), callback, **changes)
 
 
 def _probe(rank: int, folder: Path, options: dict[str, Any]) -> None:
@@ -279,9 +260,9 @@ def test_training_ends_in_the_same_bits(precision: str, accumulate: int, tmp_pat
         assert uninterrupted == resumed
 
 
-def test_a_strategy_that_shards_the_student_is_refused() -> None:
+def test_a_strategy_that_flattens_parameters_is_refused() -> None:
     callback = make_watching_callback()
     trainer = make_trainer(callback)
-    trainer.strategy.__class__ = type("UserStrategy", (ModelParallelStrategy,), {})
-    with pytest.raises(ValueError, match="`strategy` is ModelParallelStrategy, under which no process has the whole"):
+    trainer.strategy.__class__ = type("UserStrategy", (FSDPStrategy,), {})
+    with pytest.raises(ValueError, match="`strategy` is FSDPStrategy, whose shards this callback cannot gather"):
         callback.setup(trainer, make_module(), "fit")

@@ -295,3 +295,10 @@ def test_layers_that_are_frozen_during_the_training_are_measured_no_more(tmp_pat
     module_counts = [len(load(folder).modules) for folder in sorted((tmp_path / "r").iterdir())]
     assert module_counts == [6, 6, 3, 3]
     assert callback.monitor.probe_count == 4
+
+
+def test_a_trainer_that_flattens_parameters_is_refused(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="shards the student by FSDP 1 or XLA"):
+        add_callback(trainer)

@@ -258,6 +258,12 @@ def mixed_student():
     return student
 
 
+def student_on_several_devices():
+    student = tiny()
+    student.get_base_model().model.layers[1].mlp.to("meta")  # where accelerate leaves what it has offloaded
+    return student
+
+
 def adapted_by(config):
     return get_peft_model(tiny_base(), config)
 
@@ -277,6 +283,7 @@ REFUSED = {
     "activated LoRA": (
         lambda: adapted({"alora_invocation_tokens": [6], "task_type": "CAUSAL_LM"}, {}), "peft's ALoraLinearVariant"
     ),
+    "several devices": (student_on_several_devices, r"lies on several devices \(cpu, meta\).*`device_map={'': 0}`"),
     "no adapter": (tiny_base, "has no LoRA parameters"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Runs a function in two processes that torch.distributed joins."""
+"""Runs a function in two processes that torch.distributed joins, and trains in them."""
 
 import os
 import socket
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from tests.helpers.training import make_trainer
 
 
 def free_port() -> int:
@@ -27,3 +29,26 @@ def run_in_two_processes(work: Callable[..., None], folder: Path, *arguments: An
     """Run ``work`` in two processes, and return what each of them saved in ``folder``."""
     mp.spawn(_start, args=(work, free_port(), str(folder), arguments), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def trainer_of_two(strategy: Any, callback: Any = None, **changes: Any) -> Any:
+    """Lightning's trainer in one of the two processes."""
+    import lightning.pytorch as lightning
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
+    lightning.seed_everything(int(os.environ["RANK"]), verbose=False)
+
+    class ExistingProcesses(LightningEnvironment):
+        creates_processes_externally = True
+
+        def world_size(self) -> int:
+            return 2
+
+        def global_rank(self) -> int:
+            return int(os.environ["RANK"])
+
+        def local_rank(self) -> int:
+            return int(os.environ["RANK"])
+
+    strategy.cluster_environment = ExistingProcesses()
+    return make_trainer(callback, strategy=strategy, devices=2, **changes)

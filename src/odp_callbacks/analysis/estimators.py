@@ -100,11 +100,15 @@ def gradient_figures(
     success_differs = bool(evidence.differs[chosen].any())
     no_difference = "no difference" if chosen.any() and not success_differs else ""
     no_gradient = "no gradient" if has_gain.any() and not nonzero.any() else ""
+    # The nodes that are left would say that where outcomes differ, nothing is gained.
+    failed = "gradients failed" if np.isnan(evidence.gradient_weight[chosen]).any() else ""
+    no_difference, no_gradient = failed or no_difference, failed or no_gradient
     norm_weight = evidence.token_weight * correction.norm
     with np.errstate(divide="ignore", invalid="ignore"):
         token_weight = evidence.token_weight
         total_gain = (token_weight * np.nan_to_num(gain))[has_gain].sum()
-        uncorrected = float(total_gain / (token_weight * evidence.weighted_norm)[has_gain].sum())
+        total_norm = (token_weight * evidence.weighted_norm)[has_gain].sum()
+        uncorrected = float("nan") if failed else float(total_gain / total_norm)
     return {
         "predicted_gain": token_mean(evidence, gain, chosen, no_difference),
         "gain_weighted_alignment": _ratio_of_sums(

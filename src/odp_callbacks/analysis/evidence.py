@@ -41,7 +41,8 @@ class Evidence:
         total_square: ``(N, A)``, sum of squared rewards.
         exact: ``(N, A)`` bool: success is known, because the branch ends the response.
         certain: ``(N,)`` bool: every possible token is a branch whose success is known.
-        gradient_weight: ``(N,)``, inverse probability with which the gradients were computed; 0 where they were not.
+        gradient_weight: ``(N,)``, inverse probability with which the gradients were computed; 0 where they were not,
+            NaN where they could not be.
     """
 
     question: NDArray[np.int64]
@@ -80,7 +81,9 @@ class Evidence:
     @cached_property
     def weighted_gain(self) -> Floats:
         """Gains by which sums over all nodes are estimated, ``(N, K)``; 0 at nodes that others stand for."""
-        weighted: Floats = np.where(self._lacks_gradients[:, None], 0, self.gain)
+        # Nothing stands for a node whose gradients were wanted and failed.
+        of_lacking = np.where(np.isnan(self.gradient_weight), np.nan, 0.0)[:, None]
+        weighted: Floats = np.where(self._lacks_gradients[:, None], of_lacking, self.gain)
         return np.where(self.gradient_weight[:, None] > 0, weighted * self.gradient_weight[:, None], weighted)
 
     @cached_property
@@ -96,7 +99,7 @@ class Evidence:
     @property
     def _lacks_gradients(self) -> NDArray[np.bool_]:
         """Whether outcomes differ at a node without gradients, ``(N,)``."""
-        return np.asarray((self.gradient_weight == 0) & self.differs)
+        return np.asarray(~(self.gradient_weight > 0) & self.differs)
 
     @cached_property
     def cosine(self) -> Floats:
@@ -192,7 +195,8 @@ def stack(nodes: Sequence[NodeRecord], module: int | None = None, logits: bool =
         branches = len(node.tokens)
         if logits or not node.has_gradients:
             gram = node.logit_gram
-            gradient_weight[node_index] = float(logits)
+            failed = not logits and np.isnan(node.gradient_inclusion)
+            gradient_weight[node_index] = np.nan if failed else float(logits)
         else:
             gram = node.gram.sum(axis=0) if module is None else node.gram[module]
             gradient_weight[node_index] = 1 / node.gradient_inclusion

@@ -12,6 +12,7 @@ from odp_callbacks.analysis.summaries import (
     Analysis,
     ClassSummary,
 )
+from odp_callbacks.analysis.teacher_coverage import teacher_coverage
 from odp_callbacks.analysis.time_shortage import response_limit
 from odp_callbacks.records import ProbeReport
 
@@ -124,7 +125,18 @@ def _probe_scalars(report: ProbeReport, summaries: list[ClassSummary], rate: Est
         "odp/probe/seconds": sum(report.stage_seconds.values()),
         **{f"odp/probe/seconds_{stage}": seconds for stage, seconds in report.stage_seconds.items()},
         **({"odp/probe/slot_occupancy": report.slot_occupancy} if report.slot_steps.get("available") else {}),
+        **_coverage_scalars(report),
     }
+
+
+def _coverage_scalars(report: ProbeReport) -> dict[str, float]:
+    """What of the policies of served teachers did not come back."""
+    logged: dict[str, float] = {}
+    for teacher, coverage in teacher_coverage(report).items():
+        logged[f"odp/probe/missing_mass/{teacher}"] = coverage.missing_mass
+        logged[f"odp/probe/largest_missing_mass/{teacher}"] = coverage.largest_missing_mass
+        logged[f"odp/probe/unaligned_share/{teacher}"] = coverage.unaligned_share
+    return logged
 
 
 def _with_interval(prefix: str, suffix: str, estimate: Estimate) -> dict[str, float]:

@@ -272,7 +272,7 @@ class Analysis:
         estimators["step_alignment"] = step_alignment(self.report, self.evidence, teacher_index, chosen)
         estimators["logit_alignment"] = logit_figures["alignment"]
         estimators["teacher_advantage"] = token_mean(
-            self.evidence, self._advantage[:, teacher_index], chosen, estimators["predicted_gain"].withheld
+            self.evidence, self._advantage[:, teacher_index], chosen, logit_figures["predicted_gain"].withheld
         )
         for predictor, values in self._predictors.items():
             mean = token_mean(self.evidence, values[:, teacher_index], chosen)

@@ -59,7 +59,12 @@ class BatchGains:
             return BatchGain((), 0.0, 0)
         probe.reward_host = RewardHost(context.trainer_state, context.step)
         temperature = next((one.temperature for one in given if one.temperature is not None), probe.config.temperature)
-        with remembering_user_defaults(), preserving_training_state(probe.student), context.precision_context():
+        with (
+            remembering_user_defaults(),
+            probe.student_in_place(),
+            preserving_training_state(probe.student),
+            context.precision_context(),
+        ):
             given = self.rewards.scored(probe, given)
             every = probe.given_rollouts(given)
             scored = [index for index, rollout in enumerate(every) if rollout.reward == rollout.reward]  # not NaN

@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from odp_callbacks.callbacks.trainer_context import TrainerContext
+from odp_callbacks.engine.gradients.gradient_stage import GradientWarning
 
 
 class FailureHandler:
@@ -27,7 +28,8 @@ class FailureHandler:
             consequence: What the failure means for the user; the exception's own text follows it.
         """
         try:
-            yield
+            with _gradient_warnings_as_errors() if self.strict else nullcontext():
+                yield
         except Exception as error:
             if self.strict:
                 raise
@@ -53,3 +55,11 @@ class FailureHandler:
         if message not in self._warnings_issued:
             self._warnings_issued.add(message)
             context.inform(f"odp-callbacks: {message}")
+
+
+@contextmanager
+def _gradient_warnings_as_errors() -> Iterator[None]:
+    """Where gradients fail, the engine keeps what it has measured and warns; here it raises instead."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GradientWarning)
+        yield

@@ -17,6 +17,7 @@ from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import ProbeProgress, display_beside
 from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
 from odp_callbacks.callbacks.student_location import StudentLocator, locate_students
+from odp_callbacks.callbacks.student_replica import ReplicaLoader
 from odp_callbacks.callbacks.trainer_context import TrainerContext
 from odp_callbacks.callbacks.training_prompts import training_template
 from odp_callbacks.distillation import OnPolicyDistillation
@@ -26,8 +27,8 @@ from odp_callbacks.engine.rewards import RewardFunction
 from odp_callbacks.records import ProbeReport
 from odp_callbacks.visualization.loggers import ReportLogger, is_tensorboard
 
-SHARDED_STRATEGIES = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy"}
-"""Strategies that spread parameters over processes, or whose processes torch.distributed does not know."""
+REFUSED_STRATEGIES = {"FSDPStrategy", "XLAStrategy", "XLAFSDPStrategy"}
+"""Strategies that flatten parameters before they spread them, or whose processes torch.distributed does not know."""
 
 HOOK_MODULES = {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}
 """Modules that define the hooks which a LightningModule inherits; ``is_overridden`` knows only one of the packages."""
@@ -63,6 +64,9 @@ class GradientAlignmentCallback(Callback):
         gate: A gate that learns from the probes (:mod:`odp_callbacks.gates.protocols`): its ``observe(report)`` is
             called after every probe that succeeds, its ``scalars()`` are logged, and its state is kept in checkpoints.
             None: the LightningModule's ``gate``, if it has one with ``observe``.
+        student_replica: A function without arguments that loads the student unsharded, for a training that shards it
+            (FSDP2, ZeRO-3): the same base, in 4 bits for example, with LoRA of the same shapes. None (the default): the
+            base is gathered from the shards once, and kept in each process's memory of the CPU.
         config: How a probe measures.
         **options: Fields of :class:`~odp_callbacks.callbacks.schedule.ProbeSchedule`, listed here, and fields of
             :class:`~odp_callbacks.ProbeConfig`, which replace those of ``config``.
@@ -131,12 +135,15 @@ class GradientAlignmentCallback(Callback):
         student: StudentLocator | None = None,
         tokenizer: Any = None,
         gate: object | None = None,
+        student_replica: ReplicaLoader | None = None,
         config: ProbeConfig | None = None,
         **options: Unpack[CallbackOptions],
     ) -> None:
-        arguments = ("teachers", "prompts", "reward", "student", "tokenizer", "gate", "config")
+        arguments = ("teachers", "prompts", "reward", "student", "tokenizer", "gate", "student_replica", "config")
         schedule, config = resolve_options(config, options, other_arguments=arguments)
-        self.monitor = Monitor(teachers, prompts, reward, schedule=schedule, config=config, gate=gate)
+        self.monitor = Monitor(
+            teachers, prompts, reward, schedule=schedule, config=config, gate=gate, student_replica=student_replica
+        )
         self.logged_scalars = LoggedScalars(self.monitor)
         self.report_logger = ReportLogger(schedule.confidence, root_of(schedule.name))
         self._is_set_up = False
@@ -190,10 +197,10 @@ class GradientAlignmentCallback(Callback):
         if not self._has_probes(stage):
             self._is_set_up = True
             return
-        if sharded := {kind.__name__ for kind in type(trainer.strategy).__mro__} & SHARDED_STRATEGIES:
+        if refused := {kind.__name__ for kind in type(trainer.strategy).__mro__} & REFUSED_STRATEGIES:
             raise ValueError(
-                f"`strategy` is {sharded.pop()}, under which no process has the whole student to measure; use DDP, or "
-                "one device."
+                f"`strategy` is {refused.pop()}, whose shards this callback cannot gather; use ModelParallelStrategy "
+                "with `fully_shard` (FSDP2), DeepSpeed, DDP, or one device."
             )
         refuse_equal_names(
             self.monitor.schedule.name,

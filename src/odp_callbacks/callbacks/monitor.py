@@ -22,6 +22,7 @@ from odp_callbacks.callbacks.run_records import RunRecords
 from odp_callbacks.callbacks.saved_state import monitor_state, restore_monitor, restore_teachers_alone
 from odp_callbacks.callbacks.schedule import ProbeSchedule
 from odp_callbacks.callbacks.step_gain import StepGain
+from odp_callbacks.callbacks.student_replica import ReplicaLoader, WholeStudent
 from odp_callbacks.callbacks.teacher_updates import update_teachers
 from odp_callbacks.callbacks.time_budget import TimeBudget, decide_together
 from odp_callbacks.callbacks.trainer_context import TrainerContext
@@ -35,7 +36,6 @@ from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import DEFAULT_TEMPLATE, Row
 from odp_callbacks.engine.rewards import RewardFunction, check_reward
 from odp_callbacks.engine.rows import as_rows
-from odp_callbacks.engine.student import uncompiled
 from odp_callbacks.engine.teachers import as_teachers
 from odp_callbacks.engine.training_rollouts import TrainingRollouts, read_once
 from odp_callbacks.records import ProbeReport
@@ -56,6 +56,7 @@ class Monitor:
         schedule: When to probe.
         config: How a probe measures.
         gate: A gate that learns from the probes; None for the gate of the training.
+        student_replica: Loads a sharded student unsharded; None copies it from the shards.
 
     Attributes:
         last_report: The report of the last probe that succeeded; None before any.
@@ -77,6 +78,7 @@ class Monitor:
         schedule: ProbeSchedule,
         config: ProbeConfig,
         gate: object | None = None,
+        student_replica: ReplicaLoader | None = None,
     ) -> None:
         check_reward(reward)
         prompts = None if prompts is None else as_rows(prompts)
@@ -87,6 +89,7 @@ class Monitor:
         self.config = config
         self.last_report: ProbeReport | None = None
         self.probe: Probe | None = None
+        self.whole_student = WholeStudent(student_replica)
         self.random_stream = torch.Generator().manual_seed(schedule.seed)
         self.questions = QuestionOrder(prompts, schedule.questions_per_probe, schedule.seed)
         self.probe_count = 0
@@ -133,14 +136,22 @@ class Monitor:
             ValueError: If something that was given cannot work.
         """
         self.gate_learning.use_gate_of_training(training_gate, distilled_teachers, self.teachers)
-        if self.probe is not None and self.probe.student is uncompiled(student):
+        student = self.whole_student.of(student)
+        if self.probe is not None and self.probe.student is student:
             return
         self.forget_student()
         self._student_is_new = True
+        with self.whole_student.in_use():
+            self._make_probes(student, tokenizer, template, sampling or {})
+
+    def _make_probes(
+        self, student: nn.Module, tokenizer: Any, template: ChatTemplate, sampling: Mapping[str, Any]
+    ) -> None:
         self.probe = Probe(student, tokenizer, self.reward, self.teachers, self.config, training_template=template)
-        self.training_updates.prepare(self.probe, template, sampling or {})
+        self.training_updates.prepare(self.probe, template, sampling)
         for probe in filter(None, (self.probe, self.training_updates.probe)):
             probe.says_shortage = False  # the callback does, of all processes together
+            probe.student_in_place = self.whole_student.in_use
         if self.schedule.step_gain_every_n_steps is not None:
             for probe in filter(None, (self.probe, self.training_updates.probe)):
                 probe.summed_directions = self.step_gain.directions
@@ -174,12 +185,15 @@ class Monitor:
             self.time_budget = TimeBudget(self.schedule.max_overhead, first_step=context.step)
             self.pooled_updates.clear()
             self.failures.forget_warnings()
+        was_restored = self._was_restored
         self._student_is_new = self._was_restored = False
         self._run_watch = RunWatch(context.step)
         self._warn_of_dropped_states(context)
         self.preconditioner(context)
         self.time_budget.start()
         self._follow_student(context)
+        if was_restored:
+            self.whole_student.gather_base()
         self.step_gain.start(context, self._followed_student, is_new_run)
         if is_new_run and self.schedule.at_start and self.prompts is not None:
             self.run_probe(context)
@@ -235,6 +249,8 @@ class Monitor:
                 context, "`on_validation` needs `prompts`, because validation has no training batch; skipped the probe."
             )
             return
+        with self.failures.guarded(context, "the sharded student was not gathered"):
+            self.whole_student.synchronize()
         self.run_probe(context)
 
     def on_train_end(self, context: TrainerContext) -> None:
@@ -337,6 +353,11 @@ class Monitor:
         if not self.schedule.optimizer_geometry:
             return None
         assert self.probe is not None
+        if self.whole_student.is_replica:
+            raise ValueError(
+                "`optimizer_geometry` was asked for, but the student is sharded, and so are the second moments of its "
+                "optimizer; leave it off, or train with DDP."
+            )
         return adam_preconditioner(context.optimizers, self.probe.student)
 
     def next_seed(self) -> int:
@@ -347,6 +368,7 @@ class Monitor:
         """Find the student as it is now, and let the teachers follow it; a probe warns if there is none any more."""
         try:
             context.prepare()
+            self.whole_student.synchronize()
         except Exception:
             self.forget_student()
             if self.schedule.strict:

@@ -5,6 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -29,10 +30,12 @@ from odp_callbacks.callbacks.processes import current_processes
 from odp_callbacks.callbacks.progress import Bar, ProbeProgress
 from odp_callbacks.callbacks.schedule import CallbackOptions, resolve_options
 from odp_callbacks.callbacks.student_location import StudentLocator, locate_students
+from odp_callbacks.callbacks.student_replica import ReplicaLoader
 from odp_callbacks.callbacks.trainer_context import TrainerContext
 from odp_callbacks.callbacks.training_prompts import rows_of_dataset, training_template
 from odp_callbacks.callbacks.trl_rollouts import TrainerRollouts, sampling_options
 from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.engines.choice import TRAINER
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.question_encoding import template_of
 from odp_callbacks.engine.rewards import RewardFunction
@@ -71,6 +74,9 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         gate: A gate that learns from the probes (:mod:`odp_callbacks.gates.protocols`): its ``observe(report)`` is
             called after every probe that succeeds, its ``scalars()`` are logged, and its state is kept in checkpoints.
             None: the trainer's ``gate``, if :func:`~odp_callbacks.gate_trainer` gave it one that learns.
+        student_replica: A function without arguments that loads the student unsharded, for a training that shards it
+            (FSDP2, ZeRO-3): the same base, in 4 bits for example, with LoRA of the same shapes. None (the default): the
+            base is gathered from the shards once, and kept in each process's memory of the CPU.
         config: How a probe measures.
         **options: Fields of :class:`~odp_callbacks.callbacks.schedule.ProbeSchedule`, listed here, and fields of
             :class:`~odp_callbacks.ProbeConfig`, which replace those of ``config``.
@@ -133,20 +139,35 @@ class GradientAlignmentTrainerCallback(TrainerCallback):  # type: ignore[misc]
         student: StudentLocator | None = None,
         tokenizer: Any = None,
         gate: object | None = None,
+        student_replica: ReplicaLoader | None = None,
         config: ProbeConfig | None = None,
         **options: Unpack[CallbackOptions],
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainer` must be a transformers.Trainer, or one of TRL's, but got {trainer!r}.")
-        arguments = ("trainer", "teachers", "prompts", "reward", "student", "tokenizer", "gate", "config")
+        arguments = (
+            "trainer",
+            "teachers",
+            "prompts",
+            "reward",
+            "student",
+            "tokenizer",
+            "gate",
+            "student_replica",
+            "config",
+        )
         schedule, config = resolve_options(config, options, other_arguments=arguments)
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if config.engine == TRAINER:
+            config = replace(config, engine=trainer)
+        if (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2) or trainer.is_fsdp_xla_enabled:
             raise ValueError(
-                "`trainer` shards the student over processes (FSDP or DeepSpeed), so that no process has the whole "
-                "student to measure; train with DDP or on one device."
+                "`trainer` shards the student by FSDP 1 or XLA, whose shards this callback cannot gather; use FSDP 2 "
+                '(`fsdp_config={"version": 2}`), DeepSpeed, DDP, or one device.'
             )
         prompts = rows_of_dataset(trainer.train_dataset) if prompts is None else prompts
-        self.monitor = Monitor(teachers, prompts, reward, schedule=schedule, config=config, gate=gate)
+        self.monitor = Monitor(
+            teachers, prompts, reward, schedule=schedule, config=config, gate=gate, student_replica=student_replica
+        )
         self.tensorboard = TensorBoardReports(schedule.confidence, root=root_of(schedule.name))
         self.trainer = trainer
         self.student = student

@@ -13,14 +13,16 @@ from torch import nn
 from odp_callbacks.analysis.jackknife import check_confidence
 from odp_callbacks.analysis.paper.records import PaperRecord
 from odp_callbacks.analysis.time_shortage import time_shortage
+from odp_callbacks.callbacks.processes import Processes
 from odp_callbacks.cli.arguments import add_json_argument, command_parser
 from odp_callbacks.cli.datasets import QuestionOptions
 from odp_callbacks.cli.demonstration_files import add_demonstrations, load_rows
-from odp_callbacks.cli.diagnosis import run_diagnosis
+from odp_callbacks.cli.launched_processes import ALONE, console_of, launched_processes, prepared_together
 from odp_callbacks.cli.model_placement import ModelPlacement
 from odp_callbacks.cli.models import load_named_model, stop_token_ids
 from odp_callbacks.cli.paper_diagnosis import RECORD_FILE, run_paper_diagnosis, show_paper_record
 from odp_callbacks.cli.results import result_console, show_ranking, terminal_text
+from odp_callbacks.cli.shared_diagnosis import check_shares, run_shared_diagnosis
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.diagnosis import check_protocol
 from odp_callbacks.engine.paper import PaperConfig
@@ -96,8 +98,12 @@ def run_command(arguments: Sequence[str]) -> int:
     del given["config"]
     configurations = {"measure": ProbeConfig(**given["measure"]), "paper": PaperConfig(**given["paper"])}
     options = DiagnoseOptions(**{**given, **configurations})
-    console, output = result_console(as_json), local_path("output", options.output)
-    report = diagnose(options, console)
+    output = local_path("output", options.output)
+    with launched_processes() as processes:
+        console = console_of(processes, result_console(as_json))
+        report = diagnose(options, console, processes)
+    if processes.rank > 0:
+        return 0
     if isinstance(report, PaperRecord):
         show_paper_record(report, output / RECORD_FILE, options.confidence, console, as_json)
     else:
@@ -107,16 +113,45 @@ def run_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def diagnose(options: DiagnoseOptions, console: Console) -> ProbeReport | PaperRecord:
+def diagnose(options: DiagnoseOptions, console: Console, processes: Processes = ALONE) -> ProbeReport | PaperRecord:
     """Load what the options name, and measure; all that can be refused without a model is refused first.
 
     Args:
         options: The arguments of the command.
         console: Where progress is shown.
+        processes: The processes that share the questions.
+
+    Returns:
+        The measurement of all questions, in every process.
 
     Raises:
         ValueError: If an option does not work.
     """
+    prepared = prepared_together(processes, lambda: _prepare(options, console, processes))
+    stop = prepared.pop("eos_token_ids")
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("rollouts", total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.update(bar, description=stage, completed=done, total=total)
+
+        measured: dict[str, Any] = {
+            **prepared,
+            "output": local_path("output", options.output),
+            "seed": options.seed,
+            "identity": options.identity(),
+            "on_stage": show,
+            "processes": processes,
+        }
+        if options.protocol == "paper":
+            paper = replace(options.paper, eos_token_ids=(*options.paper.eos_token_ids, *stop))
+            return run_paper_diagnosis(**measured, config=paper)
+        config = replace(options.measure, eos_token_ids=(*options.measure.eos_token_ids, *stop))
+        return run_shared_diagnosis(**measured, config=config, teacher_accuracy=options.teacher_accuracy)
+
+
+def _prepare(options: DiagnoseOptions, console: Console, processes: Processes) -> dict[str, Any]:
+    """Load questions and models; they are arguments of the functions that measure."""
     options.check()
     rows, reward = options.load()
     if options.demonstrations:
@@ -124,25 +159,18 @@ def diagnose(options: DiagnoseOptions, console: Console) -> ProbeReport | PaperR
         rows = add_demonstrations(rows, [load_rows(file) for file in options.demonstrations])
         console.print(f"{len(rows)} of {count} questions have demonstrations; the others are left out.")
     check_contexts(options.teachers, rows)
+    check_shares(processes, rows)
     model, tokenizer = load_named_model(
         "student", options.student, lambda message: console.print(terminal_text(message)), options
     )
-    student = _with_adapter(model, options)
-    teachers = _load_teachers(options)
-    stop_tokens = stop_token_ids(options.stop, tokenizer)
-    config = replace(options.measure, eos_token_ids=(*options.measure.eos_token_ids, *stop_tokens))
-    paper = replace(options.paper, eos_token_ids=(*options.paper.eos_token_ids, *stop_tokens))
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("rollouts", total=len(rows))
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.update(bar, description=stage, completed=done, total=total)
-
-        measured = student, tokenizer, rows, reward, teachers, local_path("output", options.output)
-        run: dict[str, Any] = {"seed": options.seed, "identity": options.identity(), "on_stage": show}
-        if options.protocol == "paper":
-            return run_paper_diagnosis(*measured, config=paper, **run)
-        return run_diagnosis(*measured, config=config, teacher_accuracy=options.teacher_accuracy, **run)
+    return {
+        "student": _with_adapter(model, options),
+        "tokenizer": tokenizer,
+        "rows": rows,
+        "reward": reward,
+        "teachers": _load_teachers(options),
+        "eos_token_ids": stop_token_ids(options.stop, tokenizer),
+    }
 
 
 def check_contexts(teachers: Mapping[str, str], rows: Sequence[Row]) -> None:

@@ -53,6 +53,7 @@ def run_diagnosis(
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
     teacher_accuracy: int = 0,
+    first_question: int = 0,
     on_stage: Progress | None = None,
 ) -> ProbeReport:
     """Measure the update of all questions, then their nodes, block by block; each part is saved when it is done.
@@ -76,6 +77,7 @@ def run_diagnosis(
         identity: What else distinguishes this diagnosis, such as the student's path. A folder that holds a diagnosis
             with another identity is refused.
         teacher_accuracy: How many responses to each question every teacher gives by itself; 0 for none.
+        first_question: Number of the first row among the questions, where these are a part of all questions.
         on_stage: Called with the name of a stage, the amount done, and the total.
 
     Raises:
@@ -89,7 +91,7 @@ def run_diagnosis(
         return probe
 
     probe = probe_with()
-    questions = probe.validate(rows, [str(question_index) for question_index in range(len(rows))])
+    questions = probe.validate(rows, [str(first_question + index) for index in range(len(rows))])
     settings = {"teachers": list(probe.teachers), **(identity or {})}
     settings = {**config.settings(), "seed": seed, "rows": fingerprint(list(rows)), **settings}
     block_size = _claim_folder(output, settings, lambda: _questions_that_fit(student, questions, config))
@@ -193,7 +195,7 @@ def _measured(
 def _questions_that_fit(student: nn.Module, questions: Sequence[Question], config: ProbeConfig) -> int:
     """How many questions' rollouts have keys and values that fit in memory."""
     longest = max(len(question.prompt_ids) for question in questions)
-    tokens = longest + config.rollouts_per_question * config.max_new_tokens
+    tokens = longest + config.rollouts * config.max_new_tokens
     usable = free_bytes(next(student.parameters()).device, config.max_memory_bytes)
     return max(1, min(MAXIMUM_BLOCK, int(usable // (tokens * cache_bytes_of_token(student)))))
 

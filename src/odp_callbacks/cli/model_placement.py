@@ -1,9 +1,12 @@
 """Where the command line loads a model to, in which dtype, and with which attention."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from odp_callbacks.cli.launched_processes import local_device_index
 
 DTYPES = ("float32", "bfloat16", "float16")
 AUTOMATIC = "auto"
@@ -15,7 +18,8 @@ class ModelPlacement:
 
     Attributes:
         device: Where they are: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``auto`` for the GPU if there is one
-            other than Apple's, which has no float64.
+            other than Apple's, which has no float64. Under ``torchrun``, each process takes the GPU of its
+            ``LOCAL_RANK``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` for float32 on a CPU, and for the dtype of the
             checkpoint elsewhere.
         attention: transformers' attention implementation, such as ``eager``, ``sdpa`` or ``flash_attention_2``; none
@@ -48,7 +52,7 @@ class ModelPlacement:
         if self.device == AUTOMATIC:
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             # Apple's GPUs have no float64, in which probabilities and sums are computed.
-            return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+            return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else _own(accelerator)
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
@@ -57,7 +61,7 @@ class ModelPlacement:
                 f"`device` must be one that this machine has, such as 'cpu', but {self.device!r} was given "
                 f"({str(error).splitlines()[0]})."
             ) from error
-        return device
+        return _own(device)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained``."""
@@ -76,3 +80,11 @@ class ModelPlacement:
         if device.type != "cpu" or self.load_in_4bit:
             arguments["device_map"] = {"": str(device)}
         return arguments
+
+
+def _own(device: torch.device) -> torch.device:
+    """The device of this process, where a launcher started several and the device has no number yet."""
+    has_number = ":" in str(device)
+    if has_number or device.type in ("cpu", "mps") or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device(device.type, local_device_index())

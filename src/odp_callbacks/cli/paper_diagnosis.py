@@ -12,9 +12,11 @@ from torch import nn
 from odp_callbacks.analysis.paper.aggregates import class_difference, teacher_figures
 from odp_callbacks.analysis.paper.oracle_filter import oracle_filter
 from odp_callbacks.analysis.paper.predictor_correlations import path_correlations
-from odp_callbacks.analysis.paper.records import PaperRecord
+from odp_callbacks.analysis.paper.records import PaperRecord, merge_paper_records
 from odp_callbacks.analysis.paper.scored_nodes import score_nodes
+from odp_callbacks.callbacks.processes import Processes
 from odp_callbacks.cli.diagnosis import fingerprint
+from odp_callbacks.cli.launched_processes import ALONE, measured_together
 from odp_callbacks.cli.results import print_json, terminal_text
 from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.paper import PaperConfig, PaperProbe
@@ -42,11 +44,12 @@ def run_paper_diagnosis(
     seed: int = 0,
     identity: Mapping[str, Any] | None = None,
     on_stage: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> PaperRecord:
     """Measure by the paper's protocol, and save the record to ``paper.npz``.
 
     Started again with the same arguments, it resumes: finished rollouts are kept in a journal, and a finished record is
-    not measured again.
+    not measured again. Several processes share the questions; the first one saves the record of all.
 
     Args:
         student: A causal language model.
@@ -59,6 +62,7 @@ def run_paper_diagnosis(
         seed: Seed of all random draws.
         identity: What else distinguishes this diagnosis, such as the student's path.
         on_stage: Called with the name of a stage, the amount done, and the total.
+        processes: The processes that measure together, with the same arguments.
 
     Raises:
         ValueError: If the folder holds a record with other arguments, or if an argument does not work.
@@ -87,11 +91,19 @@ def run_paper_diagnosis(
     except DamagedRecordsError as error:
         warnings.warn(f"odp-callbacks: the questions are measured again, because {error}", stacklevel=2)
     # A journal of other arguments holds rollouts of another student or of other prompts.
-    journal = Journal(output / f"paper-{name}.journal")
-    ids = [str(place) for place in range(len(rows))]
-    record = probe.run(rows, seed=seed, ids=ids, progress=on_stage, journal=journal)
+    of_process = "" if processes.size == 1 else f"-process-{processes.rank}-of-{processes.size}"
+    journal = Journal(output / f"paper-{name}{of_process}.journal")
+    places = processes.share(range(len(rows)))
+
+    def measure() -> PaperRecord:
+        own_rows, ids = [rows[place] for place in places], [str(place) for place in places]
+        return probe.run(own_rows, seed=seed, ids=ids, progress=on_stage, journal=journal)
+
+    record = merge_paper_records(measured_together(processes, measure))
     record = replace(record, settings={**record.settings, IDENTITY: name})
-    save_paper_record(record, path, overwrite=True)
+    if processes.rank == 0:
+        save_paper_record(record, path, overwrite=True)
+    processes.gather(None)  # what a journal holds is saved before it is removed
     journal.remove()
     return record
 

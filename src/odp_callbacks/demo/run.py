@@ -101,7 +101,7 @@ def _load_student(config: DemoConfig, console: Console) -> tuple[nn.Module, Any]
 
 
 def _expected_seconds(config: DemoConfig) -> dict[str, float]:
-    responses = config.questions * config.probe.rollouts_per_question
+    responses = config.questions * config.probe.rollouts
     held_out = config.held_out * config.held_out_responses * SECONDS_OF_RESPONSE
     stages = {SAMPLING: responses * SECONDS_OF_RESPONSE, UPDATE: responses * SECONDS_OF_UPDATE, BEFORE: held_out}
     return {**stages, **{step_stage(teacher): held_out for teacher in TEACHERS}}

@@ -4,7 +4,7 @@ from odp_callbacks.engine.config import ProbeConfig, ProbeOptions
 from odp_callbacks.engine.diagnosis import diagnose
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.rewards import RewardError
-from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
+from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, ServedTeacher, Teacher
 from odp_callbacks.engine.tree.nodes import BalancedNodes, EntropyNodes, UniformNodes, every_node, exponential_windows
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ProbeConfig",
     "ProbeOptions",
     "RewardError",
+    "ServedTeacher",
     "Teacher",
     "UniformNodes",
     "diagnose",

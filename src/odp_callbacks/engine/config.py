@@ -8,6 +8,8 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from odp_callbacks.engine.chat_template import are_tools
+from odp_callbacks.engine.engines.choice import check_engine, engine_label
+from odp_callbacks.engine.engines.interface import SamplingEngine
 from odp_callbacks.engine.gradients.loss_directions import UserLoss
 from odp_callbacks.engine.tree.allocation import TARGETS
 from odp_callbacks.engine.tree.nodes import NODE_SELECTORS, BalancedNodes, NodeSelector
@@ -16,6 +18,8 @@ from odp_callbacks.functional.distillation_losses import Divergence, check_diver
 
 SIMPLE_TYPES = (str, int, float, tuple, type(None))
 """Types of option values that a record can hold as they are."""
+USUAL_ROLLOUTS, USUAL_NODES = 4, "balanced"
+"""What is measured where neither the user nor a plan says otherwise."""
 COUNTS = ("rollouts_per_question", "max_new_tokens", "continuations", "max_branches", "tail_draws", "batch_size")
 """Options that must be positive integers."""
 LIMITS = ("seconds", "half_width", "max_memory_bytes", "reward_timeout")
@@ -29,7 +33,7 @@ OPTIONAL_SHARES = ("teacher_branch_probability", "tail_roulette")
 class ProbeOptions(TypedDict, total=False):
     """The fields of :class:`ProbeConfig` as keyword arguments, for editors and type checkers."""
 
-    rollouts_per_question: int
+    rollouts_per_question: int | None
     max_new_tokens: int
     temperature: float
     continuations: int
@@ -41,7 +45,7 @@ class ProbeOptions(TypedDict, total=False):
     update: bool
     influence: bool
     rules: Mapping[str, Rule] | None
-    nodes: NodeSelector | int | str
+    nodes: NodeSelector | int | str | None
     branch_mass: float
     max_branches: int
     tail_draws: int
@@ -61,6 +65,7 @@ class ProbeOptions(TypedDict, total=False):
     batch_size: int
     max_memory_bytes: float | None
     reward_timeout: float | None
+    engine: SamplingEngine | str
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class ProbeConfig:
     :class:`ProbeOptions` has the same fields, for functions that take them as keyword arguments.
 
     Attributes:
-        rollouts_per_question: Number of student responses to each question.
+        rollouts_per_question: Number of student responses to each question. None: 4; from the second probe with
+            ``seconds`` on, as many as :func:`~odp_callbacks.plan_probe` says.
         max_new_tokens: Maximum length of a response in tokens.
         temperature: Sampling temperature. It also divides the logits of both models in a named distillation loss.
         continuations: Number of continuations sampled from each branch. It applies where neither ``budget`` nor
@@ -97,7 +103,8 @@ class ProbeConfig:
             than correctness takes a forward pass and, for each teacher, a backward pass. None measures no rule.
         nodes: Which response positions are measured: ``"balanced"`` (nearly equal weights, every depth), or the number
             of balanced ones in each response; one in each of the ``"exponential"`` windows, ``"every"``, ``"uniform"``,
-            ``"entropy"``; or a :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function.
+            ``"entropy"``; or a :data:`~odp_callbacks.engine.tree.nodes.NodeSelector` function. None: ``"balanced"``;
+            from the second probe with ``seconds`` on, as many as :func:`~odp_callbacks.plan_probe` says.
         branch_mass: Total probability that the most likely branches of a node must reach, in (0, 1].
         max_branches: Maximum number of most likely branches of a node.
         tail_draws: Number of tokens drawn from the remaining probability mass at each node.
@@ -125,9 +132,13 @@ class ProbeConfig:
             training. A row's own column ``tools`` is used, too.
         success_threshold: Smallest reward at which a rollout counts as correct, in (0, 1].
         batch_size: Maximum number of sequences sampled at a time; fewer where memory is short.
-        max_memory_bytes: Maximum number of bytes, by an estimate, that continuations or vector-Jacobian products may
-            take at a time. None allows half of what is free.
+        max_memory_bytes: Maximum number of bytes, by an estimate, that continuations or gradients may take at a time.
+            Where the graph of all layers takes more, layers are computed again one by one in the backward passes. None
+            allows half of what is free.
         reward_timeout: Maximum number of seconds that one call of the reward function may take; None sets no limit.
+        engine: What samples rollouts and continuations: ``"local"``, the student's own model; the address of a vLLM
+            server; ``"trainer"``, the vLLM engine of TRL's trainer; a ``vllm.LLM``; or an object with the methods of
+            :class:`~odp_callbacks.engine.engines.SamplingEngine`.
 
     Raises:
         ValueError: If an option is out of range; the message says what would work.
@@ -137,7 +148,7 @@ class ProbeConfig:
         True
     """
 
-    rollouts_per_question: int = 4
+    rollouts_per_question: int | None = None
     max_new_tokens: int = 128
     temperature: float = 1.0
     continuations: int = 4
@@ -149,7 +160,7 @@ class ProbeConfig:
     update: bool = True
     influence: bool = True
     rules: Mapping[str, Rule] | None = None
-    nodes: NodeSelector | int | str = "balanced"
+    nodes: NodeSelector | int | str | None = None
     branch_mass: float = 0.95
     max_branches: int = 4
     tail_draws: int = 2
@@ -169,12 +180,14 @@ class ProbeConfig:
     batch_size: int = 256
     max_memory_bytes: float | None = None
     reward_timeout: float | None = 120.0
+    engine: SamplingEngine | str = "local"
 
     def __post_init__(self) -> None:
         """Check every field."""
         for option in COUNTS:
             given = getattr(self, option)
-            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            is_open = given is None and option == "rollouts_per_question"
+            if not is_open and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
                 raise ValueError(f"`{option}` must be a positive integer, but {given!r} was given.")
         if self.projections is not None and (type(self.projections) is not int or self.projections < 2):
             raise ValueError(f"`projections` must be an integer above 1 or None, but {self.projections!r} was given.")
@@ -218,11 +231,12 @@ class ProbeConfig:
         if self.tools is not None and not are_tools(self.tools):
             raise ValueError(f"`tools` must be a list of functions or JSON schemas, but {self.tools!r} was given.")
         is_count = type(self.nodes) is int and self.nodes > 0
-        if not callable(self.nodes) and not is_count and self.nodes not in NODE_SELECTORS:
+        if not (self.nodes is None or callable(self.nodes) or is_count or self.nodes in NODE_SELECTORS):
             raise ValueError(
                 f"`nodes` must be one of {list(NODE_SELECTORS)}, a positive number or a function, but got "
                 f"{self.nodes!r}."
             )
+        check_engine(self.engine)
         if not callable(self.divergence):
             check_divergence(self.divergence, self.beta, self.top_k)
 
@@ -239,14 +253,45 @@ class ProbeConfig:
     @property
     def selector(self) -> NodeSelector:
         """The function that selects a rollout's nodes."""
-        if isinstance(self.nodes, int):
-            return BalancedNodes(self.nodes)
-        return NODE_SELECTORS[self.nodes] if isinstance(self.nodes, str) else self.nodes
+        nodes = USUAL_NODES if self.nodes is None else self.nodes
+        if isinstance(nodes, int):
+            return BalancedNodes(nodes)
+        return NODE_SELECTORS[nodes] if isinstance(nodes, str) else nodes
+
+    @property
+    def rollouts(self) -> int:
+        """Number of rollouts of a question; the usual one where it is open."""
+        return USUAL_ROLLOUTS if self.rollouts_per_question is None else self.rollouts_per_question
+
+    @property
+    def has_open_numbers(self) -> bool:
+        """Whether a plan may choose how many rollouts or nodes are measured."""
+        return self.rollouts_per_question is None or self.nodes is None
+
+    def with_numbers(
+        self, rollouts_per_question: int = USUAL_ROLLOUTS, nodes: NodeSelector | int | str = USUAL_NODES
+    ) -> "ProbeConfig":
+        """Fill in the numbers that are open, and keep the others.
+
+        Args:
+            rollouts_per_question: Number of rollouts of a question.
+            nodes: Which positions are measured.
+
+        Examples:
+            >>> ProbeConfig(nodes=3).with_numbers(rollouts_per_question=8, nodes=5).nodes
+            3
+        """
+        return replace(
+            self,
+            rollouts_per_question=self.rollouts_per_question or rollouts_per_question,
+            nodes=nodes if self.nodes is None else self.nodes,
+        )
 
     def settings(self) -> dict[str, Any]:
         """The options as a record keeps them; functions are replaced by their names."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         options["rules"] = None if self.rules is None else tuple(self.rules)
+        options["engine"] = engine_label(self.engine)
         return {option: _recordable(setting) for option, setting in options.items()}
 
 

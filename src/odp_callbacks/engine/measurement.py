@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.analysis.teacher_coverage import COVERAGE_SETTING
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.deadline import Deadline
+from odp_callbacks.engine.engines.student_engine import StudentEngine
+from odp_callbacks.engine.gradients.graph_trial import check_graph
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
 from odp_callbacks.engine.gradients.random_projection import (
@@ -32,6 +35,7 @@ from odp_callbacks.engine.rollouts import (
     with_given_rewards,
 )
 from odp_callbacks.engine.sampling.randomness import Randomness
+from odp_callbacks.engine.teachers import ServedTeacher
 from odp_callbacks.engine.time_plan import TimePlan
 from odp_callbacks.engine.timing import StageTimer
 from odp_callbacks.engine.tree.continuations import ContinuationCost
@@ -66,6 +70,7 @@ class Measurement:
             kept.
         deadline: When the probe must have ended.
         costs: What units of work take, as far as known; it receives what this run measures.
+        engine: Samples rollouts and continuations in place of the student's own model; None: that model does.
     """
 
     student: nn.Module
@@ -82,6 +87,7 @@ class Measurement:
     summed_directions: dict[str, Tensor] | None = None
     deadline: Deadline = field(default_factory=Deadline)
     costs: UnitCosts = field(default_factory=UnitCosts)
+    engine: StudentEngine | None = None
 
     @cached_property
     def plan(self) -> TimePlan:
@@ -98,7 +104,14 @@ class Measurement:
             self.differentiator.direction,
             self.config.temperature,
             features=self.config.influence or bool(self.config.rules),
+            max_memory_bytes=self.config.max_memory_bytes,
         )
+
+    @property
+    def served_teachers(self) -> dict[str, ServedTeacher]:
+        """The teachers behind servers, by name."""
+        teachers = self.differentiator.teachers
+        return {name: teacher for name, teacher in teachers.items() if isinstance(teacher, ServedTeacher)}
 
     @property
     def randomness(self) -> Randomness:
@@ -120,7 +133,12 @@ class Measurement:
             rewards: For each question, the rewards of these responses where they exist already; None where the verifier
                 shall score.
         """
+        check_graph(self.student)
         self.try_update(questions)
+        for teacher in self.served_teachers.values():
+            teacher.begin_probe()
+        if responses is None or self.config.measures_nodes:
+            self.prepare_engine(questions)
         sampled = self.score(questions, responses, rewards)
         limit = None if responses is not None else reached_limit(sampled, self.config.max_new_tokens)
         # Continuations have the limit that rollouts have had: success means the same for both.
@@ -162,19 +180,8 @@ class Measurement:
             report = self.report(rollouts, [], ContinuationCost(), None, [], None, rollout_tokens, update)
             return replace(report, left_out=left_out)
         accumulators = self.step_accumulators(square_roots)
-        nodes = NodeMeasurement(
-            self.student,
-            self.tokenizer,
-            config,
-            self.differentiator,
-            self.verifier,
-            self.eos_token_ids,
-            self.randomness,
-            self.timer,
-            self.journal,
-            square_roots,
-            node_time if self.deadline.is_finite else None,
-        ).measure([rollouts[index] for index in with_nodes], accumulators)
+        measurement = limited.node_measurement(square_roots, node_time)
+        nodes = measurement.measure([rollouts[index] for index in with_nodes], accumulators)
         report = self.report(
             rollouts,
             [replace(record, rollout=with_nodes[record.rollout]) for record in nodes.records],
@@ -190,6 +197,28 @@ class Measurement:
         if nodes.cost.is_cut:
             left_out["continuations"] = nodes.cost.cut
         return replace(report, left_out=left_out)
+
+    def node_measurement(self, square_roots: Mapping[str, Tensor] | None, node_time: NodeTime) -> NodeMeasurement:
+        """What measures single tokens.
+
+        Args:
+            square_roots: Of the preconditioner.
+            node_time: The time for these stages.
+        """
+        return NodeMeasurement(
+            self.student,
+            self.tokenizer,
+            self.config,
+            self.differentiator,
+            self.verifier,
+            self.eos_token_ids,
+            self.randomness,
+            self.timer,
+            self.journal,
+            square_roots,
+            node_time if self.deadline.is_finite else None,
+            self.engine,
+        )
 
     def measure_update(
         self, rollouts: Sequence[Rollout], square_roots: Mapping[str, Tensor] | None, left_out: dict[str, int]
@@ -242,13 +271,13 @@ class Measurement:
         if responses is not None:
             rollouts = given_rollouts(self.tokenizer, questions, responses, config.max_new_tokens, self.eos_token_ids)
         else:
-            with self.timer.stage("rollouts", len(questions) * config.rollouts_per_question):
+            with self.timer.stage("rollouts", len(questions) * config.rollouts):
                 order = self.plan.order(len(questions))
                 rollouts = sample_rollouts(
                     self.student,
                     self.tokenizer,
                     [questions[place] for place in order],
-                    per_question=config.rollouts_per_question,
+                    per_question=config.rollouts,
                     max_new_tokens=self.plan.longest_rollout(self.prompt_work(questions)),
                     temperature=config.temperature,
                     eos_token_ids=self.eos_token_ids,
@@ -257,6 +286,7 @@ class Measurement:
                     journal=self.journal,
                     deadline=self.plan.for_rollouts(self.prompt_work(questions)),
                     costs=self.costs,
+                    engine=self.engine,
                 )
                 place_of = {id(question): place for place, question in enumerate(questions)}
                 rollouts.sort(key=lambda rollout: place_of[id(rollout.question)])
@@ -274,6 +304,17 @@ class Measurement:
     def prompt_work(self, questions: Sequence[Question]) -> list[float]:
         """The work of one pass over each question's prompt."""
         return [work_of_sequence(self.student, len(question.prompt_ids)) for question in questions]
+
+    def prepare_engine(self, questions: Sequence[Question]) -> None:
+        """Give the engine the student as it is now, if another one than the student's own model samples."""
+        if self.engine is not None:
+            with self.timer.stage("engine", 1):
+                self.engine.prepare(
+                    [question.prompt_ids for question in questions],
+                    max_new_tokens=self.config.max_new_tokens,
+                    stop_token_ids=self.eos_token_ids,
+                    randomness=self.randomness,
+                )
 
     def try_update(self, questions: Sequence[Question]) -> None:
         """Find out what the update will take, unless that is known: how much is sampled depends on it."""
@@ -307,6 +348,8 @@ class Measurement:
         has_steps = config.step_alignment and accumulators is not None
         step_sums = [accumulator.sums() for accumulator in accumulators or ()] if has_steps else [None, None]
         settings = {"seed": self.seed, **config.settings(), "projections": projections}
+        if served := self.served_teachers:
+            settings[COVERAGE_SETTING] = {name: teacher.coverage.as_setting() for name, teacher in served.items()}
         branch_tokens = sorted({int(token) for record in records for token in record.tokens})
         report = ProbeReport(
             teachers=tuple(self.differentiator.teachers),

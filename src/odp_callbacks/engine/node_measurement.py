@@ -1,5 +1,6 @@
 """The stages of a probe that measure single tokens: nodes, branches, continuations, and gradients where they matter."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from odp_callbacks.engine.config import ProbeConfig
-from odp_callbacks.engine.gradients.gradient_stage import GradientStage
+from odp_callbacks.engine.engines.student_engine import StudentEngine
+from odp_callbacks.engine.gradients.gradient_stage import GradientStage, GradientWarning
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.gradients.node_logits import NodeLogits
 from odp_callbacks.engine.gradients.step_sums import StepAccumulator
@@ -75,6 +77,7 @@ class NodeMeasurement:
         journal: Stores continuations as they finish.
         square_roots: Of a preconditioner to measure with, too.
         time: The time for these stages; None for no limit.
+        engine: Samples continuations in place of the student's own model; None: that model does.
     """
 
     student: nn.Module
@@ -88,6 +91,7 @@ class NodeMeasurement:
     journal: Journal | None = None
     square_roots: Mapping[str, Tensor] | None = None
     time: NodeTime | None = None
+    engine: StudentEngine | None = None
 
     def measure(self, rollouts: list[Rollout], accumulators: Sequence[StepAccumulator]) -> NodeResults:
         """Run the stages.
@@ -116,6 +120,7 @@ class NodeMeasurement:
             self.timer,
             gradients.where_outcomes_differ,
             None if self.time is None else self.time.for_continuations(rollouts, measured),
+            gradients.shorten_reserve,
         )
         outcomes = stream.run(records)
         records = [
@@ -125,7 +130,7 @@ class NodeMeasurement:
         with_nodes = [rollouts[index] for index in sorted({node.rollout for node in measured.nodes})]
         has_steps = self.config.step_alignment and (self.time is None or self.time.allows_step(with_nodes))
         if has_steps:
-            self.add_step_gradients(measured, records, outcomes, accumulators)
+            has_steps = self.add_step_gradients(measured, records, outcomes, accumulators)
         is_cut = sampler.cost.is_cut or (self.time is not None and bool(self.time.left_out))
         records, preconditioned = without_unscored(records, preconditioned, is_cut=is_cut)
         return NodeResults(records, preconditioned, sampler.cost, gradients.projections, has_steps)
@@ -214,6 +219,7 @@ class NodeMeasurement:
             [rollout.sequence[len(rollout.question.prompt_ids) - 1 : -1] for rollout in rollouts],
             question_indices(rollouts),
             max_new_tokens=self.config.max_new_tokens,
+            engine=self.engine,
         )
 
     def add_step_gradients(
@@ -222,11 +228,27 @@ class NodeMeasurement:
         records: Sequence[NodeRecord],
         outcomes: Sequence[list[BranchOutcomes]],
         accumulators: Sequence[StepAccumulator],
-    ) -> None:
-        """Add the gradients of all nodes to the step sums."""
-        self.differentiator.add_step_gradients(measured, records, outcomes, accumulators, self.timer)
+    ) -> bool:
+        """Add the gradients of all nodes to the step sums.
+
+        Returns:
+            Whether all could be computed. What continuations have cost is not lost to an error here.
+        """
+        try:
+            self.differentiator.add_step_gradients(measured, records, outcomes, accumulators, self.timer)
+        except Exception as error:
+            warnings.warn(
+                "the gradients of the step alignment could not be computed, so the report has no step alignment; all "
+                f"else is in it ({type(error).__name__}: {str(error)[:200]}).",
+                GradientWarning,
+                stacklevel=2,
+            )
+            for accumulator in accumulators:
+                accumulator.leave_out(records)
+            return False
         for accumulator in accumulators:
             accumulator.leave_out(record for record in records if not is_scored(record))
+        return True
 
 
 def _part(number: int) -> tuple[int, range]:

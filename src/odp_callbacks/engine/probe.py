@@ -2,8 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +14,21 @@ from odp_callbacks.analysis.time_shortage import time_shortage
 from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.config import ProbeConfig, ProbeOptions, resolve_config
 from odp_callbacks.engine.deadline import Deadline
+from odp_callbacks.engine.engines.choice import as_engine
+from odp_callbacks.engine.engines.student_engine import engine_of_run
 from odp_callbacks.engine.gradients.gram_matrices import lora_modules
 from odp_callbacks.engine.gradients.loss_directions import distillation_direction
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.gradients.preconditioner import Preconditioner
 from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.measurement import Measurement
+from odp_callbacks.engine.probe_design import design_probe, without_unplanned
 from odp_callbacks.engine.prompts import DEFAULT_TEMPLATE, Question, QuestionLengthError, Row, text_tokenizer
 from odp_callbacks.engine.question_encoding import QuestionEncoder, UsableQuestions, template_of
 from odp_callbacks.engine.rewards import RewardError, RewardFunction, RewardHost, check_reward, score
 from odp_callbacks.engine.rollouts import Rollout, end_tokens
 from odp_callbacks.engine.rows import as_rows
+from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.sampling.vocabulary import check_logit_widths
 from odp_callbacks.engine.student import check_student, other_trained_parameters, uncompiled
 from odp_callbacks.engine.teachers import Teacher, as_teachers
@@ -32,6 +36,7 @@ from odp_callbacks.engine.timing import Progress, StageTimer
 from odp_callbacks.engine.training_rollouts import TrainingRollout, as_scored_rollouts
 from odp_callbacks.engine.training_state import preserving_training_state
 from odp_callbacks.engine.unit_costs import UnitCosts
+from odp_callbacks.engine.update.update_time import random_order
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import ProbeReport
@@ -67,6 +72,8 @@ class Probe:
 
         unit_costs: What units of work took in earlier runs, by which a run with a limit of its seconds is planned.
         says_shortage: Whether a run that had to leave something out for lack of time says so in the log.
+        student_in_place: Returns a context manager within which the student can run, where it is not always on its
+            device.
 
     Raises:
         TypeError: If ``reward`` is not callable, or an option is unknown.
@@ -87,6 +94,7 @@ class Probe:
     ) -> None:
         check_reward(reward)
         self.config = resolve_config(config, options)
+        self._engine, self._run_count = as_engine(self.config.engine), 0
         self.tokenizer = tokenizer = text_tokenizer(tokenizer)
         self.reward = reward
         self.teachers: dict[str, Teacher] = as_teachers(teachers)
@@ -112,7 +120,9 @@ class Probe:
         )
         self._has_warned_of_rows = False
         self.unit_costs = UnitCosts()
+        self._earlier_report: ProbeReport | None = None
         self.says_shortage = True
+        self.student_in_place: Callable[[], AbstractContextManager[None]] = nullcontext
         self.summed_directions: dict[str, Tensor] | None = None
 
     @property
@@ -190,7 +200,7 @@ class Probe:
         if len(rows) == 0:
             raise ValueError("`prompts` has no rows; give at least one question.")
         questions = self._usable(rows, ids, QuestionLengthError).questions
-        with preserving_training_state(self.student):
+        with self.student_in_place(), preserving_training_state(self.student):
             teacher_models = (getattr(teacher, "model", None) for teacher in self.teachers.values())
             check_logit_widths([self.student, *(model for model in teacher_models if isinstance(model, nn.Module))])
         with preserving_training_state():
@@ -248,11 +258,23 @@ class Probe:
         check_student(self.student)
         self._check_teachers()
         self._warn_of_other_parameters()
-        with preserving_training_state(self.student), closing(self._verifier):
+        self._run_count += 1
+        with (
+            self.student_in_place(),
+            preserving_training_state(self.student),
+            closing(self._verifier),
+            engine_of_run(self._engine, self.student, self._run_count) as engine,
+        ):
+            usable = self._usable(rows, ids, ValueError)
+            questions = usable.questions
+            design = design_probe(config, deadline.seconds, len(questions), self._earlier_report)
+            if responses is None:
+                chosen = random_order(len(questions), Randomness(seed))[: design.questions]
+                questions = [questions[place] for place in sorted(chosen)]
             measurement = Measurement(
                 student=self.student,
                 tokenizer=self.tokenizer,
-                config=config,
+                config=design.config,
                 differentiator=self._differentiator,
                 verifier=self._verifier,
                 eos_token_ids=self.eos_token_ids,
@@ -264,13 +286,15 @@ class Probe:
                 summed_directions=self.summed_directions,
                 deadline=deadline,
                 costs=self.unit_costs,
+                engine=engine,
             )
-            usable = self._usable(rows, ids, ValueError)
             if responses is not None and usable.errors:
                 responses = [responses[place] for place in usable.places]
             if rewards is not None and usable.errors:
                 rewards = [rewards[place] for place in usable.places]
-            report = measurement.run(usable.questions, responses, rewards)
+            report = measurement.run(questions, responses, rewards)
+        self._earlier_report = replace(report, preconditioned=None)
+        report = without_unplanned(report, len(usable.questions) - len(questions))
         if self.says_shortage and (sentence := time_shortage(report)):
             LOGGER.warning("odp-callbacks: %s", sentence)
         unused = report.left_out.get("questions", 0) + len(usable.errors)

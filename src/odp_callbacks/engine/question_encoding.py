@@ -12,7 +12,7 @@ from odp_callbacks.engine.prompts import Question, QuestionLengthError, Row, as_
 from odp_callbacks.engine.rewards import RewardFunction, check_columns
 from odp_callbacks.engine.rows import as_rows
 from odp_callbacks.engine.sampling.model_forward import check_embedded
-from odp_callbacks.engine.teachers import Teacher, teacher_prompt_ids
+from odp_callbacks.engine.teachers import ServedTeacher, Teacher, teacher_prompt_ids
 
 
 @dataclass
@@ -83,6 +83,8 @@ class QuestionEncoder:
                 teacher_prompts[name] = teacher_prompt_ids(teacher, self.tokenizer, question)
             except Exception as error:  # of the user's function, of a template, or of the tokenizer
                 raise unusable(description, error) from error
+            if isinstance(teacher, ServedTeacher):  # how much its model can read, the server says
+                continue
             check_length(teacher_prompts[name], self.max_new_tokens, model, description)
             check_embedded(model, [teacher_prompts[name]], description)
         return replace(question, teacher_prompt_ids=teacher_prompts)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from odp_callbacks.engine.sampling.randomness import Randomness, fresh_keys
 from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, FinishedCallback
 from odp_callbacks.engine.unit_costs import TOKENS, UnitCosts
 from odp_callbacks.engine.verifier import Verifier
+
+if TYPE_CHECKING:
+    from odp_callbacks.engine.engines.student_engine import StudentEngine
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def sample_rollouts(
     journal: Journal | None = None,
     deadline: Deadline | None = None,
     costs: UnitCosts | None = None,
+    engine: "StudentEngine | None" = None,
 ) -> list[Rollout]:
     """Sample responses to questions; each prompt is prefilled once.
 
@@ -108,6 +112,7 @@ def sample_rollouts(
             ``randomness``.
         deadline: When to stop; None: when all responses have finished.
         costs: Receives what sampling took; None: not measured.
+        engine: Samples in place of the model; None: the model itself.
 
     Returns:
         ``len(questions) * per_question`` rollouts, those of one question together, without rewards; fewer where a
@@ -127,7 +132,7 @@ def sample_rollouts(
 
     def sample(missing: list[int], on_finished: FinishedCallback) -> list[Continuation]:
         prompts = [question.prompt_ids[:-1] for question in questions]
-        prefilled = prefill_rollouts(model, prompts, max_new_tokens=max_new_tokens)
+        prefilled = prefill_rollouts(model, prompts, max_new_tokens=max_new_tokens, engine=engine)
         clock = deadline or Deadline()
         start = clock.elapsed_seconds
         sampled = sample_continuations(

@@ -39,6 +39,12 @@ def check_student(student: nn.Module) -> None:
             "wrap the base model with peft.get_peft_model(model, LoraConfig(...)) instead."
         )
     lora_parameters(student)  # raises if there are none
+    devices = sorted({str(parameter.device) for parameter in student.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"`student` lies on several devices ({', '.join(devices)}), and is measured on one; load it with "
+            "`device_map={'': 0}`, if need be with 4-bit weights."
+        )
     layers = [module for module in student.modules() if isinstance(module, LoraLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError(

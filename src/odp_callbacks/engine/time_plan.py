@@ -69,7 +69,7 @@ class TimePlan:
         if not self.config.update:
             return self.deadline.at_share(ROLLOUT_SHARE)
         share = self._measured_share(prompt_work)
-        of_prompts = share * self.config.rollouts_per_question * self.costs.predict(GAIN, sum(prompt_work))
+        of_prompts = share * self.config.rollouts * self.costs.predict(GAIN, sum(prompt_work))
         return self.end_of_update.earlier(of_prompts, share * self.costs.predict(GAIN, 1.0))
 
     def longest_rollout(self, prompt_work: Sequence[float]) -> int:
@@ -81,7 +81,7 @@ class TimePlan:
         longest = self.config.max_new_tokens
         if not self.deadline.is_finite:
             return longest
-        rollouts = len(prompt_work) * self.config.rollouts_per_question
+        rollouts = len(prompt_work) * self.config.rollouts
         seconds_per_step = self.costs.predict(GAIN, self._measured_share(prompt_work) * rollouts + TRIAL_ROLLOUTS)
         if not seconds_per_step:
             return longest
@@ -94,7 +94,7 @@ class TimePlan:
         if not prompt_work:
             return 1.0
         length = min(SHORT_LENGTH, self.config.max_new_tokens)
-        work = self.config.rollouts_per_question * (sum(prompt_work) / len(prompt_work) + length)
+        work = self.config.rollouts * (sum(prompt_work) / len(prompt_work) + length)
         seconds = self.costs.predict(GAIN, work)
         affordable = self.end_of_update.remaining_seconds / 2 / seconds if seconds else QUESTIONS_FOR_AN_INTERVAL
         wanted = min(max(int(affordable), FEWEST_QUESTIONS), QUESTIONS_FOR_AN_INTERVAL)

@@ -32,7 +32,7 @@ class NodeScoring:
         sampled_success = fit_success_model(evidence).draw(evidence)  # (N, S, A)
         sampled_offset = sampled_success - sampled_success[:, :, :1]
         # Nodes with gradients stand for those without.
-        gradient_weight = evidence.gradient_weight
+        gradient_weight = np.nan_to_num(evidence.gradient_weight)  # nothing is known of nodes whose gradients failed
         ideal_norm = norm(evidence.norm_form, sampled_offset).mean(axis=1) * gradient_weight
         sampled_gain = np.einsum("nka,nsa->nks", np.nan_to_num(evidence.gain_form), sampled_offset)  # (N, K, S)
         expected_help = sampled_gain.clip(min=0).mean(axis=2) * gradient_weight[:, None]

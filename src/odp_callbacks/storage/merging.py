@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from odp_callbacks.analysis.teacher_coverage import COVERAGE_SETTING, joined_setting
 from odp_callbacks.analysis.time_shortage import response_limit
 from odp_callbacks.records import NodeRecord, ProbeReport, StepSums, step_sums
 from odp_callbacks.update_records import UpdateRecord
@@ -41,6 +42,8 @@ def concatenate(reports: Sequence[ProbeReport]) -> ProbeReport:
     settings = dict(first.settings)
     if limits := [limit for report in reports if (limit := response_limit(report)) is not None]:
         settings["response_limit"] = min(limits)
+    if coverage := joined_setting(reports):
+        settings[COVERAGE_SETTING] = coverage
     return replace(
         first,
         settings=settings,

@@ -6,8 +6,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from odp_callbacks.engine.gradients.graph_memory import max_directions
 from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
-from odp_callbacks.engine.gradients.vjp import max_directions
 from tests.helpers.models import tiny, tiny_base
 
 GEMMA_3N = {

@@ -2,7 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from odp_callbacks.engine.gradients.random_projection import projected_gram_matrices, projection_is_cheaper
+from odp_callbacks.engine.gradients.random_projection import (
+    projected_gram_matrices,
+    projection_is_cheaper,
+    supports_projection,
+)
 from odp_callbacks.engine.gradients.vjp import node_gram_matrices
 from tests.helpers.models import Snapshot, tiny
 
@@ -61,6 +65,30 @@ def test_the_students_state_is_unchanged(student):
         projected_gram_matrices(student, IDS, POSITIONS, directions(), 4, torch.Generator())
     before.check()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_hooks_of_gradient_checkpointing_do_not_stop_projection(student):
+    """peft registers them for quantised bases, too; forward mode cannot run them and does without."""
+    expected = projected_gram_matrices(student, IDS, POSITIONS, directions(), 4, torch.Generator().manual_seed(1))
+    student.enable_input_require_grads()
+    hooks = dict(student.get_input_embeddings()._forward_hooks)
+    assert supports_projection(student)
+    found = projected_gram_matrices(student, IDS, POSITIONS, directions(), 4, torch.Generator().manual_seed(1))
+    for gram, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(gram, exact)
+    assert dict(student.get_input_embeddings()._forward_hooks) == hooks
+
+
+def test_random_directions_do_not_depend_on_memory(student):
+    """With one tangent at a time, and with all together."""
+    found, expected = (
+        projected_gram_matrices(
+            student, IDS, POSITIONS, directions(), 4, torch.Generator().manual_seed(1), max_memory_bytes=memory
+        )
+        for memory in (1, None)
+    )
+    for gram, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(gram, exact)
 
 
 def test_projection_is_cheaper_for_many_nodes():

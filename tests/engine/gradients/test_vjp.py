@@ -111,6 +111,7 @@ def test_sums_over_nodes_are_those_of_the_reference_gradients(family):
 
 def test_the_backward_from_a_node_ends_with_its_segment(student):
     """A direction goes through the tokens up to the end of its segment, not of the sequence."""
+    gram_matrices(student, IDS, [2], directions((1,)))  # finds out what the student's graph allows
     token_counts = []
     hooks = [
         module.register_full_backward_hook(

@@ -6,6 +6,7 @@ import pytest
 from odp_callbacks.analysis.evidence import gather
 from odp_callbacks.analysis.node_estimates import estimate
 from odp_callbacks.engine import Probe, ProbeConfig
+from odp_callbacks.engine.gradients.graph_trial import check_graph
 from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.sampling.backend_selection import backend_of
 from odp_callbacks.engine.tree.wave_queue import WaveQueue
@@ -67,7 +68,7 @@ def test_continuations_go_where_the_teacher_pulls(student):
 
 
 def test_prefixes_are_run_once_whatever_the_continuations(student):
-    backend_of(student)  # the trial of what this model can do has its own forwards
+    backend_of(student), check_graph(student)  # the trials of what this model can do have their own forwards
     calls = []
     for continuations in (1, 6):
         shapes = []

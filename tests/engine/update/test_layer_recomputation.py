@@ -7,7 +7,7 @@ import torch
 
 from odp_callbacks.engine.update.layer_recomputation import recomputed_layers
 from tests.engine.update.test_gradient_rows import ADVANTAGES, exact_influences, make_gradients, make_rollouts
-from tests.helpers.models import Snapshot, relative, tiny
+from tests.helpers.models import Snapshot, paddable, relative, tiny
 
 SEGMENTS = [0, 1, 1]
 
@@ -41,3 +41,23 @@ def test_layers_are_recomputed_where_the_model_asks_for_it(use_reentrant: bool) 
     assert saved_bytes_of_forward(student) < 0.5 * before
     assert not any("forward" in module.__dict__ for module in student.modules())
     snapshot.check()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_layers_are_recomputed_one_by_one_where_the_graph_does_not_fit(family: str) -> None:
+    """Rows of segments, rows with weights, and influences, also where forward mode is not possible."""
+    student = paddable(family)
+    whole, small = make_gradients(student), make_gradients(student)
+    small.graphs.max_memory_bytes = 1
+    rows, directions = whole.segment_rows(make_rollouts(), ADVANTAGES, SEGMENTS)
+    found, _ = small.segment_rows(make_rollouts(), ADVANTAGES, SEGMENTS)
+    torch.testing.assert_close(found, rows)
+    weights = torch.linspace(0, 1, directions.cotangents.shape[1]).expand(2, -1)
+    arguments = make_rollouts(), directions, weights, SEGMENTS
+    torch.testing.assert_close(small.weighted_rows(*arguments), whole.weighted_rows(*arguments))
+    tangents, exact = exact_influences(student, whole)
+    assert relative(small.influences(make_rollouts(), tangents)[0], exact) < 1e-4
+    small._forward_mode = False
+    assert relative(small.influences(make_rollouts(), tangents)[0], exact) < 1e-4
+    small.no_segments = "a test of the other way"
+    torch.testing.assert_close(small.segment_rows(make_rollouts(), ADVANTAGES, SEGMENTS)[0], rows)

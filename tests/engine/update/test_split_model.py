@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from odp_callbacks.engine.update.split_model import SplitModel
+from odp_callbacks.engine.update.split_model import SplitModel, head_has_lora
 from odp_callbacks.functional import lora_gradients, lora_parameters
 from tests.helpers.long_models import LONG_KINDS, long_student, random_prompt
 from tests.helpers.models import relative, tiny, tiny_base
@@ -58,3 +58,11 @@ class ShiftedHead(nn.Module):
 def test_a_small_difference_shows_in_half_precision_too(dtype: torch.dtype) -> None:
     assert SplitModel(tiny().to(dtype)).splits
     assert not SplitModel(ShiftedHead(tiny_base()).to(dtype)).splits
+
+
+def test_a_head_that_shares_its_lora_with_the_embeddings_belongs_to_the_body() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    options = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    assert head_has_lora(get_peft_model(tiny_base(tie_word_embeddings=True), LoraConfig(r=2, **options)))
+    assert not head_has_lora(get_peft_model(tiny_base(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])))

@@ -1,7 +1,8 @@
 """What a measurement by the paper's protocol leaves behind; every figure is computed from it, without a model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from odp_callbacks.analysis.paper.prefix_tree import Integers, PrefixTree
@@ -82,3 +83,33 @@ class PaperRecord:
     generated_tokens: Mapping[str, int] = field(default_factory=dict)
     targeted_rollouts: int = 0
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def merge_paper_records(parts: Sequence[PaperRecord]) -> PaperRecord:
+    """Merge the parts of one measurement, whose questions several processes measured at the same time.
+
+    Args:
+        parts: At least one record, in the order of the questions; all with the same teachers and options.
+
+    Returns:
+        The record of all questions. A stage takes as long as in the slowest process.
+    """
+    first = parts[0]
+    stages = {stage: None for part in parts for stage in part.stage_seconds}
+    slowest = {stage: max(part.stage_seconds.get(stage, 0.0) for part in parts) for stage in stages}
+    return replace(
+        first,
+        questions=tuple(question for part in parts for question in part.questions),
+        left_out=_summed(part.left_out for part in parts),
+        generated_tokens=_summed(part.generated_tokens for part in parts),
+        targeted_rollouts=sum(part.targeted_rollouts for part in parts),
+        stage_seconds=first.stage_seconds if len(parts) == 1 else slowest,
+    )
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of counts by their names."""
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total)

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from odp_callbacks.analysis.study.figures import CellSummary
+from odp_callbacks.callbacks.processes import Processes
 from odp_callbacks.cli.arguments import command_parser
+from odp_callbacks.cli.launched_processes import (
+    ALONE,
+    launched_processes,
+    measured_together,
+    prepared_together,
+)
 from odp_callbacks.cli.results import terminal_text
 from odp_callbacks.cli.study.page import write_study_page
 from odp_callbacks.cli.study.plan import StudyOptions, Unit, study_options
@@ -43,16 +50,24 @@ def run_command(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(StudyOptions)
     given = parser.parse_args(list(arguments)).as_dict()
     del given["config"]
-    return run_study(study_options(given), Console())
+    with launched_processes() as processes:
+        return run_study(study_options(given), Console(), processes=processes)
 
 
-def run_study(options: StudyOptions, console: Console, clock: Callable[[], float] = time.monotonic) -> int:
+def run_study(
+    options: StudyOptions,
+    console: Console,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    processes: Processes = ALONE,
+) -> int:
     """Measure what is not measured yet, as far as time allows, and build the page.
 
     Args:
         options: The arguments of the command.
         console: Where progress is shown.
         clock: Returns the time in seconds.
+        processes: The processes that share the pairs of a student and a task; the first one builds the page.
 
     Returns:
         The exit code: 1 if a unit failed, otherwise 0.
@@ -60,23 +75,52 @@ def run_study(options: StudyOptions, console: Console, clock: Callable[[], float
     Raises:
         ValueError: If an option does not work, or the folder holds units with other options.
     """
-    options.check()
+    prepared_together(processes, options.check)
     progress = Progress()
     if options.records is not None:
         cells = load_summaries(options.records)
     else:
         folder = StudyFolder(options, local_path("output", options.output))
         units = options.units()
-        for unit in units:
-            folder.check(unit)
-        _measure_units(folder, units, progress, console, clock)
+
+        def check() -> None:
+            for unit in units:
+                folder.check(unit)
+
+        def measure() -> Progress:
+            _measure_units(folder, own_units(units, processes), progress, console, clock)
+            return progress
+
+        prepared_together(processes, check)
+        progress = _all_progress(measured_together(processes, measure))
         cells = _summaries(folder, units)
-        save_summaries(cells, folder.output / SUMMARIES_FILE)
+        if processes.rank == 0:
+            save_summaries(cells, folder.output / SUMMARIES_FILE)
+    if processes.rank > 0:
+        return 1 if progress.failed else 0
     if cells:
         write_study_page(cells, options.page_path(), options.confidence)
         console.print(terminal_text(f"the page: {options.page_path()}"))
     _say_what_is_left(progress, console)
     return 1 if progress.failed else 0
+
+
+def own_units(units: Sequence[Unit], processes: Processes) -> list[Unit]:
+    """The units that a process measures: all those of some pairs of a student and a task, which need each other.
+
+    Examples:
+        >>> units = [Unit(student, task, "update") for student in ("small", "large") for task in ("sums", "words")]
+        >>> [str(unit) for unit in own_units(units, Processes(1, 3))]
+        ['update of small on words']
+    """
+    pairs = list(dict.fromkeys((unit.student, unit.task) for unit in units))
+    own = set(pairs[processes.rank :: processes.size])
+    return [unit for unit in units if (unit.student, unit.task) in own]
+
+
+def _all_progress(parts: Sequence[Progress]) -> Progress:
+    """How far all processes together are."""
+    return Progress(**{name: [unit for part in parts for unit in getattr(part, name)] for name in vars(parts[0])})
 
 
 def _measure_units(

@@ -1,11 +1,13 @@
 """The stage that computes gradients, once it is known where outcomes differ."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
+from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.gradients.gradient_nodes import draw_gradient_nodes, gradient_probabilities, outcomes_differ
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.gradients.random_projection import (
@@ -20,7 +22,15 @@ from odp_callbacks.engine.timing import StageTimer
 from odp_callbacks.engine.tree.nodes import every_node
 from odp_callbacks.engine.tree.planning import MeasuredNodes
 from odp_callbacks.engine.tree.recording import is_scored, without_outcomes
+from odp_callbacks.engine.unit_costs import MARGIN
 from odp_callbacks.records import Floats, NodeRecord
+
+LIKELY_SHARE = 0.2
+"""How likely it is at least, for the plan of the time, that a node needs gradients."""
+
+
+class GradientWarning(UserWarning):
+    """Gradients could not be computed, and the report keeps what else was measured; ``strict`` makes it an error."""
 
 
 class GradientStage:
@@ -39,6 +49,8 @@ class GradientStage:
     Attributes:
         projections: Number of random directions that gradients are projected on; None where they are exact. It is
             decided when the first gradients are computed.
+        failures: By node, the error that kept its gradients from being computed. The continuations of such a node stay
+            in its record, and figures that need its gradients are NaN.
     """
 
     def __init__(
@@ -60,6 +72,7 @@ class GradientStage:
         self._preconditioned: list[Floats] = []
         self._computed: set[int] = set()
         self.projections: int | None = None
+        self.failures: dict[int, Exception] = {}
 
     def where_outcomes_differ(self, records: Sequence[NodeRecord]) -> list[NodeRecord]:
         """Complete records by the gradients of the nodes where outcomes differ so far.
@@ -81,24 +94,19 @@ class GradientStage:
         Returns:
             The records with gradients, and the Gram matrices under the preconditioner; empty without one.
         """
-        config = self._differentiator.config
         scored = [index for index, record in enumerate(records) if is_scored(record)]
-        probabilities = np.ones(len(records))
-        probabilities[scored] = gradient_probabilities(
-            [records[index] for index in scored],
-            # Between waves the gradients of all nodes where outcomes differ were computed.
-            1.0 if config.half_width is not None else config.differing_gradients,
-            config.agreeing_gradients,
-        )
+        probabilities = self._probabilities(records, scored)
         drawn = draw_gradient_nodes(probabilities[scored], self._randomness.generator("gradients"))
         chosen = [scored[place] for place in drawn]
         if self._time is None:
             self._compute(chosen)
+            self._warn_of_failures()
             return self._with_gradients(records, probabilities, set(chosen)), self._preconditioned
         missing = set(chosen)
         for part in self._time.gradient_parts(self._rollouts, self._measured, chosen):
             self._compute(part)
             missing -= set(part)
+        self._warn_of_failures()
         # A question whose gradients there was no time for is left out whole, also its nodes that need none.
         questions = question_indices(self._rollouts)
         left_out = {questions[self._measured.nodes[index].rollout] for index in missing}
@@ -107,6 +115,34 @@ class GradientStage:
             for record in self._with_gradients(records, probabilities, set(chosen))
         ]
         return completed, self._preconditioned
+
+    def shorten_reserve(self, records: Sequence[NodeRecord], deadline: Deadline) -> None:
+        """Give continuations the time that gradients will not need, judging by the outcomes so far.
+
+        Args:
+            records: Those of all nodes, with the outcomes so far.
+            deadline: When the continuations must have ended.
+        """
+        if self._time is None:
+            return
+        scored = [index for index, record in enumerate(records) if is_scored(record)]
+        probabilities = self._probabilities(records, scored)
+        # An outcome may still come that differs from all others.
+        expected = [max(float(probability), LIKELY_SHARE) for probability in probabilities]
+        seconds = MARGIN * self._time.later_seconds(self._rollouts, self._measured, expected)
+        deadline.shorten_reserve(seconds, self._time.plan.end)
+
+    def _probabilities(self, records: Sequence[NodeRecord], scored: Sequence[int]) -> Floats:
+        """The probability with which the gradients of each node are computed; 1 for those that are not scored."""
+        config = self._differentiator.config
+        probabilities = np.ones(len(records))
+        probabilities[list(scored)] = gradient_probabilities(
+            [records[index] for index in scored],
+            # Between waves the gradients of all nodes where outcomes differ were computed.
+            1.0 if config.half_width is not None else config.differing_gradients,
+            config.agreeing_gradients,
+        )
+        return probabilities
 
     def _compute(self, chosen: Sequence[int]) -> None:
         """Compute the gradients of chosen nodes that have none yet."""
@@ -120,11 +156,24 @@ class GradientStage:
             self._timer,
             projection=RandomProjection(self.projections, self._randomness) if self.projections else None,
             square_roots=self._square_roots,
+            failures=self.failures,
         )
         for index in wanted if self._preconditioned else ():
             self._preconditioned[index] = preconditioned[index]
         self._records, self._preconditioned = records, self._preconditioned or preconditioned
         self._computed |= wanted
+
+    def _warn_of_failures(self) -> None:
+        """Say that gradients failed; what their nodes have cost is in the report nevertheless."""
+        if self.failures:
+            error = next(iter(self.failures.values()))
+            warnings.warn(
+                f"the gradients of {len(self.failures)} nodes could not be computed, so the figures of single tokens "
+                "that need them are NaN; the outcomes of their continuations are in the report "
+                f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}).",
+                GradientWarning,
+                stacklevel=2,
+            )
 
     def _with_gradients(
         self, records: Sequence[NodeRecord], probabilities: Floats, chosen: Collection[int]
@@ -134,7 +183,7 @@ class GradientStage:
             replace(
                 record,
                 gram=own.gram if index in chosen else np.full_like(own.gram, np.nan),
-                gradient_inclusion=float(probabilities[index]),
+                gradient_inclusion=np.nan if index in self.failures else float(probabilities[index]),
             )
             for index, (record, own) in enumerate(zip(records, self._records, strict=True))
         ]

@@ -64,11 +64,21 @@ class ScaledDirections:
             ``(M, C, C)`` float64 on the CPU.
         """
         modules = lora_modules(names)
+        return self.unscaled(module_gram_matrices(gradients, names, modules))
+
+    def unscaled(self, of_scaled: Tensor) -> Tensor:
+        """Gram matrices of all directions, from those of the scaled nonzero ones.
+
+        Args:
+            of_scaled: ``(M, C', C')`` float64 on the CPU.
+
+        Returns:
+            ``(M, C, C)`` float64 on the CPU.
+        """
         direction_count = len(self.scales)
-        gram_matrices = torch.zeros(len(modules), direction_count, direction_count, dtype=torch.float64)
+        gram_matrices = torch.zeros(len(of_scaled), direction_count, direction_count, dtype=torch.float64)
         if len(self.nonzero):
             scales = self.scales[self.nonzero]
-            of_scaled = _module_gram_matrices(gradients, names, modules)
             gram_matrices[:, self.nonzero[:, None], self.nonzero] = of_scaled * (scales[:, None] * scales)
         return gram_matrices
 
@@ -88,9 +98,18 @@ def module_of(name: str) -> str:
     return name.split(".lora_")[0].removeprefix("base_model.model.")
 
 
-def _module_gram_matrices(gradients: Sequence[Tensor], names: Sequence[str], modules: list[str]) -> Tensor:
-    """``(M, C, C)`` from each parameter's gradients ``(C, size)``."""
-    direction_count = len(gradients[0])
+def module_gram_matrices(gradients: Sequence[Tensor], names: Sequence[str], modules: Sequence[str]) -> Tensor:
+    """Gram matrices from the gradients of parameters; zeros for modules that have none of these.
+
+    Args:
+        gradients: ``(C, size)`` for each parameter.
+        names: Names of the parameters.
+        modules: ``M`` names of modules, as of :func:`lora_modules`.
+
+    Returns:
+        ``(M, C, C)`` float64 on the CPU.
+    """
+    direction_count = len(gradients[0]) if gradients else 0
     gram_matrices = torch.zeros(len(modules), direction_count, direction_count, dtype=torch.float64)
     module_indices = {module: module_index for module_index, module in enumerate(modules)}
     for parameter_name, gradient in zip(names, gradients, strict=True):

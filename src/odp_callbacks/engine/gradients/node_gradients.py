@@ -1,7 +1,8 @@
 """Directions on the logits of nodes, and Gram matrices of the gradients that belong to them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.config import ProbeConfig
 from odp_callbacks.engine.gradients.gram_matrices import NodeGrams, lora_modules
+from odp_callbacks.engine.gradients.graph_memory import in_less_memory
 from odp_callbacks.engine.gradients.loss_directions import Direction
 from odp_callbacks.engine.gradients.node_logits import RolloutLogits
 from odp_callbacks.engine.gradients.random_projection import RandomProjection, projected_gram_matrices
@@ -65,6 +67,7 @@ class NodeDifferentiator:
         *,
         projection: RandomProjection | None = None,
         square_roots: Mapping[str, Tensor] | None = None,
+        failures: dict[int, Exception] | None = None,
     ) -> tuple[list[NodeRecord], list[Floats]]:
         """Compute the Gram matrices of chosen nodes; those of one rollout go through one forward pass.
 
@@ -75,6 +78,7 @@ class NodeDifferentiator:
             timer: Times the stage ``"gradients"``.
             projection: Estimate the Gram matrices by random projection; None for exact ones.
             square_roots: Also compute the Gram matrices under the preconditioner with these square roots.
+            failures: Receives, by node, the error that kept its gradients from being computed; None raises it.
 
         Returns:
             The records, and for each node its Gram matrices ``(M, C, C)`` under the preconditioner; the latter list is
@@ -91,19 +95,42 @@ class NodeDifferentiator:
                 continue
             of_question = [index for index in measured.logits.nodes_of(number) if index in chosen]
             with timer.stage("gradients", len(chosen), range(done, done + len(of_question))):
-                for of_rollout in measured.logits.of_question(number):
-                    places = [place for place, index in enumerate(of_rollout.node_indices) if index in chosen]
-                    if not places:
-                        continue
-                    logits = of_rollout.take(places)
-                    gradients = self._gradients_of_rollout(measured, logits, projection, square_roots)
-                    for index, gram in zip(logits.node_indices, gradients.grams, strict=True):
-                        # Copies: the records outlive the probe and must not keep its tensors alive.
-                        completed[index] = replace(records[index], gram=gram.numpy().copy())
-                    for index, gram in zip(logits.node_indices, gradients.preconditioned, strict=False):
-                        preconditioned[index] = gram.numpy().copy()
+                missing = set(of_question)
+                try:
+                    for indices, gradients in self._gradients_of_question(
+                        measured, number, chosen, projection, square_roots
+                    ):
+                        for index, gram in zip(indices, gradients.grams, strict=True):
+                            # Copies: the records outlive the probe and must not keep its tensors alive.
+                            completed[index] = replace(records[index], gram=gram.numpy().copy())
+                        for index, gram in zip(indices, gradients.preconditioned, strict=False):
+                            preconditioned[index] = gram.numpy().copy()
+                        missing -= set(indices)
+                except Exception as error:
+                    if failures is None:
+                        raise
+                    failures.update(dict.fromkeys(missing, error.with_traceback(None)))  # it would hold tensors
             done += len(of_question)
         return completed, preconditioned
+
+    def _gradients_of_question(
+        self,
+        measured: MeasuredNodes,
+        number: int,
+        chosen: Collection[int],
+        projection: RandomProjection | None,
+        square_roots: Mapping[str, Tensor] | None,
+    ) -> Iterator[tuple[list[int], NodeGrams]]:
+        """Yield the chosen nodes of each rollout of a question, and their Gram matrices."""
+        for of_rollout in measured.logits.of_question(number):
+            places = [place for place, index in enumerate(of_rollout.node_indices) if index in chosen]
+            if places:
+                logits = of_rollout.take(places)
+                arguments = measured, logits, projection, square_roots
+                yield (
+                    logits.node_indices,
+                    in_less_memory(partial(self._gradients_of_rollout, *arguments), self.config.max_memory_bytes),
+                )
 
     def add_step_gradients(
         self,
@@ -146,8 +173,9 @@ class NodeDifferentiator:
         distillation = self._distillation(logits, chosen).double().cpu() * weights[:, None]
         directions = torch.cat([torch.stack(ideal, dim=1), distillation])  # (2 + K, N, V)
         positions = rollout.positions([record.depth for record in chosen])
-        sums = summed_vjps(
-            self.student, rollout.sequence, positions, directions, max_memory_bytes=self.config.max_memory_bytes
+        sums = in_less_memory(
+            lambda limit: summed_vjps(self.student, rollout.sequence, positions, directions, limit),
+            self.config.max_memory_bytes,
         )
         for accumulator in accumulators:
             accumulator.add_ideal(rollout.question.id, chosen[0].correct, sums[:2])
@@ -205,11 +233,11 @@ class NodeDifferentiator:
         logits: RolloutLogits,
         projection: RandomProjection | None,
         square_roots: Mapping[str, Tensor] | None,
+        max_memory_bytes: float | None,
     ) -> NodeGrams:
         """Gram matrices at the nodes of one rollout, exact or projected."""
         rollout, directions = logits.rollout, self._directions(measured, logits)
         positions = rollout.positions([measured.nodes[index].depth for index in logits.node_indices])
-        max_memory_bytes = self.config.max_memory_bytes
         if projection is None:
             return node_gram_matrices(
                 self.student,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from odp_callbacks.engine.gradients.logits import response_logits
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.memory import free_bytes
-from odp_callbacks.engine.teachers import Teacher, teacher_logits
+from odp_callbacks.engine.teachers import ServedTeacher, Teacher, teacher_logits
 from odp_callbacks.engine.tree.nodes import Node, group_by_question
 
 
@@ -153,6 +153,10 @@ class NodeLogits:
             return self._kept[number]
         rollouts = [self._rollouts[index] for index in self.questions[number]]
         responses = [rollout.response_ids for rollout in rollouts]
+        students = None
+        if any(isinstance(teacher, ServedTeacher) for teacher in self.teachers.values()):
+            of_nodes = torch.stack([self.student_logits[index] for index in self.nodes_of(number)])
+            students = of_nodes.split([len(depths) for depths in self._depths[number]])
         logits = [
             teacher_logits(
                 teacher,
@@ -160,6 +164,7 @@ class NodeLogits:
                 [rollout.question.teacher_prompt_ids[name] for rollout in rollouts],
                 responses,
                 self._depths[number],
+                students,
             )
             for name, teacher in self.teachers.items()
         ]

@@ -14,15 +14,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from odp_callbacks.engine.gradients.vjp import max_directions
+from odp_callbacks.engine.gradients.graph_memory import useful_directions
+from odp_callbacks.engine.gradients.recomputed_vjp import on_hidden_states
 from odp_callbacks.engine.rollouts import Rollout
-from odp_callbacks.engine.sampling.backend_selection import independent_groups
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
 from odp_callbacks.engine.sampling.randomness import Randomness
-from odp_callbacks.engine.sampling.rotary_state import FixedRotaries
-from odp_callbacks.functional.gradients import logits_at, lora_parameters
+from odp_callbacks.engine.update.forward_mode import tangents_in_memory, tangents_of_states
+from odp_callbacks.engine.update.split_model import SplitModel, head_has_lora
+from odp_callbacks.functional.gradients import lora_parameters
 
 TANGENT_COST = 1.6
 """Cost of a tangent relative to that of a direction in a backward pass over as many tokens.
@@ -77,49 +77,50 @@ def projected_gram_matrices(
     Returns:
         ``(1, C_n, C_n)`` float64 on the CPU for each node.
     """
-    device = next(model.parameters()).device
+    split = SplitModel(model, split=not head_has_lora(model))
     parameters = {name: parameter.detach() for name, parameter in lora_parameters(model).items()}
-    groups = independent_groups(model, [position + 1 for position in positions])
-    order = torch.tensor([index for group in groups for index in group], device=device)
-    rotaries = FixedRotaries(model)
-    for group in groups:
-        rotaries.prepare(positions[group[-1]] + 1)
-    visited_ids = input_ids.to(device)[None, : max(positions) + 1]
 
-    def logits(values: dict[str, Tensor]) -> Tensor:
-        parts = []
-        for group in groups:  # one, unless the logits depend on the total length
-            of_group = [positions[index] for index in group]
-            visited = visited_ids[:, : of_group[-1] + 1]
-            with rotaries.at(visited.shape[1]):
-                parts.append(logits_at(model, visited, visited.new_tensor(of_group), parameters=values)[0])
-        return torch.cat(parts)[torch.argsort(order)]  # (N, V)
+    def states(values: dict[str, Tensor]) -> Tensor:
+        return split.hidden_states([input_ids], [positions], values)  # (N, H)
 
-    def jacobian_vector_product(tangent: dict[str, Tensor]) -> Tensor:
-        product: Tensor = torch.func.jvp(logits, (parameters,), (tangent,))[1]
-        return product
-
-    sketch_parts: list[list[Tensor]] = [[] for _ in cotangents]
-    batch_size = max_directions(model, visited_ids.shape[1], len(positions) * cotangents[0].shape[-1], max_memory_bytes)
-    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for first in range(0, projections, batch_size):
-            tangents = _random_signs(parameters, min(batch_size, projections - first), generator)
+    with torch.inference_mode(False), torch.no_grad():
+        hidden = states(parameters)
+        of_nodes = [
+            _scaled_on_states(split, hidden[node : node + 1], own, parameters) for node, own in enumerate(cotangents)
+        ]
+        length = max(positions) + 1
+        at_a_time = min(tangents_in_memory(model, length, max_memory_bytes), useful_directions(model, length))
+        sketch_parts: list[list[Tensor]] = [[] for _ in cotangents]
+        for first in range(0, projections, at_a_time):
+            tangents = _random_signs(parameters, min(at_a_time, projections - first), generator)
             if square_roots is not None:
                 # The product of a scaled gradient with signs is that of the gradient with scaled signs.
                 tangents = {name: signs * square_roots[name].to(signs) for name, signs in tangents.items()}
-            products = torch.func.vmap(jacobian_vector_product)(tangents)  # (k, N, V)
-            for node_index, directions in enumerate(cotangents):
-                coordinates = directions.to(device).double() @ products[:, node_index].double().mT  # (C, k)
-                sketch_parts[node_index].append(coordinates)
+            products = tangents_of_states(states, model, parameters, tangents)  # (k, N, H)
+            for node, (on_states, scales) in enumerate(of_nodes):
+                coordinates = on_states.double() @ products[:, node].double().mT  # (C, k)
+                sketch_parts[node].append(coordinates * scales.to(coordinates)[:, None])
     sketches = [torch.cat(node_parts, dim=1) for node_parts in sketch_parts]  # (C, K) each
     return [(sketch @ sketch.mT)[None].cpu() / projections for sketch in sketches]
 
 
+def _scaled_on_states(
+    split: SplitModel, hidden: Tensor, directions: Tensor, parameters: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Directions on the logits of a node, ``(C, V)``, on its hidden state, ``(C, H)``, and their scales, ``(C,)``."""
+    scales = directions.double().abs().amax(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    return on_hidden_states(split, hidden, (directions / scales[:, None])[:, None], parameters)[:, 0], scales
+
+
 def _random_signs(parameters: Mapping[str, Tensor], count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """``(count, *shape)`` of -1 and 1 for each parameter."""
+    """``(count, *shape)`` of -1 and 1 for each parameter; one tangent after the other, however many fit into memory."""
+    drawn = [
+        [torch.randint(2, p.shape, generator=generator, dtype=torch.int8) for p in parameters.values()]
+        for _ in range(count)
+    ]
     return {
-        name: torch.randint(2, (count, *parameter.shape), generator=generator).to(parameter) * 2 - 1
-        for name, parameter in parameters.items()
+        name: torch.stack(signs).to(parameter) * 2 - 1
+        for (name, parameter), signs in zip(parameters.items(), zip(*drawn, strict=True), strict=True)
     }
 
 

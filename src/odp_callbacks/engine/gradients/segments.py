@@ -7,7 +7,9 @@ MAX_CANDIDATE_ENDS = 64
 """At most this many positions are considered as ends of segments."""
 
 
-def segment_ends(positions: Sequence[int], direction_counts: Sequence[int], pass_overhead: float) -> list[int]:
+def segment_ends(
+    positions: Sequence[int], direction_counts: Sequence[int], pass_overhead: float, *, repeats: bool = False
+) -> list[int]:
     """Cut a sequence at its nodes so that the backward passes from them are cheapest.
 
     The cost of a cut is counted in tokens. Each direction of a node costs the tokens up to the end of the node's
@@ -18,6 +20,8 @@ def segment_ends(positions: Sequence[int], direction_counts: Sequence[int], pass
         positions: ``N`` positions, one for each node.
         direction_counts: ``N`` numbers of directions, one for each node.
         pass_overhead: Cost of one pass through the model beyond that of its tokens, in tokens.
+        repeats: Whether each segment reads the tokens before it once more, twice forward, which costs as much as a
+            direction.
 
     Returns:
         The end of each segment. Each end is the position after a node, and the last one is after the last node.
@@ -27,6 +31,8 @@ def segment_ends(positions: Sequence[int], direction_counts: Sequence[int], pass
         [11, 502]
         >>> segment_ends([10, 500, 501], [4, 4, 4], pass_overhead=5000)
         [502]
+        >>> segment_ends([10, 500, 501], [1, 1, 1], pass_overhead=0, repeats=True)
+        [11, 502]
     """
     candidates = _candidate_positions(positions)
     directions_up_to = [
@@ -44,7 +50,7 @@ def segment_ends(positions: Sequence[int], direction_counts: Sequence[int], pass
                 directions = directions_up_to[candidate_count - 1]
                 directions -= directions_up_to[previous_count - 1] if previous_count else 0
                 # The overhead is that of a forward and one backward through each of the segments so far.
-                cost += directions * (position + 1) + 2 * segment_count * pass_overhead
+                cost += (directions + repeats) * (position + 1) + 2 * segment_count * pass_overhead
                 key = candidate_count, segment_count
                 if key not in cheapest or cost < cheapest[key][0]:
                     cheapest[key] = cost, [*previous_ends, position + 1]

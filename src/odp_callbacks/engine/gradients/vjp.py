@@ -8,6 +8,9 @@ One forward pass serves all nodes of a rollout. It runs in segments that end at 
 and values of the segments before it and keeps their autograd graph, so the backward pass from a node visits the tokens
 up to the end of its own segment only. The directions of all nodes of a segment go through the backward pass as one
 batch.
+
+That holds the graph of all layers, with attention weights for each pair of tokens. Where it does not fit into memory,
+:mod:`~odp_callbacks.engine.gradients.recomputed_vjp` computes the same gradients with the graph of one layer at a time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from odp_callbacks.engine.gradients.gram_matrices import NodeGrams, ScaledDirections
-from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
+from odp_callbacks.engine.gradients.graph_memory import max_directions, recomputes_layers
+from odp_callbacks.engine.gradients.graph_trial import graph_verdict
+from odp_callbacks.engine.gradients.recomputed_vjp import recomputed_gram_matrices, recomputed_sums
 from odp_callbacks.engine.gradients.segments import segment_ends
 from odp_callbacks.engine.sampling.backend_selection import SELECTION, independent_groups
-from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.sampling.model_forward import forward_with_cache
 from odp_callbacks.engine.sampling.rotary_state import dynamic_rotaries, forget_lengths
 from odp_callbacks.functional.gradients import flatten_gradients, logits_at, lora_parameters
@@ -33,10 +37,6 @@ PASS_OVERHEAD = {"cpu": 32}
 """Cost of one pass through the model beyond that of its tokens, in tokens, by type of device."""
 ACCELERATOR_PASS_OVERHEAD = 512
 """The same on other devices, where a pass waits for its kernels to be launched."""
-BATCHED_TOKENS = {"cpu": 2048}
-"""Directions times tokens in one backward pass, at most; larger batches do not fit a CPU's cache."""
-ACCELERATOR_BATCHED_TOKENS = 2**16
-"""The same on other devices."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,21 @@ def node_gram_matrices(
         The Gram matrices of each node, and what else was asked for.
     """
     directions = [ScaledDirections.of(cotangent) for cotangent in cotangents]
+    verdict = graph_verdict(model)
+    recomputes = recomputes_layers(model, verdict, max(positions) + 1, max_memory_bytes)
     if ends is None:
-        ends = _cheapest_ends(model, positions, [len(of_node.nonzero) for of_node in directions])
+        ends = _cheapest_ends(model, positions, [len(of_node.nonzero) for of_node in directions], repeats=recomputes)
+    if recomputes:
+        return recomputed_gram_matrices(
+            model,
+            input_ids,
+            positions,
+            directions,
+            _segments_of_nodes(model, positions, ends),
+            max_memory_bytes=max_memory_bytes,
+            square_roots=square_roots,
+            fresh_graphs=not verdict.reusable,
+        )
     grams: list[Tensor] = [torch.empty(0)] * len(directions)
     preconditioned: list[Tensor] = [] if square_roots is None else [torch.empty(0)] * len(directions)
     with _segmented_forward(model, input_ids, positions, ends) as forward_pass:
@@ -134,10 +147,23 @@ def summed_vjps(
     Returns:
         ``(D, P)`` float32.
     """
+    cotangents = cotangents.double()
+    scale = cotangents.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
+    scaled_cotangents = cotangents / scale[:, None, None]
+    verdict = graph_verdict(model)
+    if recomputes_layers(model, verdict, max(positions) + 1, max_memory_bytes):
+        parts = [
+            recomputed_sums(
+                model,
+                input_ids,
+                [positions[index] for index in nodes],
+                scaled_cotangents[:, nodes],
+                fresh_graphs=not verdict.reusable,
+            ).float()
+            for nodes in independent_groups(model, [position + 1 for position in positions])
+        ]
+        return sum(parts[1:], parts[0]) * scale[:, None].to(parts[0].device).float()
     with _segmented_forward(model, input_ids, positions, [max(positions) + 1]) as forward_pass:
-        cotangents = cotangents.double()
-        scale = cotangents.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
-        scaled_cotangents = cotangents / scale[:, None, None]
         parts = []
         for segment in forward_pass.segments:
             of_segment = scaled_cotangents[:, segment.nodes].to(segment.logits)
@@ -151,33 +177,24 @@ def summed_vjps(
     return total * scale[:, None].to(total.device).float()
 
 
-def max_directions(model: nn.Module, tokens: int, logits: int, max_memory_bytes: float | None = None) -> int:
-    """How many directions fit into one backward pass, by an estimate of its memory.
-
-    Args:
-        model: The student.
-        tokens: Tokens that the backward pass visits.
-        logits: Numbers in the logits that it starts from.
-        max_memory_bytes: Memory to use, in bytes, at most; None for half of what is free.
-
-    Returns:
-        At least 1.
-    """
-    sizes = layer_sizes(model)
-    parameter = next(model.parameters())
-    # The widest activations of a layer and its attention weights, and the same again for their gradients.
-    numbers = 2 * tokens * (4 * sizes.widest + 6 * sizes.hidden + 3 * sizes.heads * tokens) + 2 * logits
-    fitting = free_bytes(parameter.device, max_memory_bytes) // (numbers * max(4, parameter.element_size()))
-    batched_tokens = BATCHED_TOKENS.get(parameter.device.type, ACCELERATOR_BATCHED_TOKENS)
-    return max(1, min(int(fitting), batched_tokens // tokens))
+def _segments_of_nodes(model: nn.Module, positions: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
+    """The nodes of each segment; segments whose logits depend on the total length are split further."""
+    groups = independent_groups(model, [position + 1 for position in positions])
+    if len(groups) > 1:
+        return groups
+    bounds = pairwise([0, *ends])
+    found = [[node for node, position in enumerate(positions) if start <= position < end] for start, end in bounds]
+    return [nodes for nodes in found if nodes]
 
 
-def _cheapest_ends(model: nn.Module, positions: Sequence[int], direction_counts: Sequence[int]) -> list[int]:
-    """Ends of the segments; one segment for a model that cannot continue on a cache of its own."""
-    if not SELECTION.verdict(model, min(positions) + 1, max(positions) + 1).segments:
+def _cheapest_ends(
+    model: nn.Module, positions: Sequence[int], direction_counts: Sequence[int], *, repeats: bool
+) -> list[int]:
+    """Ends of the segments; one segment for a model that cannot continue on a cache of its own and would have to."""
+    if not repeats and not SELECTION.verdict(model, min(positions) + 1, max(positions) + 1).segments:
         return [max(positions) + 1]
     overhead = PASS_OVERHEAD.get(next(model.parameters()).device.type, ACCELERATOR_PASS_OVERHEAD)
-    return segment_ends(positions, direction_counts, overhead)
+    return segment_ends(positions, direction_counts, overhead, repeats=repeats)
 
 
 @contextmanager

@@ -104,7 +104,14 @@ class PathReader:
             with torch.no_grad():
                 (student_logits,) = response_logits(self.student, [question.prompt_ids], [path], [list(depths)])
             of_teachers = [
-                teacher_logits(teacher, self.student, [question.teacher_prompt_ids[name]], [path], [list(depths)])[0]
+                teacher_logits(
+                    teacher,
+                    self.student,
+                    [question.teacher_prompt_ids[name]],
+                    [path],
+                    [list(depths)],
+                    [student_logits],
+                )[0]
                 for name, teacher in self.teachers.items()
             ]
             yield depths, student_logits, of_teachers

@@ -12,13 +12,14 @@ sinks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.sampling.fused_kernels import fused_attention
 from odp_callbacks.engine.sampling.shared_prefix import SharedPrefixView
 
 ATTENTION_NAME = "odp_shared_prefix"
@@ -175,13 +176,9 @@ def attend(
         ([[[[3.0, 4.0]]]], 4.0)
     """
     accumulation_dtype = _accumulation_dtype(query.dtype)
-    if fused and softcap is None and query.device.type == "cpu" and key.shape[-1] == value.shape[-1]:
-        if mask is not None:
-            mask = mask.expand(len(query), -1, -1, -1)
-        output, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scale
-        )
-        return output, log_sums.to(accumulation_dtype)
+    if fused and softcap is None and (of_kernel := fused_attention(query, key, value, scale, mask)) is not None:
+        output, log_sums = of_kernel
+        return output, log_sums if log_sums.dtype == accumulation_dtype else log_sums.to(accumulation_dtype)
     scores = torch.matmul(query * scale, key.mT).to(accumulation_dtype)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -235,25 +232,33 @@ def model_configs(model: nn.Module) -> list[Any]:
 
 
 class AttentionSwitch:
-    """Lets a model attend through :func:`shared_prefix_attention` for a while, as often as that is needed.
+    """Lets a model attend through another function for a while, as often as that is needed.
 
     Args:
         model: The model; its configurations are looked up once, because that takes long for a model of many modules.
+        name: Under which transformers knows the function.
+        attention: The function.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str = ATTENTION_NAME,
+        attention: Callable[..., tuple[Tensor, None]] = shared_prefix_attention,
+    ) -> None:
         from transformers import AttentionInterface
 
-        AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+        AttentionInterface.register(name, attention)
+        self.name = name
         self._configs = [config for config in model_configs(model) if hasattr(config, "_attn_implementation_internal")]
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Attend to the shared prefix inside the context; the model's own implementation is restored afterwards."""
+        """Attend through the function inside the context; the model's own implementation is restored afterwards."""
         implementations = [config._attn_implementation_internal for config in self._configs]
         try:
             for config in self._configs:
-                config._attn_implementation_internal = ATTENTION_NAME
+                config._attn_implementation_internal = self.name
             yield
         finally:
             for config, implementation in zip(self._configs, implementations, strict=True):

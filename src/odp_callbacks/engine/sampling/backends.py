@@ -13,20 +13,25 @@ prefixes; only the others are sampled by full forward passes.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from odp_callbacks.engine.deadline import Deadline
+from odp_callbacks.engine.engines.request_batches import sample_with_engine
 from odp_callbacks.engine.sampling.backend_selection import BACKENDS, FULL_FORWARD, SELECTION
 from odp_callbacks.engine.sampling.continuous_batching import sample_with_shared_prefix
+from odp_callbacks.engine.sampling.decoder.choice import choose_decoder
 from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.sampling.prefix_cache import PrefixCache, extend_prefix_cache, prefill
 from odp_callbacks.engine.sampling.randomness import fresh_keys
 from odp_callbacks.engine.sampling.request_source import ListedRequests, RequestSource, SeparatedRequests, SlotUse
 from odp_callbacks.engine.sampling.requests import Continuation, ContinuationRequest, FinishedCallback
 from odp_callbacks.engine.sampling.separate_batches import sample_in_batches
+
+if TYPE_CHECKING:
+    from odp_callbacks.engine.engines.student_engine import StudentEngine
 
 CACHED_BACKENDS = BACKENDS[:2]
 """The backends that read the keys and values of :class:`PrefilledRollouts`."""
@@ -39,9 +44,10 @@ class PrefilledRollouts:
     Attributes:
         sequences: ``(T_s,)`` int64 each.
         cache: Their keys and values; None where the backend keeps its own.
-        backend: One of :data:`~odp_callbacks.engine.sampling.backend_selection.BACKENDS`.
+        backend: One of :data:`~odp_callbacks.engine.sampling.backend_selection.BACKENDS`, or the name of the engine.
         uncached: Indices of the sequences whose continuations are sampled by full forward passes.
         lengths: The smallest and the largest number of tokens for which the backend was chosen; None if it was given.
+        engine: Samples in place of the student's own model; None: a backend does.
     """
 
     sequences: tuple[Tensor, ...]
@@ -49,6 +55,7 @@ class PrefilledRollouts:
     backend: str
     uncached: frozenset[int] = frozenset()
     lengths: tuple[int, int] | None = None
+    engine: "StudentEngine | None" = None
 
     def needs_full_forward(self, model: nn.Module, request: ContinuationRequest) -> bool:
         """Whether a continuation of ``model`` is sampled by full forward passes, whatever the backend of the others."""
@@ -68,6 +75,7 @@ def prefill_rollouts(
     prompt_of_response: Sequence[int] = (),
     backend: str | None = None,
     max_new_tokens: int = 1,
+    engine: "StudentEngine | None" = None,
 ) -> PrefilledRollouts:
     """Run ``model`` over prompts, or over prompts with responses, and keep the keys and values.
 
@@ -82,6 +90,7 @@ def prefill_rollouts(
         backend: One of :data:`~odp_callbacks.engine.sampling.backend_selection.BACKENDS`; None for the first that
             works for this model at the lengths of the continuations.
         max_new_tokens: The largest number of tokens that will follow a prompt and one more token.
+        engine: Samples in place of ``model``, which then is not run; None: a backend does.
     """
     if responses is None:
         prompt_of_response = range(len(prompts))
@@ -91,6 +100,8 @@ def prefill_rollouts(
             torch.cat([prompts[prompt], response])
             for prompt, response in zip(prompt_of_response, responses, strict=True)
         ]
+    if engine is not None:
+        return PrefilledRollouts(tuple(sequences), None, engine.name, engine=engine)
     uncached: frozenset[int] = frozenset()
     lengths = None
     if backend is None and sequences:
@@ -238,9 +249,29 @@ def sample_stream(
     Raises:
         FloatingPointError: If the model's logits do not define a distribution (NaN).
     """
+    if prefixes.engine is not None:
+        sample_with_engine(
+            prefixes.engine,
+            prefixes.sequences,
+            source,
+            temperature=temperature,
+            stop_token_ids=eos_token_ids,
+            batch_size=batch_size,
+            deadline=deadline,
+            cut_alike=cut_alike,
+            slot_use=SlotUse() if slot_use is None else slot_use,
+        )
+        return
+    decoder = None
     if prefixes.cache is not None and prefixes.backend in CACHED_BACKENDS:
         usable_bytes = free_bytes(next(model.parameters()).device, max_memory_bytes)
-        batch_size = min(batch_size, _slots_that_fit(prefixes.cache, prefixes.backend, source, usable_bytes))
+        if prefixes.backend == "shared prefix":
+            decoder = choose_decoder(model, prefixes.cache, source.max_tokens, usable_bytes)
+            usable_bytes -= decoder.copied_bytes
+        longest = source.max_tokens if prefixes.backend == "repeated cache" else source.max_new_tokens
+        if decoder is not None and decoder.parts is not None:
+            longest += decoder.parts.heads.reserved_places
+        batch_size = min(batch_size, _slots_that_fit(prefixes.cache, longest, usable_bytes))
     others = SeparatedRequests(source, lambda request: prefixes.needs_full_forward(model, request))
     options: dict[str, Any] = {
         "temperature": temperature,
@@ -253,7 +284,8 @@ def sample_stream(
     while deadline is None or not deadline.has_passed:
         if prefixes.backend == "shared prefix":
             assert prefixes.cache is not None
-            sample_with_shared_prefix(model, prefixes.cache, others, **options)
+            assert decoder is not None
+            sample_with_shared_prefix(model, prefixes.cache, others, **options, decoder=decoder.parts)
         else:
             sample_in_batches(model, prefixes.backend, source=others, **batch_options)
         if others.set_aside:
@@ -264,11 +296,9 @@ def sample_stream(
             source.wait()
 
 
-def _slots_that_fit(cache: PrefixCache, backend: str, source: RequestSource, usable_bytes: int) -> int:
-    """Count the continuations whose keys and values fit in ``usable_bytes``, at least 1."""
+def _slots_that_fit(cache: PrefixCache, longest: int, usable_bytes: int) -> int:
+    """Count the continuations of ``longest`` tokens whose keys and values fit in ``usable_bytes``, at least 1."""
     bytes_per_token = sum(
         states.shape[1] * states.shape[3] * states.element_size() for layer in cache.prompt_layers for states in layer
     )
-    copies_prefix = backend == "repeated cache"
-    longest = source.max_tokens if copies_prefix else source.max_new_tokens
     return max(1, usable_bytes // max(1, bytes_per_token * longest))

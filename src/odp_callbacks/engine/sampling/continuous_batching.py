@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from odp_callbacks.engine.deadline import Deadline
-from odp_callbacks.engine.sampling.attention import AttentionSwitch
 from odp_callbacks.engine.sampling.categorical import check_probabilities, sample_tokens
-from odp_callbacks.engine.sampling.model_forward import forward_with_cache
+from odp_callbacks.engine.sampling.decoder.forward import DecoderSlots
+from odp_callbacks.engine.sampling.decoder.layers import DecoderParts
+from odp_callbacks.engine.sampling.model_slots import ModelSlots, Slots
 from odp_callbacks.engine.sampling.prefix_cache import PrefixCache
 from odp_callbacks.engine.sampling.randomness import as_key_tensor, uniforms
 from odp_callbacks.engine.sampling.request_source import NumberedRequest, RequestSource, SlotUse
 from odp_callbacks.engine.sampling.requests import Continuation
 from odp_callbacks.engine.sampling.shared_prefix import SharedPrefixView
-from odp_callbacks.engine.sampling.suffix_cache import suffix_cache
-from odp_callbacks.functional.gradients import forward_arguments
 
 SHRINKING_SHARE = 7 / 8
 """The batch drops its free slots when no request waits and at most this share of its rows is occupied."""
@@ -40,6 +39,7 @@ def sample_with_shared_prefix(
     batch_size: int,
     deadline: Deadline | None = None,
     slot_use: SlotUse,
+    decoder: DecoderParts | None = None,
 ) -> None:
     """Sample what a source asks for, until it has nothing at the moment and nothing is left in the batch.
 
@@ -54,11 +54,12 @@ def sample_with_shared_prefix(
         deadline: When to stop; continuations that have started and not finished by then are marked as unfinished.
             None: no limit.
         slot_use: Counts the steps and the slots, from where it stands.
+        decoder: The model's weights, where its logits can be computed with fewer calls; None: by its forward pass.
 
     Raises:
         FloatingPointError: If the model's logits do not define a distribution (NaN).
     """
-    batch = _ContinuousBatch(model, cache, source, list(eos_token_ids), batch_size, slot_use.steps)
+    batch = _ContinuousBatch(model, cache, source, list(eos_token_ids), batch_size, slot_use.steps, decoder)
     sampled_tokens = 0
     try:
         while batch.running:
@@ -102,17 +103,19 @@ class _ContinuousBatch:
         eos_token_ids: list[int],
         batch_size: int,
         first_step: int,
+        decoder: DecoderParts | None = None,
     ) -> None:
-        self.model, self.cache, self.source, self.batch_size = model, cache, source, batch_size
+        self.cache, self.source, self.batch_size = cache, source, batch_size
         self.first_step = first_step
         self.device = next(model.parameters()).device
-        # Switched on for a step only: between steps, the source may run the model, or call the user's reward function.
-        self.attention = AttentionSwitch(model)
-        # Looked up once, because inspecting a signature at every token is slow.
-        self.accepted_arguments = forward_arguments(model)
         self.check_interval = 1 if self.device.type == "cpu" else ACCELERATOR_CHECK_INTERVAL
         # Finished continuations go on until the next check.
         self.suffix_capacity = source.max_new_tokens + self.check_interval - 1
+        self.slots: Slots = (
+            ModelSlots(model, self.suffix_capacity)
+            if decoder is None
+            else DecoderSlots(decoder, cache, self.suffix_capacity)
+        )
         self.running: list[NumberedRequest] = []
         self.occupied: list[bool] = []
         self.start_step: list[int] = []
@@ -132,16 +135,8 @@ class _ContinuousBatch:
         """Sample one token for every slot."""
         view = self.view
         # A finished continuation goes on until the next check; its positions must not exceed the model's.
-        position_ids = (view.prefix_lengths + torch.minimum(view.suffix_lengths, self.max_lengths - 1))[:, None]
-        with self.attention.on():
-            logits = forward_with_cache(
-                self.model,
-                self.next_tokens[:, None],
-                self.suffixes,
-                position_ids=position_ids,
-                shared_prefix=view,
-                accepted_arguments=self.accepted_arguments,
-            )[:, -1]  # (B, V)
+        positions = view.prefix_lengths + torch.minimum(view.suffix_lengths, self.max_lengths - 1)
+        logits = self.slots.logits(self.next_tokens, positions)  # (B, V)
         uniform_draws = uniforms(self.slot_keys, view.suffix_lengths, 2)
         self.next_tokens, valid = sample_tokens(logits, temperature, uniform_draws)
         running = ~self.ended & (self.lengths < self.max_lengths)
@@ -228,9 +223,7 @@ class _ContinuousBatch:
             state: Tensor = getattr(self, name)
             setattr(self, name, torch.cat([state, state.new_zeros(count, *state.shape[1:])]))
         self.suffix_lengths = torch.cat([self.suffix_lengths, self.suffix_lengths.new_zeros(count)])
-        if self.most_slots:
-            for layer in self.suffixes.layers:
-                layer.set_row_count(len(self.occupied))
+        self.slots.set_row_count(len(self.occupied))
         self.most_slots = max(self.most_slots, len(self.occupied))
 
     def _keep_slots(self, slots: list[int]) -> None:
@@ -244,8 +237,7 @@ class _ContinuousBatch:
         self.next_tokens, self.max_lengths = self.next_tokens[kept_rows], self.max_lengths[kept_rows]
         self.slot_keys, self.sampled_tokens = self.slot_keys[kept_rows], self.sampled_tokens[kept_rows]
         self.lengths, self.ended = self.lengths[kept_rows], self.ended[kept_rows]
-        for layer in self.suffixes.layers:
-            layer.keep_rows(kept_rows)
+        self.slots.keep_rows(kept_rows)
         self._replace_view(self.suffix_lengths[kept_rows])
 
     def _replace_view(self, suffix_lengths: Tensor) -> None:
@@ -253,10 +245,7 @@ class _ContinuousBatch:
         requests = [numbered.request for numbered in self.running]
         self.view: SharedPrefixView = self.cache.shared_prefix_view(requests, self.device, self.suffix_capacity)
         self._set_suffix_lengths(suffix_lengths)
-        if self.steps_done == 0:
-            self.suffixes = suffix_cache(len(requests), self.suffix_capacity, self.view)
-        for layer in self.suffixes.layers:
-            layer.view = self.view
+        self.slots.set_view(self.view)
 
     def _set_suffix_lengths(self, suffix_lengths: Tensor) -> None:
         """Give the view the lengths of the suffixes; their maximum is known here without asking the device."""

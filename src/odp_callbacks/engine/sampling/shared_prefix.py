@@ -153,7 +153,7 @@ class SharedPrefixView:
                 text_positions = level.offsets[rows, None, None] + key_positions
                 visible = visible & (text_positions > query_positions[..., None] - cutting_window)  # (n, T', T)
             stacked = visible[:, None].expand(-1, queries_per_key, steps, -1).reshape(1, 1, -1, group.longest_read)
-            self._level_masks[mask_key] = _additive_mask(stacked, query)
+            self._level_masks[mask_key] = additive_mask(stacked, query.dtype)
         return self._level_masks[mask_key]
 
     def suffix_mask(self, length: int, window: int, queries_per_key: int, query: Tensor) -> Tensor | None:
@@ -182,11 +182,26 @@ class SharedPrefixView:
             if cutting_window:
                 visible = visible & (key_positions > query_positions[..., None] - cutting_window)
             stacked = visible[:, None].expand(-1, queries_per_key, -1, -1).reshape(len(suffix_lengths), 1, -1, length)
-            self._suffix_masks[mask_key] = _additive_mask(stacked, query)
+            self._suffix_masks[mask_key] = additive_mask(stacked, query.dtype)
         return self._suffix_masks[mask_key]
 
 
-def _additive_mask(visible: Tensor, query: Tensor) -> Tensor:
-    # The lowest finite number, not -inf: a row that sees nothing of a part must get a weight of 0 there, not NaN.
-    hidden = torch.finfo(query.dtype).min
-    return torch.zeros(visible.shape, dtype=query.dtype, device=visible.device).masked_fill_(~visible, hidden)
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 where ``visible`` is true, and the lowest finite number elsewhere.
+
+    With -inf, a row that sees nothing of a part would get a weight of NaN there in place of 0.
+
+    Args:
+        visible: ``(…, T)`` bool.
+        dtype: Of the scores.
+
+    Returns:
+        ``(…, T)``, whose rows start at multiples of 16 numbers in memory, as kernels need them.
+
+    Examples:
+        >>> additive_mask(torch.tensor([True, False]), torch.float16).tolist()
+        [0.0, -65504.0]
+    """
+    length = visible.shape[-1]
+    padded = torch.zeros(*visible.shape[:-1], -(-length // 16) * 16, dtype=dtype, device=visible.device)
+    return padded[..., :length].masked_fill_(~visible, torch.finfo(dtype).min)

@@ -184,7 +184,8 @@ class ModelTeacher(Teacher):
             if self.tokenizer.get_vocab() != text_tokenizer(tokenizer).get_vocab():
                 raise ValueError(
                     "`teachers` must share the student's vocabulary, but the tokenizer of this teacher's "
-                    f"{len(self.tokenizer)} tokens differs from the student's {len(tokenizer)}."
+                    f"{len(self.tokenizer)} tokens differs from the student's {len(tokenizer)}; "
+                    "`ServedTeacher(ModelScorer(model), tokenizer=...)` pairs tokens of two tokenizers by their text."
                 )
         elif student_size != teacher_size:
             raise ValueError(

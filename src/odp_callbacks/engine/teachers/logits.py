@@ -11,6 +11,7 @@ from odp_callbacks.engine.gradients.logits import response_logits
 from odp_callbacks.engine.prompts import Prompt, Question, encode_prompt
 from odp_callbacks.engine.sampling.model_forward import check_embedded, vocabulary_size
 from odp_callbacks.engine.teachers.kinds import Teacher
+from odp_callbacks.engine.teachers.served import ServedTeacher
 from odp_callbacks.engine.user_defaults import call_with_user_defaults
 
 
@@ -50,6 +51,7 @@ def teacher_logits(
     prompts: Sequence[Tensor],
     responses: Sequence[Sequence[int]],
     depths: Sequence[Sequence[int]],
+    student_logits: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """The teacher's logits at chosen depths of responses.
 
@@ -59,14 +61,20 @@ def teacher_logits(
         prompts: The teacher's prompt for each response, ``(P'_r,)`` int64.
         responses: The student's response tokens.
         depths: ``N_r`` depths for each response.
+        student_logits: ``(N_r, V)`` for each response, the student's own logits there; a
+            :class:`~odp_callbacks.engine.teachers.ServedTeacher` needs them for the tokens that do not come back.
 
     Returns:
         ``(N_r, V')`` for each response, on the student's device. ``V'`` is the smaller of the two models' numbers of
         logits; the other model's additional ones are padding rows (:meth:`ModelTeacher.check`) and are left out.
 
     Raises:
-        ValueError: If the teacher has no embedding for a token.
+        ValueError: If the teacher has no embedding for a token, or is served and there are no logits of the student.
+        EngineError: If the server of a teacher does not answer, refuses, or answers nonsense.
     """
+    if isinstance(teacher, ServedTeacher) and student_logits is not None:
+        returned = teacher.returned_tokens(prompts, responses, depths)
+        return [part.logits(own) for part, own in zip(returned, student_logits, strict=True)]
     device = next(student.parameters()).device
     logit_count = vocabulary_size(student)
     with torch.no_grad(), teacher.policy(student) as (model, parameters):

@@ -7,11 +7,12 @@ from torch import nn
 from odp_callbacks.engine.teachers.class_paths import is_class_path, teacher_of_class_path
 from odp_callbacks.engine.teachers.demonstration_contexts import named_context
 from odp_callbacks.engine.teachers.kinds import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
+from odp_callbacks.engine.teachers.served import ServedTeacher
 from odp_callbacks.text import is_visible
 
 MAX_NAME_LENGTH = 100
 """Characters of a teacher's name, at most."""
-NAMES = {BaseTeacher: "base", ModelTeacher: "model", EMATeacher: "ema", Teacher: "self"}
+NAMES = {BaseTeacher: "base", ModelTeacher: "model", ServedTeacher: "served", EMATeacher: "ema", Teacher: "self"}
 """Names of teachers that are given without one."""
 
 
@@ -20,7 +21,8 @@ def as_teachers(teachers: object) -> dict[str, Teacher]:
 
     Args:
         teachers: A mapping from name to teacher, a list of teachers, or one teacher. A plain model stands for
-            :class:`~odp_callbacks.engine.teachers.ModelTeacher`, ``"base"`` for
+            :class:`~odp_callbacks.engine.teachers.ModelTeacher`, the address of a server for
+            :class:`~odp_callbacks.engine.teachers.ServedTeacher`, ``"base"`` for
             :class:`~odp_callbacks.engine.teachers.BaseTeacher`, and a template, a function or the name of a context
             such as ``"self-1c"`` (:mod:`~odp_callbacks.engine.teachers.demonstration_contexts`) for the student with
             that context. ``{"class_path": "odp_callbacks.EMATeacher", "init_args": {"decay": 0.99}}`` makes a teacher
@@ -66,6 +68,8 @@ def _as_teacher(value: object) -> Teacher:
         return teacher_of_class_path(value)
     if value == "base":
         return BaseTeacher()
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        return ServedTeacher(value)
     if isinstance(value, str) and (context := named_context(value)) is not None:
         return Teacher(context)
     if isinstance(value, str) and "{" not in value:

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from odp_callbacks.engine.gradients.loss_directions import Direction
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.model_forward import check_embedded
-from odp_callbacks.engine.teachers import Teacher, teacher_prompt_ids
+from odp_callbacks.engine.teachers import ServedTeacher, Teacher, teacher_prompt_ids
 from odp_callbacks.engine.update.backward import vector_jacobian_products
 from odp_callbacks.engine.update.split_model import MAXIMUM_LOGITS, SplitModel
+from odp_callbacks.functional.returned_tokens import ReturnedTokens
 from odp_callbacks.functional.tokens import policy_features
 from odp_callbacks.functional.top_k import top_k_predictors
+
+TeacherStates = Tensor | ReturnedTokens
+"""What is kept of a teacher for the tokens of a batch: hidden states ``(N, H')``, or what its server returned."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class DirectionsOfBatches:
         self.direction, self.temperature, self._features = direction, temperature, features
         self._models: dict[int, SplitModel] = {}
 
-    def teacher_states(self, rollouts: Sequence[Rollout], segments: Sequence[int]) -> list[Tensor]:
+    def teacher_states(self, rollouts: Sequence[Rollout], segments: Sequence[int]) -> list[TeacherStates]:
         """Run each teacher once over a batch.
 
         Args:
@@ -77,20 +81,24 @@ class DirectionsOfBatches:
             segments: ``B`` numbers: rollouts of different segments stay in different sequences of the student.
 
         Returns:
-            For each teacher its hidden states ``(N, H')`` at the positions that choose the response tokens.
+            For each teacher its hidden states ``(N, H')`` at the positions that choose the response tokens, or what
+            its server returned there.
         """
         with torch.inference_mode(False), torch.no_grad():
             return [self._teacher_states(*teacher, rollouts, segments) for teacher in self.teachers.items()]
 
     def _teacher_states(
         self, name: str, teacher: Teacher, rollouts: Sequence[Rollout], segments: Sequence[int]
-    ) -> Tensor:
+    ) -> TeacherStates:
         prompts, responses = [], [rollout.response_ids for rollout in rollouts]
         for rollout in rollouts:
             prompt_ids = rollout.question.teacher_prompt_ids.get(name)
             if prompt_ids is None:
                 prompt_ids = teacher_prompt_ids(teacher, self.tokenizer, rollout.question)
             prompts.append(prompt_ids.cpu())
+        if isinstance(teacher, ServedTeacher):
+            depths = [range(len(response)) for response in responses]
+            return ReturnedTokens.concatenate(teacher.returned_tokens(prompts, responses, depths))
         # A teacher that reads what the student reads does so in the same batch, so that equal policies give equal bits.
         same = all(torch.equal(p, r.question.prompt_ids.cpu()) for p, r in zip(prompts, rollouts, strict=True))
         sequences = [
@@ -115,7 +123,7 @@ class DirectionsOfBatches:
         hidden: Tensor,
         rollouts: Sequence[Rollout],
         advantages: Sequence[float],
-        teacher_states: Sequence[Tensor],
+        teacher_states: Sequence[TeacherStates],
     ) -> BatchDirections:
         """Send the directions on the logits back through the head, some positions at a time.
 
@@ -152,7 +160,7 @@ class DirectionsOfBatches:
         return BatchDirections(cotangents, norms, torch.cat(features, dim=2) if features else None)
 
     def _directions_on_logits(
-        self, logits: Tensor, tokens: Tensor, factors: Tensor, teacher_states: Sequence[Tensor]
+        self, logits: Tensor, tokens: Tensor, factors: Tensor, teacher_states: Sequence[TeacherStates]
     ) -> tuple[Tensor, list[Tensor]]:
         """``(1 + K, n, V)``: the direction of success, then each teacher's; and ``(9, K, n)``, the tokens' features."""
         z = logits if logits.dtype == torch.float64 else logits.float()
@@ -161,8 +169,11 @@ class DirectionsOfBatches:
         directions = [success * (factors.to(z) / self.temperature)[:, None]]
         features = []
         for teacher, states in zip(self.teachers.values(), teacher_states, strict=True):
-            with teacher.policy(self.model.model) as (model, replacements):
-                teacher_logits = self._split(model).logits(states, replacements)[..., : z.shape[-1]]
+            if isinstance(states, ReturnedTokens):
+                teacher_logits = states.logits(z)
+            else:
+                with teacher.policy(self.model.model) as (model, replacements):
+                    teacher_logits = self._split(model).logits(states, replacements)[..., : z.shape[-1]]
             directions.append(self.direction(z, teacher_logits.to(z), tokens))
             if self._features:
                 shared = z[..., : teacher_logits.shape[-1]]

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.gradients.layer_tape import LayerTape
 from odp_callbacks.engine.gradients.loss_directions import Direction
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.teachers import Teacher
-from odp_callbacks.engine.update.backward import flat_gradients, vector_jacobian_products
+from odp_callbacks.engine.update.backward import WholeGraph
 from odp_callbacks.engine.update.batch_directions import BatchDirections, DirectionsOfBatches
-from odp_callbacks.engine.update.forward_mode import tangents_of_states
-from odp_callbacks.engine.update.layer_recomputation import recomputed_layers
+from odp_callbacks.engine.update.forward_mode import tangents_in_memory, tangents_of_states
 from odp_callbacks.engine.update.lora_segments import SegmentedLoraLinears, SegmentSums, segment_gradients
 from odp_callbacks.engine.update.segment_trial import why_no_segments
-from odp_callbacks.engine.update.split_model import SplitModel
+from odp_callbacks.engine.update.split_model import SplitModel, head_has_lora
+from odp_callbacks.engine.update.student_graphs import StudentGraphs
 from odp_callbacks.engine.update.token_layout import TokenLayout
 from odp_callbacks.functional.gradients import lora_parameters
 
@@ -38,9 +39,12 @@ class UpdateGradients:
         direction: Descent direction of the distillation loss on the logits.
         temperature: Of the policy that was sampled.
         features: Also compute what rules may ask about each token.
+        max_memory_bytes: Limit for a graph; None for half of what is free. Where the graph of all layers does not fit,
+            layers are computed again in the backward passes.
 
     Attributes:
         model: The student, body and head apart.
+        graphs: Keeps as much of a forward pass of the student as memory allows.
         no_segments: Why each segment of a batch needs passes of its own; empty if one pass serves all.
     """
 
@@ -53,14 +57,16 @@ class UpdateGradients:
         temperature: float,
         *,
         features: bool = False,
+        max_memory_bytes: float | None = None,
     ) -> None:
         self.student, self.tokenizer, self.teachers = student, tokenizer, teachers
         self.direction, self._features = direction, features
         self._forward_mode = True
         # LoRA parameters of the head do not act through the hidden states: then the head belongs to the body.
-        self.model = SplitModel(student, split=not self._head_has_lora())
+        self.model = SplitModel(student, split=not head_has_lora(student))
         self._directions = DirectionsOfBatches(self.model, tokenizer, teachers, direction, temperature, features)
         self._linears = SegmentedLoraLinears(student)
+        self.graphs = StudentGraphs(student, max_memory_bytes)
         self.no_segments = why_no_segments(self.model, self._linears)
 
     def rows(
@@ -102,9 +108,10 @@ class UpdateGradients:
             return self._segment_rows_apart(rollouts, advantages, segments)
         teacher_states = self._directions.teacher_states(rollouts, segments)
         with self._recording(layout, segments) as sums:
-            hidden = self.model.run(layout)
-            directions = self._directions.on_hidden_states(hidden.detach(), rollouts, advantages, teacher_states)
-            return segment_gradients(hidden, sums, directions.cotangents, 1 + max(segments)), directions
+            graph = self.graphs.of(lambda: self.model.run(layout), layout.ids.numel())
+            hidden = graph.outputs.detach()
+            directions = self._directions.on_hidden_states(hidden, rollouts, advantages, teacher_states)
+            return segment_gradients(graph, sums, directions.cotangents, 1 + max(segments)), directions
 
     def weighted_rows(
         self, rollouts: Sequence[Rollout], directions: BatchDirections, weights: Tensor, segments: Sequence[int]
@@ -125,17 +132,25 @@ class UpdateGradients:
         layout = None if self.no_segments else self._layout(rollouts, segments)
         if layout is not None:
             with self._recording(layout, segments) as sums:
-                return segment_gradients(self.model.run(layout), sums, weighted, 1 + max(segments))
+                graph = self.graphs.of(lambda: self.model.run(layout), layout.ids.numel())
+                return segment_gradients(graph, sums, weighted, 1 + max(segments))
         leaves = self._leaves()
         of_rollouts = weighted.split([len(rollout.response_ids) for rollout in rollouts], dim=1)
         rows = []
         for segment in range(1 + max(segments)):
             inside = [index for index, own in enumerate(segments) if own == segment]
-            with torch.inference_mode(False), torch.enable_grad():
-                hidden = self._hidden_states([rollouts[index] for index in inside], leaves)
-                cotangents = torch.cat([of_rollouts[index] for index in inside], dim=1)
-                rows.append(flat_gradients(hidden, leaves, cotangents))
+            with self._graph_of_rollouts([rollouts[index] for index in inside], leaves) as graph:
+                rows.append(graph.flat_gradients(torch.cat([of_rollouts[index] for index in inside], dim=1)))
         return torch.stack(rows)
+
+    @contextmanager
+    def _graph_of_rollouts(
+        self, rollouts: Sequence[Rollout], leaves: Mapping[str, Tensor]
+    ) -> Iterator[LayerTape | WholeGraph]:
+        """Run the student over rollouts, ready for backward passes within the block."""
+        tokens = len(rollouts) * max(len(rollout.sequence) for rollout in rollouts)
+        with torch.inference_mode(False), torch.enable_grad(), self.graphs.recomputed_layers():
+            yield self.graphs.of(lambda: self._hidden_states(rollouts, leaves), tokens, leaves)
 
     @contextmanager
     def _recording(self, layout: TokenLayout, segments: Sequence[int]) -> Iterator[SegmentSums]:
@@ -145,7 +160,7 @@ class UpdateGradients:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            recomputed_layers(self.student),
+            self.graphs.recomputed_layers(),
             self._linears.recording(segment_of_row.to(next(self.student.parameters()).device)) as sums,
         ):
             yield sums
@@ -162,12 +177,11 @@ class UpdateGradients:
             inside = [index for index, own in enumerate(segments) if own == segment]
             chosen = [rollouts[index] for index in inside]
             teacher_states = self._directions.teacher_states(chosen, [0] * len(chosen))
-            with torch.inference_mode(False), torch.enable_grad():
-                hidden = self._hidden_states(chosen, leaves)
+            with self._graph_of_rollouts(chosen, leaves) as graph:
                 directions = self._directions.on_hidden_states(
-                    hidden.detach(), chosen, [advantages[index] for index in inside], teacher_states
+                    graph.outputs.detach(), chosen, [advantages[index] for index in inside], teacher_states
                 )
-                rows.append(flat_gradients(hidden, leaves, directions.cotangents))
+                rows.append(graph.flat_gradients(directions.cotangents))
             sizes = [lengths[index] for index in inside]
             features = torch.zeros(0, *directions.norms.shape) if directions.features is None else directions.features
             of_rollouts = zip(
@@ -229,7 +243,11 @@ class UpdateGradients:
         def states(values: dict[str, Tensor]) -> Tensor:
             return self._hidden_states(rollouts, values) if layout is None else self.model.run(layout, values)
 
-        moved = tangents_of_states(states, self.student, self._detached_parameters(), tangents)  # (S, N, H)
+        tokens = len(rollouts) * max(len(rollout.sequence) for rollout in rollouts)
+        at_a_time = tangents_in_memory(self.student, tokens, self.graphs.max_memory_bytes)
+        moved = tangents_of_states(
+            states, self.student, self._detached_parameters(), tangents, at_a_time=at_a_time
+        )  # (S, N, H)
         return torch.einsum("snh,knh->skn", moved, directions.cotangents[1:].to(moved)).double().cpu()
 
     def _influences_by_backward(
@@ -239,16 +257,12 @@ class UpdateGradients:
         leaves = self._leaves()
         teachers = directions.cotangents[1:]
         influences = torch.zeros(len(next(iter(tangents.values()))), *teachers.shape[:2], dtype=torch.float64)
-        with torch.enable_grad():
-            hidden = self._hidden_states(rollouts, leaves)
-            for token in range(hidden.shape[0]):
-                gradients = vector_jacobian_products(
-                    hidden[token], list(leaves.values()), teachers[:, token], retain_graph=True
-                )
-                for name, gradient in zip(leaves, gradients, strict=True):
-                    influences[..., token] += (
-                        tangents[name].flatten(1).double().cpu() @ gradient.flatten(1).double().cpu().mT
-                    )
+        flat = torch.cat([tangents[name].flatten(1).double().cpu() for name in leaves], dim=1)  # (S, P)
+        with self._graph_of_rollouts(rollouts, leaves) as graph:
+            for token in range(len(graph.outputs)):
+                of_token = torch.zeros_like(teachers)
+                of_token[:, token] = teachers[:, token]
+                influences[..., token] = flat @ graph.flat_gradients(of_token).double().mT
         return influences
 
     def _detached_parameters(self) -> dict[str, Tensor]:
@@ -267,8 +281,3 @@ class UpdateGradients:
         """One batch of the student; rollouts of a question with the same key may share their prompt."""
         prompts = [rollout.question.prompt_ids for rollout in rollouts]
         return self.model.layout(prompts, [rollout.response_ids for rollout in rollouts], keys)
-
-    def _head_has_lora(self) -> bool:
-        head = getattr(self.student, "get_output_embeddings", lambda: None)()
-        inside = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-        return any(id(p) in inside for p in lora_parameters(self.student).values())

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.gradients.layer_tape import LayerTape
 from odp_callbacks.engine.replaced_forward import replaced_forward
+from odp_callbacks.engine.update.backward import WholeGraph
 from odp_callbacks.functional.gradients import lora_parameters
 
 
@@ -40,7 +42,7 @@ class SegmentSums:
 
     def add(self, columns: slice, gradients: Tensor) -> None:
         """Add the gradients ``(B, *shape)`` of each sequence to the rows of their segments."""
-        self.rows[:, columns].index_add_(0, self.segment_of_row, gradients.flatten(1).to(self.rows.dtype))
+        self.rows[:, columns].index_add_(0, self.segment_of_row, gradients.flatten(1).to(self.rows))
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,11 @@ def _why_uncovered(student: nn.Module, parameters: Mapping[str, nn.Parameter], l
     return ""
 
 
-def segment_gradients(hidden: Tensor, sums: SegmentSums, cotangents: Tensor, segments: int) -> Tensor:
+def segment_gradients(graph: LayerTape | WholeGraph, sums: SegmentSums, cotangents: Tensor, segments: int) -> Tensor:
     """Send directions on the hidden states back, and sum the gradients of each segment.
 
     Args:
-        hidden: ``(N, H)``, computed within :meth:`SegmentedLoraLinears.recording`.
+        graph: A forward pass within :meth:`SegmentedLoraLinears.recording`, whose outputs are ``(N, H)``.
         sums: Of that recording.
         cotangents: ``(R, N, H)``. A backward is done for those that are not zero.
         segments: ``S``.
@@ -124,14 +126,16 @@ def segment_gradients(hidden: Tensor, sums: SegmentSums, cotangents: Tensor, seg
     Returns:
         ``(S, R, P)`` in float32 or wider.
     """
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows = torch.zeros(segments, len(cotangents), sums.width, dtype=dtype, device=hidden.device)
+    dtype = torch.promote_types(graph.outputs.dtype, torch.float32)
+    rows = torch.zeros(segments, len(cotangents), sums.width, dtype=dtype, device=sums.segment_of_row.device)
     wanted = [index for index, cotangent in enumerate(cotangents) if cotangent.any()]
-    for index in wanted if hidden.requires_grad else ():
-        sums.rows = rows[:, index]
-        torch.autograd.grad(
-            hidden, sums.anchor, cotangents[index].to(hidden), retain_graph=index != wanted[-1], allow_unused=True
-        )
+
+    def write_into_rows(place: int) -> None:
+        sums.rows = rows[:, wanted[place]]
+
+    if wanted:
+        for _ in graph.gradients(cotangents[wanted], write_into_rows, sums.anchor):
+            pass  # the layers write their gradients into the rows
     sums.rows = torch.empty(0)
     return rows
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
 from odp_callbacks.engine.rollouts import Rollout, question_indices
 from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.unit_costs import work_of_sequence
@@ -19,6 +18,7 @@ from odp_callbacks.engine.update.batches import (
     parts_within,
     tokens_in_memory,
 )
+from odp_callbacks.engine.update.forward_mode import bytes_of_tangent
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.engine.update.module_products import with_module_products
 from odp_callbacks.engine.update.response_tokens import Rule
@@ -37,9 +37,6 @@ MINIMUM_GROUPS = 6
 """Fewer groups would leave an interval too few degrees of freedom."""
 FOLDS = 4
 """Parts of the success gradient that the influence of a token is measured along; their spread gives its interval."""
-
-ATTENTION_BYTES = 16
-"""Memory of the plain attention kernel for each pair of tokens, head and direction of forward mode."""
 
 Progress = Callable[[int], None]
 
@@ -190,10 +187,10 @@ class UpdateMeter:
 
         def measured(batch: list[int]) -> tuple[dict[tuple[int, int], Tensor], BatchDirections]:
             inside = sorted({groups[i] for i in batch})
-            rows, on_hidden = gradients.segment_rows(
-                [rollouts[i] for i in batch],
-                [places.advantage[i] for i in batch],
-                [inside.index(groups[i]) for i in batch],
+            chosen, advantages = [rollouts[i] for i in batch], [places.advantage[i] for i in batch]
+            numbers = [inside.index(groups[i]) for i in batch]
+            rows, on_hidden = gradients.graphs.in_less_memory(
+                lambda: gradients.segment_rows(chosen, advantages, numbers), chosen
             )
             return dict(zip(inside, rows, strict=True)), on_hidden
 
@@ -275,13 +272,16 @@ class UpdateMeter:
         def influences(part: list[int]) -> Tensor:
             tokens = torch.cat([torch.arange(last_of[i] - len(rollouts[i].response_ids), last_of[i]) for i in part])
             known = on_hidden.part(tokens) if self.gradients.model.splits else None
-            return self.gradients.influences([rollouts[i] for i in part], tangents, known)
+            chosen = [rollouts[i] for i in part]
+            return self.gradients.graphs.in_less_memory(
+                lambda: self.gradients.influences(chosen, tangents, known), chosen
+            )
 
+        # Several rollouts at a time only as far as all directions still go through together.
         directions = 1 + len(next(iter(tangents.values())))
         lengths = [len(rollouts[i].question.prompt_ids) + len(rollouts[i].response_ids) for i in batch]
         memory = free_bytes(next(student.parameters()).device, self.max_memory_bytes)
-        pairs = memory / (ATTENTION_BYTES * layer_sizes(student).heads * directions)
-        for fitting in parts_within(batch, [length**2 for length in lengths], pairs):
+        for fitting in parts_within(batch, lengths, memory / (directions * bytes_of_tangent(student))):
             yield from in_smaller_batches(influences, fitting)
 
     def _group_count(self, questions: int, row_numbers: int) -> int:

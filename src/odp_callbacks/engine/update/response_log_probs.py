@@ -29,13 +29,16 @@ def response_log_probs(
     Returns:
         For each rollout ``(T,)`` float64 on the CPU, in nats.
     """
+    device = next(model.model.parameters()).device
+    if parameters is not None:
+        parameters = {name: value.to(device) for name, value in parameters.items()}
     numbers = range(len(rollouts))
     batches = batches_of_rollouts(
         rollouts,
         numbers,
         [0] * len(rollouts),
         [()] * len(rollouts),
-        max_tokens=useful_tokens(next(model.model.parameters()).device),
+        max_tokens=useful_tokens(device),
         max_segments=1,
     )
     of_rollout: dict[int, Tensor] = {}

@@ -164,11 +164,10 @@ class RuleMeter:
     ) -> None:
         """Add a batch's gradients to the rows of its groups."""
         groups = sorted({self.group_of[i] for i in batch})
-        of_batch = self.gradients.weighted_rows(
-            [self.rollouts[i] for i in batch],
-            directions,
-            torch.from_numpy(weights[:, places_of(batch, self.starts)]),
-            [groups.index(self.group_of[i]) for i in batch],
+        of_tokens = torch.from_numpy(weights[:, places_of(batch, self.starts)])
+        chosen, segments = [self.rollouts[i] for i in batch], [groups.index(self.group_of[i]) for i in batch]
+        of_batch = self.gradients.graphs.in_less_memory(
+            lambda: self.gradients.weighted_rows(chosen, directions, of_tokens, segments), chosen
         )
         rows[groups] += sketch(of_batch.float().cpu())
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from odp_callbacks.engine.sampling.exact_arithmetic import computes_exactly, exact_arithmetic
 from odp_callbacks.engine.sampling.rotary_state import preserving_rotary_state
 from odp_callbacks.engine.sampling.trial_logits import random_sequences
+from odp_callbacks.engine.update.backward import WholeGraph
 from odp_callbacks.engine.update.lora_segments import SegmentedLoraLinears, segment_gradients
 from odp_callbacks.engine.update.split_model import SplitModel
 from odp_callbacks.engine.update.token_layout import TokenLayout, layout_of_sequences
@@ -65,20 +66,19 @@ def _segments(model: SplitModel, linears: SegmentedLoraLinears, layout: TokenLay
     """The gradients ``(2, P)`` of both sequences, and the direction ``(N, H)`` that they are of."""
     device = next(model.model.parameters()).device
     with torch.enable_grad(), linears.recording(torch.arange(2, device=device)) as sums:
-        hidden = model.run(layout)
-        cotangent = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return segment_gradients(hidden, sums, cotangent[None].to(hidden), 2)[:, 0], cotangent.to(hidden)
+        graph = WholeGraph(lambda: model.run(layout))
+        shape, generator = graph.outputs.shape, torch.Generator().manual_seed(0)
+        cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(graph.outputs)
+        return segment_gradients(graph, sums, cotangent[None], 2)[:, 0], cotangent
 
 
 def _by_autograd(model: SplitModel, layout: TokenLayout, cotangent: Tensor) -> Tensor:
     parameters = {name: p.detach().requires_grad_() for name, p in lora_parameters(model.model).items()}
     with torch.enable_grad():
-        hidden = model.run(layout, parameters)
         rows = []
         for sequence in range(2):
+            hidden = model.run(layout, parameters)  # some layers spoil their graph in a backward
             of_one = cotangent * (layout.rows == sequence).to(cotangent)[:, None]
-            gradients = torch.autograd.grad(
-                hidden, list(parameters.values()), of_one, retain_graph=True, materialize_grads=True
-            )
+            gradients = torch.autograd.grad(hidden, list(parameters.values()), of_one, materialize_grads=True)
             rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(rows)

@@ -6,6 +6,7 @@ apart, logits exist only for a few hundred positions at a time.
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,15 @@ from odp_callbacks.engine.update.token_layout import (
     packs_of_equal_prompts,
     shared_layout,
 )
-from odp_callbacks.functional.gradients import call_with_parameters, forward_arguments
+from odp_callbacks.functional.gradients import call_with_parameters, forward_arguments, lora_parameters
 
 MAXIMUM_LOGITS = 2**23
 """Logits of one model that are held at a time."""
 Parameters = Mapping[str, Tensor] | None
 """Replacements for parameters of a model, by name."""
+
+_REPRODUCED: WeakKeyDictionary[nn.Module, type[Any] | None] = WeakKeyDictionary()
+"""For models whose body and head gave their logits in a trial, the type of the body's output; None for others."""
 
 
 class SplitModel:
@@ -54,8 +58,9 @@ class SplitModel:
         self._decoder: Any = decoder if decoder is not self._causal else None
         self._rotaries = FixedRotaries(model)
         self._hidden_size = layer_sizes(model).hidden
+        self._output_type: type[Any] = type(None)
         self._cuts = "logits_to_keep" in forward_arguments(model)
-        self.splits = split and self._decoder is not None and self._reproduces_the_logits()
+        self.splits = split and self._decoder is not None and self._remembered_trial()
 
     def hidden_states(
         self, sequences: Sequence[Tensor], positions: Sequence[Sequence[int]], parameters: Parameters = None
@@ -125,7 +130,6 @@ class SplitModel:
             ``(N, H)``, or ``(N, V)`` logits if the model does not split.
         """
         device = next(self.model.parameters()).device
-        rows, columns = layout.rows.to(device), layout.columns.to(device)
         keywords: dict[str, Any] = {"input_ids": layout.ids.to(device), "use_cache": False}
         size = layout.ids.shape[1]
         if layout.branches is not None and layout.positions is not None:
@@ -135,9 +139,11 @@ class SplitModel:
             keywords["attention_mask"] = (torch.arange(size) < layout.lengths[:, None]).long().to(device)
         with self._rotaries.at(layout.longest):
             if not self.splits:
-                logits: Tensor = call_with_parameters(self.model, parameters, keywords).logits
-                return logits[rows, columns]
-            return self._body(keywords, parameters)[rows, columns]
+                found: Tensor = call_with_parameters(self.model, parameters, keywords).logits
+            else:
+                found = self._body(keywords, parameters)
+            # A model on several devices returns them on another one than it reads.
+            return found[layout.rows.to(found.device), layout.columns.to(found.device)]
 
     def _attention_mask(self, visible: Tensor) -> Tensor:
         """``(B, 1, L, L)``: bool for the fused attention, which takes every dtype, and to be added for the others."""
@@ -182,6 +188,14 @@ class SplitModel:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def _remembered_trial(self) -> bool:
+        """The result of the trial, which is done once for each model."""
+        if self.model not in _REPRODUCED:
+            _REPRODUCED[self.model] = self._output_type if self._reproduces_the_logits() else None
+        found = _REPRODUCED[self.model]
+        self._output_type = found or self._output_type
+        return found is not None
+
     def _reproduces_the_logits(self) -> bool:
         """Whether body and head give the model's logits: in its own precision, and without rounding to half."""
         if not computes_exactly(self.model) and not self._passes_trial():
@@ -205,3 +219,15 @@ class SplitModel:
         except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
             return False
         return True
+
+
+def head_has_lora(student: nn.Module) -> bool:
+    """Whether LoRA parameters of a student act on the logits without acting on the hidden states.
+
+    Args:
+        student: Student with LoRA.
+    """
+    head = getattr(student, "get_output_embeddings", lambda: None)()
+    # A parameter that the head shares with the embeddings is another object in the same memory.
+    inside = {p.data_ptr() for p in head.parameters() if p.numel()} if isinstance(head, nn.Module) else set()
+    return any(p.data_ptr() in inside for p in lora_parameters(student).values())

@@ -1,0 +1,201 @@
+"""Operator calls of a token step of the continuations, before and after, counted on the CPU.
+
+Two processes take turns: one runs the library as it is, the other one as it was at commit ce1ac46, which `git archive`
+writes into a temporary folder. Both sample the same continuations of the same random student, for a few steps and for
+some more; printed is the difference divided by the number of steps, so that what happens once per stream is left out:
+
+- calls from Python: what torch's profiler lists below no other operator;
+- all operators: with those that operators call themselves;
+- kernels: what reaches the dispatcher and is neither a view nor an allocation, about what an accelerator launches;
+- seconds: the best of some repeats, in turns. Here arithmetic counts as well.
+
+Run: python benchmarks/operator_calls.py [--slots 64] [--layers 28] [--vocabulary 151936]
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sizes import parse_sizes
+
+ROOT = Path(__file__).parent.parent
+EARLIER = "ce1ac46"
+"""The last commit before the step was made of fewer calls."""
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+USUAL = {"slots": 64, "layers": 28, "width": 64, "vocabulary": 151936, "few": 2, "more": 6, "repeats": 5}
+SMOKE = {"slots": 4, "layers": 2, "width": 16, "vocabulary": 50, "few": 1, "more": 2, "repeats": 1}
+FIGURES = ("calls from Python", "all operators", "kernels", "milliseconds")
+WORKER = "--worker"
+
+
+def earlier_library(folder: Path) -> bool:
+    """Write the library as it was into a folder; whether its commit is here."""
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", EARLIER, "src"], stdout=subprocess.PIPE)
+    if archive.returncode == 0:
+        subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return archive.returncode == 0
+
+
+class Version:
+    """A version of the library in a process of its own.
+
+    Args:
+        folder: Holds ``src``.
+        sizes: Of the student and its continuations.
+    """
+
+    def __init__(self, folder: Path, sizes: dict[str, int]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, WORKER, json.dumps(sizes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"},
+        )
+
+    def measure(self, what: str) -> dict[str, float]:
+        """Have the worker count or time a step."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(what, file=self.process.stdin, flush=True)
+        found: dict[str, float] = json.loads(self.process.stdout.readline())
+        return found
+
+    def end(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Worker:
+    """Samples continuations of a random student of Qwen3's shape, with LoRA on all linear layers."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from odp_callbacks.engine.sampling.backends import prefill_rollouts
+
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        width = sizes["width"]
+        config = AutoConfig.for_model(
+            "qwen3", vocab_size=sizes["vocabulary"], hidden_size=width, intermediate_size=3 * width,
+            num_hidden_layers=sizes["layers"], num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4,
+            max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=2,
+        )  # fmt: skip
+        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.student = get_peft_model(student, LoraConfig(r=16, target_modules=LINEARS)).eval()
+        prompts = [torch.randint(3, 50, (length,)) for length in (40, 30, 50, 35)]
+        responses = [torch.randint(3, 50, (length,)) for length in (60, 50, 64, 40, 55, 64, 30, 48)]
+        with torch.no_grad():
+            prompt_of_response = [0, 0, 1, 1, 2, 2, 3, 3]
+            self.prefixes = prefill_rollouts(self.student, prompts, responses, prompt_of_response, "shared prefix")
+        lengths = [len(sequence) for sequence in self.prefixes.sequences]
+        # Half of the continuations of a rollout start at its end, the others before.
+        self.starts = [(slot % 8, lengths[slot % 8] - 10 * (slot // 8 % 2)) for slot in range(sizes["slots"])]
+        self.sizes = sizes
+
+    def sample(self, steps: int) -> None:
+        """Sample so many tokens in every slot."""
+        import torch
+
+        from odp_callbacks.engine.sampling.backends import sample_continuations
+        from odp_callbacks.engine.sampling.requests import ContinuationRequest
+
+        requests = [ContinuationRequest(sequence, start, 3, steps) for sequence, start in self.starts]
+        with torch.no_grad():
+            sample_continuations(
+                self.student, self.prefixes, requests, temperature=1.0, eos_token_ids=(),
+                keys=range(len(requests)), batch_size=len(requests),
+            )  # fmt: skip
+
+    def profiled(self, steps: int) -> list[float]:
+        """Calls from Python, and all operators."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            self.sample(steps)
+        operators = [event for event in profiler.events() if event.name.startswith("aten::")]
+        parents = [event.cpu_parent for event in operators]
+        outer = sum(parent is None or not parent.name.startswith("aten::") for parent in parents)
+        return [outer, len(operators)]
+
+    def kernels(self, steps: int) -> list[float]:
+        """Operators below autograd that are neither views nor allocations."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        counted = [0.0]
+
+        class Counting(TorchDispatchMode):
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                aliases = [result.alias_info for result in function._schema.returns]
+                is_view = any(alias is not None and not alias.is_write for alias in aliases)
+                counted[0] += not is_view and "empty" not in function._schema.name
+                return function(*args, **(kwargs or {}))
+
+        with Counting():
+            self.sample(steps)
+        return counted
+
+    def seconds(self, steps: int) -> list[float]:
+        """Milliseconds."""
+        start = time.perf_counter()
+        self.sample(steps)
+        return [1000 * (time.perf_counter() - start)]
+
+    def per_step(self, measure: Any) -> list[float]:
+        """A measure of one step, without what happens once."""
+        few, more = self.sizes["few"], self.sizes["more"]
+        differences = zip(measure(few), measure(more), strict=True)
+        return [(larger - smaller) / (more - few) for smaller, larger in differences]
+
+    def answer(self, what: str) -> dict[str, float]:
+        """Count or time."""
+        if what == "time":
+            return {FIGURES[3]: self.per_step(self.seconds)[0]}
+        self.sample(1)
+        return dict(zip(FIGURES, [*self.per_step(self.profiled), *self.per_step(self.kernels)], strict=False))
+
+
+def main(**sizes: int) -> dict[str, dict[str, float]]:
+    """Print and return the figures of both versions."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {"now": ROOT}
+        if earlier_library(Path(folder)):
+            folders = {"before": Path(folder), **folders}
+        else:
+            print(f"commit {EARLIER} is not in this clone, so only the present is measured")
+        versions = {name: Version(path, sizes) for name, path in folders.items()}
+        found = {name: version.measure("count") for name, version in versions.items()}
+        for _ in range(sizes["repeats"]):
+            for name, version in versions.items():
+                timed = version.measure("time")[FIGURES[3]]
+                found[name][FIGURES[3]] = min(timed, found[name].get(FIGURES[3], timed))
+        for version in versions.values():
+            version.end()
+    print(
+        f"one step of {sizes['slots']} slots, {sizes['layers']} layers of width {sizes['width']}, vocabulary "
+        f"{sizes['vocabulary']}, LoRA on all linear layers, 8 rollouts of 4 questions"
+    )
+    for figure in FIGURES:
+        values = {name: figures[figure] for name, figures in found.items()}
+        ratio = f", {values['before'] / values['now']:.1f} times fewer" if "before" in values else ""
+        print(f"{figure}: " + ", ".join(f"{name} {value:,.0f}" for name, value in values.items()) + ratio)
+    return found
+
+
+if __name__ == "__main__":
+    if WORKER in sys.argv:
+        worker = Worker(json.loads(sys.argv[-1]))
+        for line in sys.stdin:
+            print(json.dumps(worker.answer(line.strip())), flush=True)
+    else:
+        main(**parse_sizes(__doc__, USUAL, SMOKE))

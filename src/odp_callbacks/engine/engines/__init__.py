@@ -1,0 +1,11 @@
+"""Engines that sample rollouts and continuations in place of the student's own model.
+
+:class:`SamplingEngine` is all that an engine must do. A served teacher will be a second interface beside it, whose
+``score(sequences, starts, top_k)`` gives log-probabilities of tokens that exist already.
+"""
+
+from odp_callbacks.engine.engines.interface import EngineError, EngineSample, SamplingEngine, SamplingOptions
+from odp_callbacks.engine.engines.vllm_in_process import VllmInProcess
+from odp_callbacks.engine.engines.vllm_server import VllmServer
+
+__all__ = ["EngineError", "EngineSample", "SamplingEngine", "SamplingOptions", "VllmInProcess", "VllmServer"]

@@ -1,0 +1,60 @@
+"""The student's LoRA adapter as a folder that other programs can load."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+PREFIX = "base_model.model."
+"""Begins the names of all weights in an adapter's file."""
+
+
+def save_adapter(student: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Save the adapter that a student uses at the moment, in peft's format.
+
+    Args:
+        student: A model with one active LoRA adapter.
+        folder: An empty folder.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        ValueError: If the student does not use exactly one adapter.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    name, configuration = active_adapter(student)
+    path = Path(folder).resolve()
+    weights = get_peft_model_state_dict(student, adapter_name=name, save_embedding_layers=False)
+    named = {key if key.startswith(PREFIX) else PREFIX + key: value for key, value in weights.items()}
+    named = {key: value.detach().cpu().contiguous() for key, value in named.items()}
+    # Engines compute in float32 at most.
+    named = {key: value.float() if value.element_size() > 4 else value for key, value in named.items()}
+    save_file(named, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
+    options = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in configuration.to_dict().items()
+    }
+    options["inference_mode"] = True
+    (path / "adapter_config.json").write_text(json.dumps(options, default=str, indent=1), encoding="utf-8")
+    return path
+
+
+def active_adapter(student: Any) -> tuple[str, Any]:
+    """Name and configuration of the adapter that a student uses.
+
+    Raises:
+        ValueError: If it does not use exactly one.
+    """
+    configurations = getattr(student, "peft_config", None) or {}
+    active = getattr(student, "active_adapters", [])
+    names = list(active() if callable(active) else active)
+    if len(names) != 1 or names[0] not in configurations:
+        raise ValueError(
+            f"`engine` needs a student that uses one adapter, but this one uses {names or 'none'}; call "
+            "`student.set_adapter(name)`, or leave `engine` out."
+        )
+    return names[0], configurations[names[0]]

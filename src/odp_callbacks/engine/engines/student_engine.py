@@ -1,0 +1,83 @@
+"""An engine during one probe: it gets the student's adapter when it is first needed, and what it answers is checked."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from odp_callbacks.engine.engines.agreement import check_agreement
+from odp_callbacks.engine.engines.interface import EngineSample, SamplingEngine, SamplingOptions, check_samples
+from odp_callbacks.engine.sampling.model_forward import vocabulary_size
+from odp_callbacks.engine.sampling.randomness import Randomness
+
+
+class StudentEngine:
+    """Samples from a student with an engine.
+
+    Args:
+        engine: The engine.
+        student: The student, in evaluation mode.
+        step: Distinguishes this probe's adapter from the earlier ones.
+
+    Attributes:
+        name: Of the engine.
+    """
+
+    def __init__(self, engine: SamplingEngine, student: nn.Module, step: int) -> None:
+        self.engine, self.student, self.step = engine, student, step
+        self.name = engine.name
+        self._vocabulary = vocabulary_size(student)
+
+    def prepare(
+        self, prompts: Sequence[Tensor], *, max_new_tokens: int, stop_token_ids: Sequence[int], randomness: Randomness
+    ) -> None:
+        """Give the engine the student's adapter, and check that it samples from that.
+
+        Args:
+            prompts: ``(P,)`` int64 each, of the probe's questions.
+            max_new_tokens: The largest number of tokens that a response may have.
+            stop_token_ids: Tokens that end a response.
+            randomness: The source of all random draws.
+
+        Raises:
+            EngineError: If it does not.
+        """
+        self.engine.sync(self.student, self.step)
+        check_agreement(
+            self.engine,
+            self.student,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            randomness=randomness,
+        )
+
+    def sample(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[EngineSample]:
+        """Sample one response to each prompt, and check the answers; the arguments are those of an engine."""
+        samples = self.engine.sample(prompts, **options)
+        check_samples(self.name, samples, options["max_tokens"], options["stop_token_ids"], self._vocabulary)
+        return samples
+
+
+@contextmanager
+def engine_of_run(engine: SamplingEngine | None, student: nn.Module, step: int) -> Iterator[StudentEngine | None]:
+    """The engine for one run of a probe; it gives back what it took at the end, whatever happens.
+
+    Args:
+        engine: The engine; None where the student's own model samples.
+        student: The student, in evaluation mode.
+        step: Number of the run.
+
+    Examples:
+        >>> with engine_of_run(None, nn.Linear(1, 1), 0) as own:
+        ...     print(own)
+        None
+    """
+    if engine is None:
+        yield None
+        return
+    try:
+        yield StudentEngine(engine, student, step)
+    finally:
+        engine.release()
