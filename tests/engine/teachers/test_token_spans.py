@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from odp_callbacks.engine.teachers.token_spans import TokenAlignment, aligned_spans, decoded, token_ends
+from odp_callbacks.engine.teachers.token_spans import TokenAlignment, aligned_spans, decoded, token_ends, token_texts
 from tests.helpers.models import word_tokenizer
 
 CORPUS = [
@@ -142,6 +142,15 @@ def test_the_map_joins_tokens_of_the_same_text_only() -> None:
     backends = (Tokenizer(models.WordLevel({word: 0}, unk_token=word)) for word in ("cat", "dog"))
     with pytest.raises(ValueError, match="shares no token with the student's"):
         TokenAlignment(*(PreTrainedTokenizerFast(tokenizer_object=backend) for backend in backends))
+
+
+def test_a_token_for_a_byte_does_not_hide_the_one_with_its_text() -> None:
+    vocabulary = {"<0x61>": 0, "a": 1, "b": 2, "ab": 3}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert token_texts(tokenizer) == ["", "a", "b", "ab"]
+    assert TokenAlignment(tokenizer, tokenizer).student_ids.tolist() == [-1, 1, 2, 3]
 
 
 def _alignments() -> Iterator[tuple[tuple[str, str], TokenAlignment]]:

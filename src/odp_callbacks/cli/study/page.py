@@ -141,7 +141,8 @@ def _notes(cells: Sequence[CellSummary]) -> str:
             )
     lines.append(
         "- `odp-callbacks study --config study.yaml --hours 2` measures what is missing, and can be interrupted. "
-        "`--records summaries.json --page study.md` builds this page again without a model."
+        "`odp-callbacks study --config study.yaml --records summaries.json --page study.md` builds it again without a "
+        "model."
     )
     return "\n".join(lines)
 
