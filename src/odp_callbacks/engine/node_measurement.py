@@ -240,7 +240,7 @@ class NodeMeasurement:
             warnings.warn(
                 "the gradients of the step alignment could not be computed, so the report has no step alignment; all "
                 f"else is in it ({type(error).__name__}: {str(error)[:200]}).",
-                GradientWarning,
+                category=GradientWarning,
                 stacklevel=2,
             )
             for accumulator in accumulators:

@@ -171,7 +171,7 @@ class GradientStage:
                 f"the gradients of {len(self.failures)} nodes could not be computed, so the figures of single tokens "
                 "that need them are NaN; the outcomes of their continuations are in the report "
                 f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}).",
-                GradientWarning,
+                category=GradientWarning,
                 stacklevel=2,
             )
 
