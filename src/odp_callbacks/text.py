@@ -11,6 +11,17 @@ MAXIMUM_LENGTH = 60
 """Default number of characters to which a token or a name is cut."""
 
 
+def first_line(error: BaseException) -> str:
+    r"""The first line of what an exception says, or its type where it says nothing.
+
+    Examples:
+        >>> first_line(ValueError("wrong\nand long")), first_line(ValueError())
+        ('wrong', 'ValueError')
+    """
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def displayable(text: str, max_length: int = MAXIMUM_LENGTH) -> str:
     r"""Make white space and control characters visible and cut the text to one line.
 

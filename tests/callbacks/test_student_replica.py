@@ -183,7 +183,7 @@ def test_a_loaded_replica_gets_the_lora_that_is_trained(sharded_student: Any) ->
 
 def test_what_cannot_load_a_student_is_refused() -> None:
     with pytest.raises(TypeError, match="`student_replica` must be a function"):
-        WholeStudent("folder")  # type: ignore[arg-type]
+        WholeStudent("folder")  # type: ignore[arg-type]  # that is refused
 
 
 def test_the_distillation_module_refuses_a_student_whose_processes_it_cannot_keep_together(

@@ -47,3 +47,11 @@ def run_steps(monitor: Monitor, steps: int, training_gate: object = None) -> Rec
         monitor.on_batch_end(trainer.context(step))  # a batch without an optimizer step
     monitor.on_train_end(trainer.context(steps))
     return trainer
+
+
+def warning_of_failed_probes(monitor: Monitor) -> str:
+    """Run two steps whose probes fail alike, and return what is said of both, once."""
+    trainer = run_steps(monitor, 2)
+    assert monitor.probe_count == 2
+    (warning,) = trainer.warnings
+    return warning

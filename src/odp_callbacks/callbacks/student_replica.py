@@ -79,10 +79,10 @@ class StudentReplica:
         for name, source in self._sources.items():
             copy = copies.get(name)
             if name in self._moving_names() and (copy is None or copy.shape != whole_shape(source)):
-                found = "no such parameter" if copy is None else f"one of shape {tuple(copy.shape)}"
+                in_replica = "no such parameter" if copy is None else f"one of shape {tuple(copy.shape)}"
                 raise ValueError(
                     f"`student_replica` must return the student with the same LoRA, but the student trains {name} of "
-                    f"shape {tuple(whole_shape(source))}, and the replica has {found}."
+                    f"shape {tuple(whole_shape(source))}, and the replica has {in_replica}."
                 )
             if copy is not None and copy is not source and copy.is_floating_point():
                 copy.requires_grad_(source.requires_grad)

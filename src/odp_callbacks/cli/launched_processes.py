@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from odp_callbacks.callbacks.processes import Processes
+from odp_callbacks.text import first_line
 
 T = TypeVar("T")
 ALONE = Processes()
@@ -105,5 +106,5 @@ def measured_together(processes: Processes, measure: Callable[[], T]) -> list[T]
     except RuntimeError as error:
         raise RuntimeError(
             f"another process has ended before process {processes.rank} could exchange results with it; its message "
-            f"says why. The same command resumes from here ({str(error).splitlines()[0]})."
+            f"says why. The same command resumes from here ({first_line(error)})."
         ) from error

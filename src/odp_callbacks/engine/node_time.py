@@ -129,23 +129,10 @@ class NodeTime:
             rollouts: All rollouts.
             measured: The nodes.
         """
-        later = self.later_seconds(rollouts, measured, [DIFFERING_SHARE] * len(measured.nodes))
-        return self.plan.end.earlier(min(later, (1 - CONTINUATION_SHARE) * self.plan.end.remaining_seconds))
-
-    def later_seconds(
-        self, rollouts: Sequence[Rollout], measured: MeasuredNodes, probabilities: Sequence[float]
-    ) -> float:
-        """Seconds that what follows the continuations is expected to take.
-
-        Args:
-            rollouts: All rollouts.
-            measured: The nodes, ``N`` of them.
-            probabilities: ``N``, how likely it is that the gradients of each are computed.
-        """
-        shares = zip(probabilities, self._work(rollouts, measured), strict=True)
+        work = sum(self._work(rollouts, measured))
         with_nodes = [rollouts[index] for index in sorted({node.rollout for node in measured.nodes})]
-        work = sum(probability * of_node for probability, of_node in shares)
-        return self.gradient_seconds(work) + self.step_seconds(with_nodes)
+        later = DIFFERING_SHARE * self.gradient_seconds(work) + self.step_seconds(with_nodes)
+        return self.plan.end.earlier(min(later, (1 - CONTINUATION_SHARE) * self.plan.end.remaining_seconds))
 
     def gradient_parts(
         self, rollouts: Sequence[Rollout], measured: MeasuredNodes, chosen: Sequence[int]

@@ -293,7 +293,8 @@ class Probe:
             if rewards is not None and usable.errors:
                 rewards = [rewards[place] for place in usable.places]
             report = measurement.run(questions, responses, rewards)
-        self._earlier_report = replace(report, preconditioned=None)
+        if config.has_open_numbers and config.measures_nodes:  # the next run may be planned by it
+            self._earlier_report = replace(report, preconditioned=None)
         report = without_unplanned(report, len(usable.questions) - len(questions))
         if self.says_shortage and (sentence := time_shortage(report)):
             LOGGER.warning("odp-callbacks: %s", sentence)

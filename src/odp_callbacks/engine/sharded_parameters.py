@@ -55,19 +55,20 @@ def is_distributed(parameter: Tensor) -> bool:
 
 def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of a parameter before it was sharded."""
-    shape: torch.Size = parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
-    return shape
+    of_zero: Any = parameter  # DeepSpeed adds attributes
+    return torch.Size(of_zero.ds_shape) if is_partitioned(parameter) else parameter.shape
 
 
 def training_device(parameter: Tensor) -> torch.device:
     """The device that a parameter is trained on; its shard may wait on the CPU."""
     if is_partitioned(parameter):
-        from deepspeed.accelerator import get_accelerator  # type: ignore[import-not-found,unused-ignore]
+        from deepspeed.accelerator import get_accelerator
 
         return torch.device(get_accelerator().current_device_name())
     if not is_distributed(parameter):
         return parameter.device
-    kind: str = parameter.device_mesh.device_type  # type: ignore[attr-defined]
+    distributed: Any = parameter
+    kind: str = distributed.device_mesh.device_type
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
@@ -106,18 +107,15 @@ def copy_whole_values(sources: Sequence[nn.Parameter], targets: Sequence[Tensor]
 
 def _assembled(parameter: Any) -> Tensor:
     """The whole value of a ``DTensor``; shards that were offloaded to the CPU are exchanged between devices."""
-    whole: Tensor = parameter.detach().to(training_device(parameter)).full_tensor()
-    return whole
+    assembled: Tensor = parameter.detach().to(training_device(parameter)).full_tensor()
+    return assembled
 
 
-def _gathered(parameters: Sequence[nn.Parameter]) -> Any:
+def _gathered(parameters: Sequence[Any]) -> Any:
     """A context in which ZeRO-3's parameters are whole; those that were whole before stay so."""
-    from deepspeed.runtime.zero.partition_parameters import (  # type: ignore[import-not-found,unused-ignore]
-        GatheredParameters,
-        ZeroParamStatus,
-    )
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
-    parts = [one for one in parameters if one.ds_status == ZeroParamStatus.NOT_AVAILABLE]  # type: ignore[attr-defined]
+    parts = [one for one in parameters if one.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     return GatheredParameters(parts) if parts else nullcontext()
 
 

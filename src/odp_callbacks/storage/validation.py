@@ -9,6 +9,7 @@ from pyarrow import parquet
 from odp_callbacks.records import NodeRecord, ProbeReport
 from odp_callbacks.storage.manifest import DamagedRecordsError
 from odp_callbacks.storage.schema import LIST_COLUMNS, MATRIX_COLUMNS, PREDICTOR_PREFIX, SCALAR_COLUMNS
+from odp_callbacks.text import first_line
 from odp_callbacks.update_records import UpdateRecord
 
 NODE_SCHEMA = pa.schema(
@@ -103,7 +104,7 @@ def read_table(content: bytes, name: str) -> pa.Table:
         return parquet.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DamagedRecordsError(
-            f"`folder` is damaged: {name} is no complete Parquet file ({str(error).splitlines()[0]})."
+            f"`folder` is damaged: {name} is no complete Parquet file ({first_line(error)})."
         ) from error
 
 
@@ -127,7 +128,7 @@ def checked_rows(table: pa.Table, schema: pa.Schema, name: str) -> list[dict[str
         selected = table.select([*names, *predictors]).cast(expected)
     except (pa.ArrowException, ValueError) as error:
         raise DamagedRecordsError(
-            f"`folder` is damaged: {name} has a column of another type ({str(error).splitlines()[0]})."
+            f"`folder` is damaged: {name} has a column of another type ({first_line(error)})."
         ) from error
     for column in selected.column_names:
         values = selected[column]

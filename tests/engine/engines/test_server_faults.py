@@ -3,12 +3,14 @@
 import json
 import re
 import socket
+from http.client import HTTPConnection
 
 import pytest
 
 from odp_callbacks.engine.engines import EngineError, VllmServer
+from odp_callbacks.engine.engines.completions_client import CompletionsClient
 from tests.helpers.engines import serving
-from tests.helpers.monitors import make_monitor, run_steps
+from tests.helpers.monitors import make_monitor, run_steps, warning_of_failed_probes
 
 
 def completion(token_ids, reason="length", log_probs=None):
@@ -37,10 +39,7 @@ def test_a_server_at_fault_costs_the_probe_with_one_message(fault):
     answer, message = FAULTS[fault]
     with serving(loads(answer)) as url:
         engine = VllmServer(url, timeout=0.3 if fault == "hangs" else 60)
-        monitor = make_monitor(engine=engine, every_n_steps=1, strict=False)
-        trainer = run_steps(monitor, 2)
-    assert monitor.probe_count == 2
-    (warning,) = trainer.warnings
+        warning = warning_of_failed_probes(make_monitor(engine=engine, every_n_steps=1, strict=False))
     assert f"a probe failed; training continues without it: EngineError: `engine` ({url}) " in warning
     assert re.search(message, warning)
 
@@ -108,3 +107,18 @@ def test_a_key_is_sent_and_kept_out_of_names(monkeypatch, student):
         server.sync(student, 1)
     assert keys == ["Bearer secret"]
     assert "secret" not in repr(server)
+
+
+def test_a_connection_that_was_given_up_is_not_opened_again(monkeypatch):
+    connections = []
+    own_request = HTTPConnection.request
+
+    def given_up_before(connection, *arguments, **options):
+        connections.append(connection)
+        connection.close()  # as by the thread that waits for the answer, when the time is up
+        return own_request(connection, *arguments, **options)
+
+    monkeypatch.setattr(HTTPConnection, "request", given_up_before)
+    with serving(lambda path, body: b"ok") as url, pytest.raises(EngineError, match="is not there: NotConnected"):
+        CompletionsClient(url).post("/v1/completions", {})
+    assert [connection.sock for connection in connections] == [None]

@@ -62,7 +62,7 @@ def test_gradients_that_do_not_fit_are_computed_again_with_less_memory(
     def hungry(*arguments: object, max_memory_bytes: float | None = None, **options: object) -> object:
         if max_memory_bytes is None:
             raise torch.OutOfMemoryError("out of memory")
-        return own(*arguments, max_memory_bytes=max_memory_bytes, **options)  # type: ignore[arg-type]
+        return own(*arguments, max_memory_bytes=max_memory_bytes, **options)  # type: ignore[arg-type]  # options are of any type
 
     monkeypatch.setattr(node_gradients, "node_gram_matrices", hungry)
     with pytest.warns(UserWarning, match="are computed again with less; a smaller `max_memory_bytes`"):

@@ -23,6 +23,7 @@ from odp_callbacks.cli.study.plan import StudyOptions, Unit, study_options
 from odp_callbacks.cli.study.units import StudyFolder
 from odp_callbacks.files import local_path, write_atomically
 from odp_callbacks.storage.study_summaries import load_summaries, save_summaries
+from odp_callbacks.text import first_line
 
 SUMMARIES_FILE = "summaries.json"
 
@@ -150,7 +151,7 @@ def _measure(folder: StudyFolder, unit: Unit, progress: Progress, console: Conso
         progress.failed.append(unit)
         failure_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(failure_file, traceback.format_exc())
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         console.print(terminal_text(f"{unit} failed: {reason} (more in {failure_file})"))
     else:
         failure_file.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Engines that sample rollouts and continuations in place of the student's own model.
 
-:class:`SamplingEngine` is all that an engine must do. A served teacher will be a second interface beside it, whose
-``score(sequences, starts, top_k)`` gives log-probabilities of tokens that exist already.
+:class:`SamplingEngine` is all that an engine must do. A teacher behind a server gives log-probabilities of tokens that
+exist already (:class:`~odp_callbacks.engine.teachers.ServedTeacher`).
 """
 
 from odp_callbacks.engine.engines.interface import EngineError, EngineSample, SamplingEngine, SamplingOptions

@@ -66,12 +66,12 @@ def check_agreement(
     with torch.no_grad():
         logits = torch.cat(node_logits(student, sequences, positions))  # (N, V)
     tokens = torch.tensor([token for sample in samples for token in sample.token_ids], device=logits.device)
-    own = token_log_probs(logits, tokens, 1.0).double().cpu()
-    difference = float((stated - own).abs().mean())
+    of_student = token_log_probs(logits, tokens, 1.0).double().cpu()
+    difference = float((stated - of_student).abs().mean())
     LOGGER.info(
         "odp-callbacks: %s",
         f"`engine` ({engine.name}) gives log-probabilities that differ from the student's by {difference:.2g} nats on "
-        f"average, {len(own)} tokens.",
+        f"average, {len(of_student)} tokens.",
     )
     if not difference <= engine.tolerance:
         # Without the figure, so that the same is said at every probe.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from odp_callbacks.engine.engines.class_path import engine_of_class_path
+from odp_callbacks.engine.engines.completions_client import is_address
 from odp_callbacks.engine.engines.interface import SamplingEngine
 
 LOCAL = "local"
@@ -31,7 +32,7 @@ def as_engine(engine: object) -> SamplingEngine | None:
     """
     if engine == LOCAL:
         return None
-    if isinstance(engine, str) and engine.startswith(("http://", "https://")):
+    if is_address(engine):
         from odp_callbacks.engine.engines.vllm_server import VllmServer
 
         return VllmServer(engine)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from typing_extensions import Unpack
@@ -31,6 +31,16 @@ UNCHANGED_POLICY = {
 """Options without which a server applies those of the model's ``generation_config.json``."""
 ANSWER_OPTIONS = {"logprobs": 0, "return_token_ids": True, "ignore_eos": True, "skip_special_tokens": False}
 """Options for answers with token ids, in which nothing ends a response but the stop tokens of the request."""
+
+
+def is_address(value: object) -> TypeGuard[str]:
+    """Whether an option is the address of a server.
+
+    Examples:
+        >>> is_address("http://localhost:8000"), is_address("localhost:8000")
+        (True, False)
+    """
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 
 class CompletionsClient:
@@ -172,20 +182,23 @@ class _Connections:
         try:
             connection = self._connection()
             connection.request("POST", client.path + path, json.dumps(body).encode(), headers)
-            response = connection.getresponse()
-            answer = response.read(client.maximum_bytes)
-            if not response.isclosed():
-                what = f"an answer of more than {client.maximum_bytes:,} bytes"
-                raise nonsense(client.name, what, client.argument)
+            with connection.getresponse() as response:
+                answer = response.read(client.maximum_bytes)
+                is_whole = response.isclosed()
         except (OSError, HTTPException) as error:
             raise EngineError(
                 f"`{client.argument}` ({client.name}) is not there: {type(error).__name__}: {error}; see whether the "
                 "server runs."
             ) from error
+        if not is_whole:
+            what = f"an answer of more than {client.maximum_bytes:,} bytes"
+            raise nonsense(client.name, what, client.argument)
         if response.status != 200:
-            raise EngineError(
+            refusal = EngineError(
                 f"`{client.argument}` ({client.name}) refused {path}: {response.status}, {refusal_text(answer)}"
             )
+            refusal.is_refusal = True
+            raise refusal
         return answer
 
     def close(self) -> None:
@@ -206,6 +219,7 @@ class _Connections:
             kind = HTTPSConnection if self._client.scheme == "https" else HTTPConnection
             seconds = min(CONNECTION_SECONDS, self._client.timeout)
             connection = self._own.connection = kind(self._client.host, self._client.port, timeout=seconds)
+            connection.auto_open = 0  # it would open itself once more behind the back of who closes it
         channel: socket.socket | None = connection.sock
         if channel is None:
             connection.connect()

@@ -1,7 +1,7 @@
 """What an engine outside the student's own model must do to sample for a probe."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,7 +15,13 @@ TOLERANCE = 0.05
 
 
 class EngineError(RuntimeError):
-    """An engine is gone, silent, answers nonsense, or does not sample from the student."""
+    """An engine is gone, silent, answers nonsense, or does not sample from the student.
+
+    Attributes:
+        is_refusal: Whether it is there and understood the request, but refused it.
+    """
+
+    is_refusal = False
 
 
 @dataclass(frozen=True)
@@ -143,8 +149,22 @@ the student's vocabulary of 5.
             raise nonsense(name, f"a response ends at {len(tokens)} tokens without a stop token; its limit is {limit}")
         if len(sample.log_probabilities) != len(tokens):
             raise nonsense(name, f"{len(sample.log_probabilities)} log-probabilities of {len(tokens)} tokens")
-        if any(math.isnan(value) or value > 1e-3 for value in sample.log_probabilities):
-            raise nonsense(name, "a log-probability is not a number, or above 0")
+        check_log_probabilities(name, sample.log_probabilities)
+
+
+def check_log_probabilities(name: str, values: Iterable[float], argument: str = "engine") -> None:
+    """Check that numbers can be log-probabilities, which may be rounded to a little more than 0.
+
+    Args:
+        name: Of the engine.
+        values: The numbers.
+        argument: Name of the option that the engine was given as.
+
+    Raises:
+        EngineError: If one cannot.
+    """
+    if any(math.isnan(value) or value > 1e-3 for value in values):
+        raise nonsense(name, "a log-probability is not a number, or above 0", argument)
 
 
 def nonsense(name: str, what: str, argument: str = "engine") -> EngineError:

@@ -47,10 +47,10 @@ def merged_weights(student: nn.Module, *, every_weight: bool = False) -> Iterato
         merged_names = {name_in_base(f"{name}.weight") for name in layers}
         inner = tuple(f"{name}." for name in layers)
         for name, parameter in student.named_parameters():
-            own = name_in_base(name)
+            base_name = name_in_base(name)
             is_adapter = name.startswith(inner) and ".base_layer." not in name
-            if not is_adapter and own not in merged_names and "original_module" not in name:
-                yield own, parameter.detach()
+            if not is_adapter and base_name not in merged_names and "original_module" not in name:
+                yield base_name, parameter.detach()
 
 
 def name_in_base(name: str) -> str:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,33 @@ from torch import nn
 
 PREFIX = "base_model.model."
 """Begins the names of all weights in an adapter's file."""
+
+
+class NamedAdapter:
+    """A student's adapter in a folder of its own, under a name that no earlier one had.
+
+    Args:
+        student: A model with one active LoRA adapter.
+        step: Shown in the name.
+        folder: Where the new folder is made; None for the temporary folder.
+
+    Attributes:
+        name: For the engine.
+        path: Of the new folder.
+    """
+
+    def __init__(self, student: nn.Module, step: int, folder: str | None = None) -> None:
+        self.name = f"odp-callbacks-{uuid.uuid4().hex[:12]}-{step}"
+        self.path = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=folder))
+        try:
+            save_adapter(student, self.path)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def save_adapter(student: nn.Module, folder: str | os.PathLike[str]) -> Path:

@@ -120,10 +120,10 @@ class ColocatedEngine:
         """Copies, on the CPU, of the parameters that hold these weights: an engine joins those of neighbours."""
         blocks = {name.rsplit(".", 2)[0] + "." for name in names}  # "model.layers.0.mlp." of "….up_proj.weight"
         parameters = dict(self.model.named_parameters())
-        found = {name for name in parameters if any(name.startswith(block) for block in blocks)}
-        if any(not any(name.startswith(block) for name in found) for block in blocks):
-            found = set(parameters)  # the engine has other names
-        return {name: parameters[name].detach().to("cpu", copy=True) for name in found}
+        of_blocks = {name for name in parameters if any(name.startswith(block) for block in blocks)}
+        if any(not any(name.startswith(block) for name in of_blocks) for block in blocks):
+            of_blocks = set(parameters)  # the engine has other names
+        return {name: parameters[name].detach().to("cpu", copy=True) for name in of_blocks}
 
 
 class TrainerServerEngine:

@@ -1,19 +1,16 @@
 """A ``vllm.LLM`` in this process as the engine."""
 
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from typing_extensions import Unpack
 
 from odp_callbacks.engine.engines.interface import TOLERANCE, UNFINISHED, EngineError, EngineSample, SamplingOptions
-from odp_callbacks.engine.engines.saved_adapter import save_adapter
+from odp_callbacks.engine.engines.saved_adapter import NamedAdapter
 
 
 class VllmInProcess:
@@ -32,7 +29,7 @@ class VllmInProcess:
         self.llm, self.tolerance = llm, tolerance
         self.name = "vllm.LLM"
         self._adapter: Any = None
-        self._saved: Path | None = None
+        self._saved: NamedAdapter | None = None
         self._count = 0
 
     def sync(self, student: nn.Module, step: int) -> None:
@@ -41,11 +38,9 @@ class VllmInProcess:
 
         self.release()
         self._count += 1
-        name = f"odp-callbacks-{uuid.uuid4().hex[:12]}-{step}"
-        self._saved = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-        save_adapter(student, self._saved)
+        self._saved = NamedAdapter(student, step)
         # vLLM tells adapters apart by their numbers, too; the user's own ones are small.
-        self._adapter = LoRARequest(name, 10**6 + self._count, str(self._saved))
+        self._adapter = LoRARequest(self._saved.name, 10**6 + self._count, str(self._saved.path))
         with failing_as_engine_error(self.name, "to load the student's adapter"):
             self.llm.llm_engine.add_lora(self._adapter)
 
@@ -63,7 +58,7 @@ class VllmInProcess:
             if adapter is not None:
                 self.llm.llm_engine.remove_lora(adapter.lora_int_id)
         if saved is not None:
-            shutil.rmtree(saved, ignore_errors=True)
+            saved.remove()
 
 
 def sample_with_llm(

@@ -2,18 +2,14 @@
 
 import os
 import re
-import shutil
-import tempfile
-import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import nn
 from typing_extensions import Unpack
 
 from odp_callbacks.engine.engines.completions_client import CompletionsClient
 from odp_callbacks.engine.engines.interface import TOLERANCE, EngineError, EngineSample, SamplingOptions
-from odp_callbacks.engine.engines.saved_adapter import save_adapter
+from odp_callbacks.engine.engines.saved_adapter import NamedAdapter
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable that holds the key of the server, the same that vLLM reads."""
@@ -62,8 +58,8 @@ class VllmServer:
         self.name = self.client.name
         self.tolerance = tolerance
         self.folder = None if folder is None else os.fspath(folder)
-        self._adapter: str | None = None
-        self._saved: Path | None = None
+        self._adapter: NamedAdapter | None = None
+        self._is_loaded = False
 
     def __repr__(self) -> str:
         """The address alone: records keep it, and a key must not be in there."""
@@ -72,38 +68,37 @@ class VllmServer:
     def sync(self, student: nn.Module, step: int) -> None:
         """Save the student's adapter, and load it under a new name; the one before is unloaded."""
         self.release()
-        adapter = f"odp-callbacks-{uuid.uuid4().hex[:12]}-{step}"
-        self._saved = Path(tempfile.mkdtemp(prefix=f"{adapter}-", dir=self.folder))
-        save_adapter(student, self._saved)
-        self._saved.chmod(0o755)  # the server may run as another user
+        self._adapter = adapter = NamedAdapter(student, step, self.folder)
+        adapter.path.chmod(0o755)  # the server may run as another user
         try:
-            self.client.post("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": str(self._saved)})
+            self.client.post("/v1/load_lora_adapter", {"lora_name": adapter.name, "lora_path": str(adapter.path)})
         except EngineError as error:
-            if f"({self.name}) refused" not in str(error):
+            if not error.is_refusal:
                 raise
-            said = re.sub(r"\S*odp-callbacks-\S+", "…", str(error))  # or each probe would say something else
+            message = re.sub(r"\S*odp-callbacks-\S+", "…", str(error))  # or each probe would say something else
             raise EngineError(
-                f"{said} To load the student's adapter, start the server with `--enable-lora`, a `--max-lora-rank` "
+                f"{message} To load the student's adapter, start the server with `--enable-lora`, a `--max-lora-rank` "
                 "that is large enough, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, where it can read "
-                f"{self._saved.parent}."
+                f"{adapter.path.parent}."
             ) from error
-        self._adapter = adapter
+        self._is_loaded = True
 
     def sample(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[EngineSample]:
         """Sample one response to each prompt from the adapter that was loaded last."""
-        if self._adapter is None:
+        if self._adapter is None or not self._is_loaded:
             raise EngineError(f"`engine` ({self.name}) has no adapter; call `sync` first.")
-        return self.client.sample(self._adapter, prompts, **options)
+        return self.client.sample(self._adapter.name, prompts, **options)
 
     def release(self) -> None:
         """Unload the adapter, and remove its folder; a server that is gone has nothing to unload."""
-        adapter, self._adapter = self._adapter, None
-        saved, self._saved = self._saved, None
+        adapter, was_loaded = self._adapter, self._is_loaded
+        self._adapter, self._is_loaded = None, False
+        if adapter is None:
+            return
         try:
-            if adapter is not None:
-                self.client.post("/v1/unload_lora_adapter", {"lora_name": adapter})
+            if was_loaded:
+                self.client.post("/v1/unload_lora_adapter", {"lora_name": adapter.name})
         except EngineError:
             pass  # what made the server fail was said before, or will be at the next probe
         finally:
-            if saved is not None:
-                shutil.rmtree(saved, ignore_errors=True)
+            adapter.remove()

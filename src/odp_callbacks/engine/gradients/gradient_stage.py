@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.gradients.gradient_nodes import draw_gradient_nodes, gradient_probabilities, outcomes_differ
 from odp_callbacks.engine.gradients.node_gradients import NodeDifferentiator
 from odp_callbacks.engine.gradients.random_projection import (
@@ -22,11 +21,8 @@ from odp_callbacks.engine.timing import StageTimer
 from odp_callbacks.engine.tree.nodes import every_node
 from odp_callbacks.engine.tree.planning import MeasuredNodes
 from odp_callbacks.engine.tree.recording import is_scored, without_outcomes
-from odp_callbacks.engine.unit_costs import MARGIN
 from odp_callbacks.records import Floats, NodeRecord
-
-LIKELY_SHARE = 0.2
-"""How likely it is at least, for the plan of the time, that a node needs gradients."""
+from odp_callbacks.text import first_line
 
 
 class GradientWarning(UserWarning):
@@ -94,8 +90,15 @@ class GradientStage:
         Returns:
             The records with gradients, and the Gram matrices under the preconditioner; empty without one.
         """
+        config = self._differentiator.config
         scored = [index for index, record in enumerate(records) if is_scored(record)]
-        probabilities = self._probabilities(records, scored)
+        probabilities = np.ones(len(records))
+        probabilities[scored] = gradient_probabilities(
+            [records[index] for index in scored],
+            # Between waves the gradients of all nodes where outcomes differ were computed.
+            1.0 if config.half_width is not None else config.differing_gradients,
+            config.agreeing_gradients,
+        )
         drawn = draw_gradient_nodes(probabilities[scored], self._randomness.generator("gradients"))
         chosen = [scored[place] for place in drawn]
         if self._time is None:
@@ -115,34 +118,6 @@ class GradientStage:
             for record in self._with_gradients(records, probabilities, set(chosen))
         ]
         return completed, self._preconditioned
-
-    def shorten_reserve(self, records: Sequence[NodeRecord], deadline: Deadline) -> None:
-        """Give continuations the time that gradients will not need, judging by the outcomes so far.
-
-        Args:
-            records: Those of all nodes, with the outcomes so far.
-            deadline: When the continuations must have ended.
-        """
-        if self._time is None:
-            return
-        scored = [index for index, record in enumerate(records) if is_scored(record)]
-        probabilities = self._probabilities(records, scored)
-        # An outcome may still come that differs from all others.
-        expected = [max(float(probability), LIKELY_SHARE) for probability in probabilities]
-        seconds = MARGIN * self._time.later_seconds(self._rollouts, self._measured, expected)
-        deadline.shorten_reserve(seconds, self._time.plan.end)
-
-    def _probabilities(self, records: Sequence[NodeRecord], scored: Sequence[int]) -> Floats:
-        """The probability with which the gradients of each node are computed; 1 for those that are not scored."""
-        config = self._differentiator.config
-        probabilities = np.ones(len(records))
-        probabilities[list(scored)] = gradient_probabilities(
-            [records[index] for index in scored],
-            # Between waves the gradients of all nodes where outcomes differ were computed.
-            1.0 if config.half_width is not None else config.differing_gradients,
-            config.agreeing_gradients,
-        )
-        return probabilities
 
     def _compute(self, chosen: Sequence[int]) -> None:
         """Compute the gradients of chosen nodes that have none yet."""
@@ -170,7 +145,7 @@ class GradientStage:
             warnings.warn(
                 f"the gradients of {len(self.failures)} nodes could not be computed, so the figures of single tokens "
                 "that need them are NaN; the outcomes of their continuations are in the report "
-                f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}).",
+                f"({type(error).__name__}: {first_line(error)[:200]}).",
                 category=GradientWarning,
                 stacklevel=2,
             )

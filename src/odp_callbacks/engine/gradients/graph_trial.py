@@ -16,6 +16,7 @@ from odp_callbacks.engine.sampling.exact_arithmetic import computes_exactly, exa
 from odp_callbacks.engine.sampling.rotary_state import preserving_rotary_state
 from odp_callbacks.engine.sampling.trial_logits import random_sequences
 from odp_callbacks.functional.gradients import logits_at, lora_parameters
+from odp_callbacks.text import first_line
 
 TRIAL_TOKENS = 5
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -50,7 +51,7 @@ class GraphTrial:
     """Tries each student once and remembers the result. Students are held weakly."""
 
     def __init__(self) -> None:
-        self._found: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], GraphVerdict]] = WeakKeyDictionary()
+        self._verdicts: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], GraphVerdict]] = WeakKeyDictionary()
 
     def __call__(self, student: nn.Module) -> GraphVerdict:
         """What the graph of ``student`` allows.
@@ -62,16 +63,16 @@ class GraphTrial:
             ValueError: If the same direction gives different gradients in two fresh graphs.
         """
         names = tuple(lora_parameters(student))
-        found = self._found.setdefault(student, {})
-        if names not in found:
+        verdicts = self._verdicts.setdefault(student, {})
+        if names not in verdicts:
             with (
                 preserving_rotary_state(student),
                 torch.inference_mode(False),
                 torch.enable_grad(),
                 exact_arithmetic(student),
             ):
-                found[names] = _try(student)
-        return found[names]
+                verdicts[names] = _try(student)
+        return verdicts[names]
 
 
 graph_verdict = GraphTrial()
@@ -153,7 +154,7 @@ def _why_no_tape(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return first_line(error)
     if any(deviates(row) for row in both):
         return "gradients by recomputed layers differ from those of the whole graph"
     return ""

@@ -111,8 +111,8 @@ class LayerTape:
             yield self._through(compute, _with_anchor(leaves, anchor), directions, begin)
         if depends_below:
             below = partial(lambda first: (first, None), self._first_input)
-            found = self._through(below, _with_anchor(outside, anchor), directions, begin, keep_graph=True)
-            of_others = {name: of_others[name] + gradient for name, gradient in found.items()}
+            through_input = self._through(below, _with_anchor(outside, anchor), directions, begin, keep_graph=True)
+            of_others = {name: of_others[name] + gradient for name, gradient in through_input.items()}
         yield of_others
 
     def flat_gradients(self, cotangents: Tensor) -> Tensor:
@@ -137,11 +137,11 @@ class LayerTape:
             states = given.detach()
             positional, named = _reading(states, arguments, keywords)
             with torch.no_grad():
-                found = own_forward(*positional, **named)
-            hidden = found if isinstance(found, Tensor) else found[0]
+                returned = own_forward(*positional, **named)
+            hidden = returned if isinstance(returned, Tensor) else returned[0]
             output = hidden.detach().requires_grad_(hidden.is_floating_point())
             self._calls.append(_LayerCall(name, layer, states, output, arguments, keywords))
-            return output if isinstance(found, Tensor) else (output, *found[1:])
+            return output if isinstance(returned, Tensor) else (output, *returned[1:])
 
         return forward
 
@@ -177,8 +177,8 @@ class LayerTape:
         states = call.states.detach().requires_grad_(needs_input)
         prefix = f"{call.name}."
         values = {name.removeprefix(prefix): leaf for name, leaf in self._parameters.items() if name.startswith(prefix)}
-        found = torch.func.functional_call(call.layer, values, *_reading(states, call.arguments, call.keywords))
-        return (found if isinstance(found, Tensor) else found[0]), (states if needs_input else None)
+        returned = torch.func.functional_call(call.layer, values, *_reading(states, call.arguments, call.keywords))
+        return (returned if isinstance(returned, Tensor) else returned[0]), (states if needs_input else None)
 
     def _through(
         self,

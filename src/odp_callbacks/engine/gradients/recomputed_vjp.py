@@ -181,19 +181,19 @@ def _module_grams(
 ) -> list[list[Tensor]]:
     """For each node ``(M, C', C')`` in one or two geometries; a layer's gradients are dropped once they are counted."""
     geometries = 1 if square_roots is None else 2
-    found = [
+    grams_of_nodes = [
         [torch.zeros(len(modules), count, count, dtype=torch.float64) for _ in range(geometries)] for count in counts
     ]
     if not len(cotangents):
-        return found
+        return grams_of_nodes
     for part in tape.gradients(cotangents):
         names = list(part)
         of_nodes = [gradient.flatten(1).split(list(counts)) for gradient in part.values()]
-        for node, sums in enumerate(found):
+        for node, sums in enumerate(grams_of_nodes):
             gradients = [of_parameter[node] for of_parameter in of_nodes]
             if gradients:
                 sums[0] += module_gram_matrices(gradients, names, modules)
             if gradients and square_roots is not None:
                 scaled = [g * square_roots[name].flatten() for name, g in zip(names, gradients, strict=True)]
                 sums[1] += module_gram_matrices(scaled, names, modules)
-    return found
+    return grams_of_nodes

@@ -65,8 +65,8 @@ def _note_arguments(
 ) -> tuple[Tensor, None]:
     """Attend to nothing; a function with the signature of transformers' interface."""
     width = query.shape[-1]
-    layer_index: int = module.layer_idx  # type: ignore[assignment]  # torch types the attributes of modules as Tensor
-    noted_arguments[layer_index] = AttentionArguments(
+    layer: Any = module  # torch types the attributes of modules as tensors
+    noted_arguments[layer.layer_idx] = AttentionArguments(
         query.shape[1],
         key.shape[1],
         width if value.shape[-1] == width else 0,

@@ -15,6 +15,7 @@ from odp_callbacks.engine.student import difference_from_base, shares_adapters
 from odp_callbacks.engine.teachers.adapters import active_adapter
 from odp_callbacks.engine.teachers.context import Context, prompt_in_context
 from odp_callbacks.functional.gradients import active_lora_parameters, evaluation_mode
+from odp_callbacks.text import first_line
 
 Policy = tuple[nn.Module, dict[str, Tensor] | None]
 """A model, and replacements for some of its parameters by name."""
@@ -166,7 +167,7 @@ class ModelTeacher(Teacher):
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"`model` names {name!r}, which is neither a folder with a model and its tokenizer nor available on "
-                f"the hub ({str(error).splitlines()[0]})."
+                f"the hub ({first_line(error)})."
             ) from error
         self.model, self.tokenizer = model.eval().requires_grad_(False), text_tokenizer(tokenizer)
 

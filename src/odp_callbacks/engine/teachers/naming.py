@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from odp_callbacks.engine.engines.completions_client import is_address
 from odp_callbacks.engine.teachers.class_paths import is_class_path, teacher_of_class_path
 from odp_callbacks.engine.teachers.demonstration_contexts import named_context
 from odp_callbacks.engine.teachers.kinds import AdapterTeacher, BaseTeacher, EMATeacher, ModelTeacher, Teacher
@@ -68,7 +69,7 @@ def _as_teacher(value: object) -> Teacher:
         return teacher_of_class_path(value)
     if value == "base":
         return BaseTeacher()
-    if isinstance(value, str) and value.startswith(("http://", "https://")):
+    if is_address(value):
         return ServedTeacher(value)
     if isinstance(value, str) and (context := named_context(value)) is not None:
         return Teacher(context)

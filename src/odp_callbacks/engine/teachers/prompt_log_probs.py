@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from odp_callbacks.engine.engines.completions_client import UNCHANGED_POLICY, CompletionsClient
-from odp_callbacks.engine.engines.interface import EngineError, nonsense
+from odp_callbacks.engine.engines.interface import EngineError, check_log_probabilities, nonsense
 
 ARGUMENT = "teachers"
 """The option that messages name."""
@@ -160,8 +160,7 @@ that add up to more than 1.
     if len(positions) != len(tokens):
         raise nonsense(name, "not one position for each token", ARGUMENT)
     for position in positions:
-        if any(math.isnan(value) or value > 1e-3 for value in position.values()):
-            raise nonsense(name, "a log-probability is not a number, or above 0", ARGUMENT)
+        check_log_probabilities(name, position.values(), ARGUMENT)
         if sum(map(math.exp, position.values())) > 1 + ROUNDING:
             raise nonsense(name, "probabilities that add up to more than 1", ARGUMENT)
         if min(position, default=-1) < 0:

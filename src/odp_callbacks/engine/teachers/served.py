@@ -118,9 +118,9 @@ class ServedTeacher(Teacher):
         Raises:
             ValueError: If the two tokenizers share no token.
         """
-        own = None if self.tokenizer is None else self.tokenizer.get_vocab()
+        vocabulary = None if self.tokenizer is None else self.tokenizer.get_vocab()
         student_tokenizer = text_tokenizer(tokenizer)
-        if own is None or own == student_tokenizer.get_vocab():
+        if vocabulary is None or vocabulary == student_tokenizer.get_vocab():
             self._alignment = None
         elif self._alignment is None or self._alignment.student_tokenizer is not student_tokenizer:
             self._alignment = TokenAlignment(student_tokenizer, self.tokenizer)
@@ -149,12 +149,12 @@ class ServedTeacher(Teacher):
         keys = [(tuple(prompt.tolist()), tuple(response)) for prompt, response in zip(prompts, responses, strict=True)]
         new = [key for key in dict.fromkeys(keys) if key not in self._kept]
         scored = dict(zip(new, self._ask(new), strict=True))
-        found = [self._kept[key] if key in self._kept else scored[key] for key in keys]
+        by_response = [self._kept[key] if key in self._kept else scored[key] for key in keys]
         for key, returned in scored.items():
             self._kept[key] = returned
         while sum(returned.token_ids.numel() for returned in self._kept.values()) > KEPT_NUMBERS:
             del self._kept[next(iter(self._kept))]  # the oldest
-        return [returned[list(chosen)] for returned, chosen in zip(found, depths, strict=True)]
+        return [returned[list(chosen)] for returned, chosen in zip(by_response, depths, strict=True)]
 
     def _ask(self, asked: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[ReturnedTokens]:
         """All positions of responses, given as prompt and response."""

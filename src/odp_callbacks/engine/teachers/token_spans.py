@@ -82,13 +82,13 @@ def token_ends(tokenizer: Any, token_ids: Sequence[int]) -> list[int | None]:
         Number of characters up to the end of each token; None where it ends within a character, or where the decoder
         changes earlier text. Beyond a place where the pieces are not the decoded text, all are None.
     """
-    whole = decoded(tokenizer, token_ids)
+    text = decoded(tokenizer, token_ids)
     ends: list[int | None] = []
     length, start, done = 0, 0, 0  # characters so far; tokens from `start` are decoded, those before `done` are counted
     for place in range(1, len(token_ids) + 1):
         before, now = decoded(tokenizer, token_ids[start:done]), decoded(tokenizer, token_ids[start:place])
         piece = now[len(before) :]
-        if not now.startswith(before) or not whole.startswith(piece, length):
+        if not now.startswith(before) or not text.startswith(piece, length):
             ends.append(None)
             continue
         length += len(piece)

@@ -50,8 +50,6 @@ class ContinuationStream:
         add_gradients: Completes records by the gradients of the nodes where outcomes differ. Only a half-width to stop
             at needs it between waves; the allocation must not depend on what a node's own outcomes were.
         deadline: When the continuations must have ended; None for no limit.
-        shorten_reserve: Moves the deadline back by what later stages need less than was kept for them, as far as the
-            outcomes tell; None leaves it where it is.
     """
 
     def __init__(
@@ -61,10 +59,8 @@ class ContinuationStream:
         timer: StageTimer,
         add_gradients: Callable[[Sequence[NodeRecord]], list[NodeRecord]] = list,
         deadline: Deadline | None = None,
-        shorten_reserve: Callable[[Sequence[NodeRecord], Deadline], None] | None = None,
     ) -> None:
         self.sampler, self.generator, self.timer, self.add_gradients = sampler, generator, timer, add_gradients
-        self.shorten_reserve = shorten_reserve
         self.deadline = Deadline() if deadline is None else deadline
         rollout_seconds = timer.seconds.get("rollouts", math.inf)
         speed = sum(len(rollout.response_ids) for rollout in sampler.tree.rollouts) / max(1e-9, rollout_seconds)
@@ -186,8 +182,6 @@ class ContinuationStream:
         current_records = [
             with_outcomes(record, tree.node_outcomes(node_index)) for node_index, record in enumerate(records)
         ]
-        if self.shorten_reserve is not None and not unexplored and self.deadline.is_finite:
-            self.shorten_reserve(current_records, self.deadline)
         usable = [
             node_index
             for node_index, record in enumerate(current_records)

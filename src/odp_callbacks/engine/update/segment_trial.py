@@ -13,6 +13,7 @@ from odp_callbacks.engine.update.lora_segments import SegmentedLoraLinears, segm
 from odp_callbacks.engine.update.split_model import SplitModel
 from odp_callbacks.engine.update.token_layout import TokenLayout, layout_of_sequences
 from odp_callbacks.functional.gradients import lora_parameters
+from odp_callbacks.text import first_line
 
 TRIAL_TOKENS = 3
 """Another number than that of the sequences, so that a layer that swaps the two is noticed."""
@@ -52,7 +53,7 @@ def _failure(model: SplitModel, linears: SegmentedLoraLinears) -> str:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     tolerance = TOLERANCES.get(expected.dtype, HALF_PRECISION_TOLERANCE)
     if not computes_exactly(model.model):
         tolerance = HALF_PRECISION_TOLERANCE

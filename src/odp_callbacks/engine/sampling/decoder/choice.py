@@ -128,9 +128,9 @@ def compare_steps(model: nn.Module, parts: DecoderParts, cache: PrefixCache, lon
     requests = _trial_requests(cache)
     device = next(model.parameters()).device
     tokens = torch.stack(random_sequences(model, [TRIAL_STEPS] * len(requests)), dim=1).to(device)  # (steps, B)
-    expected = _step_logits(ModelSlots(model, TRIAL_STEPS), cache, requests, tokens, longest)
-    found = _step_logits(DecoderSlots(parts, cache, TRIAL_STEPS), cache, requests, tokens, longest)
-    check_logits(model, torch.cat(expected), torch.cat(found))
+    by_model = _step_logits(ModelSlots(model, TRIAL_STEPS), cache, requests, tokens, longest)
+    by_decoder = _step_logits(DecoderSlots(parts, cache, TRIAL_STEPS), cache, requests, tokens, longest)
+    check_logits(model, torch.cat(by_model), torch.cat(by_decoder))
 
 
 def _trial_requests(cache: PrefixCache) -> list[ContinuationRequest]:

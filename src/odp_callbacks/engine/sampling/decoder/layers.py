@@ -273,11 +273,11 @@ def _head_norm(attention: Any, heads: HeadShape) -> RootMeanSquareNorm | None:
 
 def _check_parts(module: nn.Module, expected: set[str], optional: set[str] | None = None) -> None:
     """Raise ``NotImplementedError`` unless exactly the expected children have parameters."""
-    found = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
+    with_parameters = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
     required = {name for name in expected - (optional or set()) if name != "rotary_emb"}
-    if unknown := found - expected:
+    if unknown := with_parameters - expected:
         raise NotImplementedError(f"{type(module).__name__} has {sorted(unknown)}")
-    if missing := required - found:
+    if missing := required - with_parameters:
         raise NotImplementedError(f"{type(module).__name__} has no {sorted(missing)}")
     if module._parameters:
         raise NotImplementedError(f"{type(module).__name__} has parameters of its own")
