@@ -31,9 +31,7 @@ from odp_callbacks.engine.gradients.loss_directions import distillation_directio
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.backends import PrefilledRollouts, prefill_rollouts, sample_continuations
-from odp_callbacks.engine.sampling.decoder.choice import choose_decoder
-from odp_callbacks.engine.sampling.decoder.forward import DecoderSlots
-from odp_callbacks.engine.sampling.model_slots import ModelSlots
+from odp_callbacks.engine.sampling.decoder.choice import DecoderChoice, choose_decoder
 from odp_callbacks.engine.sampling.requests import ContinuationRequest
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 
@@ -171,11 +169,14 @@ def steps_against_full_forward(validation: Validation) -> None:
         ]
         tokens = torch.randint(3, size, (steps, len(requests)), generator=generator).to(validation.device)
         choice = choose_decoder(student, prefixes.cache, prompt + length + steps, 2**36)
-        validation.note(f"few calls, {attention}", choice.reason or "used")
-        for name, parts in (("few calls", choice.parts), ("forward pass", None)):
-            if name == "few calls" and parts is None:
-                continue
-            slots: Any = ModelSlots(student, steps) if parts is None else DecoderSlots(parts, prefixes.cache, steps)
+        validation.note(f"few calls, {attention}", choice.reason or f"used, by table: {choice.by_table}")
+        ways = {"forward pass": DecoderChoice(None)}
+        if choice.parts is not None:
+            ways["blocks"] = choice._replace(by_table=False)
+        if choice.by_table:
+            ways["table"] = choice
+        for name, way in ways.items():
+            slots = way.slots(student, prefixes.cache, steps)
             view = prefixes.cache.shared_prefix_view(requests, validation.device, steps)
             slots.set_row_count(len(requests))
             slots.set_view(view)

@@ -285,7 +285,7 @@ def sample_stream(
         if prefixes.backend == "shared prefix":
             assert prefixes.cache is not None
             assert decoder is not None
-            sample_with_shared_prefix(model, prefixes.cache, others, **options, decoder=decoder.parts)
+            sample_with_shared_prefix(model, prefixes.cache, others, **options, decoder=decoder)
         else:
             sample_in_batches(model, prefixes.backend, source=others, **batch_options)
         if others.set_aside:

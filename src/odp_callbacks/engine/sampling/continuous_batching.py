@@ -6,7 +6,7 @@ its plan (:mod:`~odp_callbacks.engine.sampling.request_source`). Prefixes are re
 (:mod:`odp_callbacks.engine.sampling.attention`) and never copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,19 +14,22 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.sampling.categorical import check_probabilities, sample_tokens
-from odp_callbacks.engine.sampling.decoder.forward import DecoderSlots
-from odp_callbacks.engine.sampling.decoder.layers import DecoderParts
-from odp_callbacks.engine.sampling.model_slots import ModelSlots, Slots
+from odp_callbacks.engine.sampling.decoder.choice import DecoderChoice
 from odp_callbacks.engine.sampling.prefix_cache import PrefixCache
 from odp_callbacks.engine.sampling.randomness import as_key_tensor, uniforms
 from odp_callbacks.engine.sampling.request_source import NumberedRequest, RequestSource, SlotUse
 from odp_callbacks.engine.sampling.requests import Continuation
 from odp_callbacks.engine.sampling.shared_prefix import SharedPrefixView
+from odp_callbacks.engine.sampling.step_graph import RepeatedStep
 
-SHRINKING_SHARE = 7 / 8
-"""The batch drops its free slots when no request waits and at most this share of its rows is occupied."""
+SHRINKING_SHARES = {"cpu": 7 / 8}
+"""The batch drops its free slots when no request waits and at most this share of its rows is occupied, by device
+type."""
+ACCELERATOR_SHRINKING_SHARE = 1 / 2
+"""The same on accelerators, where a few rows more take hardly any time, and other shapes do."""
 ACCELERATOR_CHECK_INTERVAL = 8
 """Steps between two checks for finished continuations on an accelerator, because each check waits for the device."""
+BY_FORWARD_PASS = DecoderChoice(None)
 
 
 def sample_with_shared_prefix(
@@ -39,7 +42,7 @@ def sample_with_shared_prefix(
     batch_size: int,
     deadline: Deadline | None = None,
     slot_use: SlotUse,
-    decoder: DecoderParts | None = None,
+    decoder: DecoderChoice = BY_FORWARD_PASS,
 ) -> None:
     """Sample what a source asks for, until it has nothing at the moment and nothing is left in the batch.
 
@@ -54,16 +57,18 @@ def sample_with_shared_prefix(
         deadline: When to stop; continuations that have started and not finished by then are marked as unfinished.
             None: no limit.
         slot_use: Counts the steps and the slots, from where it stands.
-        decoder: The model's weights, where its logits can be computed with fewer calls; None: by its forward pass.
+        decoder: How the logits are computed.
 
     Raises:
         FloatingPointError: If the model's logits do not define a distribution (NaN).
     """
-    batch = _ContinuousBatch(model, cache, source, list(eos_token_ids), batch_size, slot_use.steps, decoder)
+    batch = _ContinuousBatch(
+        model, cache, source, list(eos_token_ids), batch_size, slot_use.steps, temperature, decoder
+    )
     sampled_tokens = 0
     try:
         while batch.running:
-            batch.step(temperature)
+            batch.step()
             if not batch.is_check_due():
                 continue
             continuations = batch.collect_finished()
@@ -82,6 +87,12 @@ def sample_with_shared_prefix(
         slot_use.steps += batch.steps_done
         slot_use.occupied += sampled_tokens
         slot_use.available += batch.steps_done * batch.most_slots
+
+
+STATES_OF_SLOTS = (
+    "next_tokens", "max_lengths", "slot_keys", "lengths", "prefix_lengths", "suffix_lengths", "sampled_tokens", "ended",
+)  # fmt: skip
+"""Tensors with a row for each slot."""
 
 
 class _ContinuousBatch:
@@ -103,7 +114,8 @@ class _ContinuousBatch:
         eos_token_ids: list[int],
         batch_size: int,
         first_step: int,
-        decoder: DecoderParts | None = None,
+        temperature: float,
+        decoder: DecoderChoice,
     ) -> None:
         self.cache, self.source, self.batch_size = cache, source, batch_size
         self.first_step = first_step
@@ -111,42 +123,49 @@ class _ContinuousBatch:
         self.check_interval = 1 if self.device.type == "cpu" else ACCELERATOR_CHECK_INTERVAL
         # Finished continuations go on until the next check.
         self.suffix_capacity = source.max_new_tokens + self.check_interval - 1
-        self.slots: Slots = (
-            ModelSlots(model, self.suffix_capacity)
-            if decoder is None
-            else DecoderSlots(decoder, cache, self.suffix_capacity)
-        )
+        self.temperature = temperature
+        self.slots = decoder.slots(model, cache, self.suffix_capacity)
+        self.shrinking_share = SHRINKING_SHARES.get(self.device.type, ACCELERATOR_SHRINKING_SHARE)
+        can_repeat = self.slots.is_repeatable and self.device.type == "cuda"
+        self.repeated_step = RepeatedStep(self.sample_token) if can_repeat else None
         self.running: list[NumberedRequest] = []
         self.occupied: list[bool] = []
         self.start_step: list[int] = []
         self.steps_done = self.most_slots = 0
         self.eos_token_ids = torch.tensor(eos_token_ids, device=self.device, dtype=torch.long)
         # One row for each slot; there is none yet.
-        self.next_tokens, self.max_lengths, self.slot_keys, self.lengths = (
-            torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(4)
+        self.next_tokens, self.max_lengths, self.slot_keys, self.lengths, self.prefix_lengths, self.suffix_lengths = (
+            torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(6)
         )
         self.sampled_tokens = torch.zeros(0, self.suffix_capacity, dtype=torch.long, device=self.device)
         self.ended = torch.zeros(0, dtype=torch.bool, device=self.device)
         self.all_valid = torch.ones((), dtype=torch.bool, device=self.device)
-        self.suffix_lengths = torch.zeros(0, dtype=torch.long, device=self.device)
         self.admit()
 
-    def step(self, temperature: float) -> None:
+    def step(self) -> None:
         """Sample one token for every slot."""
-        view = self.view
+        if self.repeated_step is None:
+            self.sample_token()
+        else:
+            self.repeated_step()
+        self.steps_done += 1
+        self._note_suffix_lengths()
+
+    def sample_token(self) -> None:
+        """Sample one token for every slot; tensors change in place, and the host does not wait for the device."""
         # A finished continuation goes on until the next check; its positions must not exceed the model's.
-        positions = view.prefix_lengths + torch.minimum(view.suffix_lengths, self.max_lengths - 1)
+        positions = self.prefix_lengths + torch.minimum(self.suffix_lengths, self.max_lengths - 1)
         logits = self.slots.logits(self.next_tokens, positions)  # (B, V)
-        uniform_draws = uniforms(self.slot_keys, view.suffix_lengths, 2)
-        self.next_tokens, valid = sample_tokens(logits, temperature, uniform_draws)
+        uniform_draws = uniforms(self.slot_keys, self.suffix_lengths, 2)
+        tokens, valid = sample_tokens(logits, self.temperature, uniform_draws)
         running = ~self.ended & (self.lengths < self.max_lengths)
         self.all_valid &= (valid | ~running).all()
-        self.sampled_tokens.scatter_(1, view.suffix_lengths[:, None], self.next_tokens[:, None])
+        self.next_tokens.copy_(tokens)
+        self.sampled_tokens.scatter_(1, self.suffix_lengths[:, None], tokens[:, None])
         self.lengths += running
-        self.ended |= running & torch.isin(self.next_tokens, self.eos_token_ids)
-        self.steps_done += 1
+        self.ended |= running & (tokens[:, None] == self.eos_token_ids).any(-1)
         # A free slot goes on until the batch drops it; its suffix must not exceed the capacity.
-        self._set_suffix_lengths(view.suffix_lengths.add_(1).clamp_(max=self.suffix_capacity - 1))
+        self.suffix_lengths.add_(1).clamp_(max=self.suffix_capacity - 1)
 
     def is_check_due(self) -> bool:
         """Whether it is time to check which continuations have finished."""
@@ -176,7 +195,7 @@ class _ContinuousBatch:
             new_count = max(0, len(started) - len(free_slots))
             first_new = len(self.occupied)
             self._start([*free_slots, *range(first_new, first_new + new_count)][: len(started)], started, new_count)
-        if sum(self.occupied) <= SHRINKING_SHARE * len(self.occupied):
+        if sum(self.occupied) <= self.shrinking_share * len(self.occupied):
             self._keep_slots([slot for slot, occupied in enumerate(self.occupied) if occupied])
 
     def unfinished(self) -> dict[int, Continuation]:
@@ -211,19 +230,17 @@ class _ContinuousBatch:
         self.next_tokens[rows] = torch.tensor([request.first_token for request in requests], device=self.device)
         self.max_lengths[rows] = torch.tensor([request.max_new_tokens for request in requests], device=self.device)
         self.slot_keys[rows] = as_key_tensor([numbered.key for numbered in started], self.device)
-        self.lengths[rows], self.ended[rows] = 0, False
-        self._replace_view(self.suffix_lengths.index_fill(0, rows, 0))
+        self.lengths[rows], self.ended[rows], self.suffix_lengths[rows] = 0, False, 0
+        self._replace_view()
 
     def _add_slots(self, count: int, placeholder: NumberedRequest) -> None:
         """Add free slots at the end."""
         self.running += [placeholder] * count
         self.occupied += [False] * count
         self.start_step += [self.steps_done] * count
-        for name in ("next_tokens", "max_lengths", "slot_keys", "lengths", "sampled_tokens", "ended"):
-            state: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat([state, state.new_zeros(count, *state.shape[1:])]))
-        self.suffix_lengths = torch.cat([self.suffix_lengths, self.suffix_lengths.new_zeros(count)])
-        self.slots.set_row_count(len(self.occupied))
+        if count:
+            self._replace_states(lambda states: torch.cat([states, states.new_zeros(count, *states.shape[1:])]))
+            self.slots.set_row_count(len(self.occupied))
         self.most_slots = max(self.most_slots, len(self.occupied))
 
     def _keep_slots(self, slots: list[int]) -> None:
@@ -234,24 +251,30 @@ class _ContinuousBatch:
         if not slots:
             return
         kept_rows = torch.tensor(slots, device=self.device)
-        self.next_tokens, self.max_lengths = self.next_tokens[kept_rows], self.max_lengths[kept_rows]
-        self.slot_keys, self.sampled_tokens = self.slot_keys[kept_rows], self.sampled_tokens[kept_rows]
-        self.lengths, self.ended = self.lengths[kept_rows], self.ended[kept_rows]
+        self._replace_states(lambda states: states[kept_rows])
         self.slots.keep_rows(kept_rows)
-        self._replace_view(self.suffix_lengths[kept_rows])
+        self._replace_view()
 
-    def _replace_view(self, suffix_lengths: Tensor) -> None:
+    def _replace_states(self, replacement: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is known of each slot, after their number has changed."""
+        for name in STATES_OF_SLOTS:
+            setattr(self, name, replacement(getattr(self, name)))
+        if self.repeated_step is not None:
+            self.repeated_step.forget()
+
+    def _replace_view(self) -> None:
         """Describe anew what the slots share, after their requests have changed."""
         requests = [numbered.request for numbered in self.running]
         self.view: SharedPrefixView = self.cache.shared_prefix_view(requests, self.device, self.suffix_capacity)
-        self._set_suffix_lengths(suffix_lengths)
+        # In place, since a step may read them where they are.
+        self.prefix_lengths.copy_(self.view.prefix_lengths)
+        self._note_suffix_lengths()
         self.slots.set_view(self.view)
 
-    def _set_suffix_lengths(self, suffix_lengths: Tensor) -> None:
+    def _note_suffix_lengths(self) -> None:
         """Give the view the lengths of the suffixes; their maximum is known here without asking the device."""
-        self.suffix_lengths = suffix_lengths
         start_steps = {
             start_step for start_step, occupied in zip(self.start_step, self.occupied, strict=True) if occupied
         }
         longest_suffix = min(self.steps_done - min(start_steps, default=self.steps_done), self.suffix_capacity - 1)
-        self.view.set_suffix_lengths(suffix_lengths, longest_suffix, len(start_steps) < 2)
+        self.view.set_suffix_lengths(self.suffix_lengths, longest_suffix, len(start_steps) < 2)

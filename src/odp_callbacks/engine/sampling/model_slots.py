@@ -12,7 +12,13 @@ from odp_callbacks.functional.gradients import forward_arguments
 
 
 class Slots(Protocol):
-    """Keeps the keys and values of each slot's suffix, and runs one token for each."""
+    """Keeps the keys and values of each slot's suffix, and runs one token for each.
+
+    Attributes:
+        is_repeatable: Whether a step launches the same kernels on the same memory until the number of slots changes.
+    """
+
+    is_repeatable: bool
 
     def set_row_count(self, row_count: int) -> None:
         """Add slots at the end; the view follows."""
@@ -34,6 +40,8 @@ class ModelSlots:
         model: The student in evaluation mode; it must attend through transformers' attention interface.
         capacity: The largest number of tokens of a suffix.
     """
+
+    is_repeatable = False
 
     def __init__(self, model: nn.Module, capacity: int) -> None:
         self.model, self.capacity = model, capacity

@@ -5,6 +5,7 @@ stream, in the model's own precision, also at the last position that a continuat
 is compared once in float32 as well.
 """
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from odp_callbacks.engine.sampling.attention_arguments import AttentionArguments, attention_arguments
 from odp_callbacks.engine.sampling.decoder.forward import DecoderSlots
 from odp_callbacks.engine.sampling.decoder.layers import DecoderParts, LlamaLikeModel
+from odp_callbacks.engine.sampling.decoder.ragged_attention import can_attend_by_table
 from odp_callbacks.engine.sampling.exact_arithmetic import HALF_PRECISION, computes_exactly, exact_arithmetic
 from odp_callbacks.engine.sampling.model_slots import ModelSlots, Slots
 from odp_callbacks.engine.sampling.prefix_cache import PrefixCache, extend_prefix_cache, prefill
@@ -22,6 +24,7 @@ from odp_callbacks.engine.sampling.requests import ContinuationRequest
 from odp_callbacks.engine.sampling.rotary_state import preserving_rotary_state
 from odp_callbacks.engine.sampling.trial_logits import check_logits, random_sequences
 
+LOGGER = logging.getLogger(__name__)
 TRIAL_STEPS = 2
 MOST_TRIAL_SEQUENCES = 3
 USABLE_SHARE = 0.5
@@ -35,11 +38,25 @@ class DecoderChoice(NamedTuple):
         parts: The model's weights; None: by its forward pass.
         reason: Why not with few calls; empty where they are.
         copied_bytes: Bytes of the weights that were copied.
+        by_table: Whether one kernel attends for all slots.
     """
 
     parts: DecoderParts | None
     reason: str = ""
     copied_bytes: int = 0
+    by_table: bool = False
+
+    def slots(self, model: nn.Module, cache: PrefixCache, capacity: int) -> Slots:
+        """Make the slots of a batch.
+
+        Args:
+            model: The student in evaluation mode.
+            cache: Keys and values of the prefixes.
+            capacity: The largest number of tokens of a suffix.
+        """
+        if self.parts is None:
+            return ModelSlots(model, capacity)
+        return DecoderSlots(self.parts, cache, capacity, by_table=self.by_table)
 
 
 class _Known:
@@ -47,7 +64,7 @@ class _Known:
 
     def __init__(self, attention: dict[int, AttentionArguments]) -> None:
         self.attention = attention
-        self.exact_failure: str | None = None
+        self.exact_failures: dict[bool, str] = {}
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
@@ -85,23 +102,38 @@ def _choose(model: nn.Module, cache: PrefixCache, longest: int, usable_bytes: in
     copied_bytes = reading.copied_bytes(dtype, merge=merge)
     if copied_bytes > USABLE_SHARE * usable_bytes:
         raise NotImplementedError(f"copies of weights would take {copied_bytes / 2**30:.1f} GiB")
-    if not computes_exactly(model):
-        if known.exact_failure is None:
-            known.exact_failure = _failure(lambda: _try_exactly(model, known.attention))
-        if known.exact_failure:
-            raise ArithmeticError(known.exact_failure)
     parts = reading.parts(known.attention, dtype, merge=merge)
-    compare_steps(model, parts, cache, longest)
+    if can_attend_by_table(parts.device, dtype):
+        try:
+            _compare(model, known, parts, cache, longest, by_table=True)
+        except Exception as error:  # whatever fails, attention by blocks serves
+            LOGGER.debug("The kernel for ragged attention is not used: %s", error)
+        else:
+            return DecoderChoice(parts, "", copied_bytes, by_table=True)
+    _compare(model, known, parts, cache, longest, by_table=False)
     return DecoderChoice(parts, "", copied_bytes)
 
 
-def _try_exactly(model: nn.Module, attention: dict[int, AttentionArguments]) -> None:
+def _compare(
+    model: nn.Module, known: _Known, parts: DecoderParts, cache: PrefixCache, longest: int, *, by_table: bool
+) -> None:
+    """Compare some steps on the prefixes, and in half precision once in float32; raise ``ArithmeticError``."""
+    if not computes_exactly(model):
+        if by_table not in known.exact_failures:
+            known.exact_failures[by_table] = _failure(lambda: _try_exactly(model, known.attention, by_table))
+        if known.exact_failures[by_table]:
+            raise ArithmeticError(known.exact_failures[by_table])
+    compare_steps(model, parts, cache, longest, by_table=by_table)
+
+
+def _try_exactly(model: nn.Module, attention: dict[int, AttentionArguments], by_table: bool) -> None:
     """Compare a few tokens in float32: in half precision, rounding would hide what is wrong."""
     with exact_arithmetic(model):
         prompts, responses = random_sequences(model, (6, 3)), random_sequences(model, (5, 2, 4))
         cache, _ = extend_prefix_cache(model, prefill(model, prompts), responses, (0, 0, 1))
         dtype = cache.prompt_layers[0][1].dtype
-        compare_steps(model, LlamaLikeModel(model).parts(attention, dtype, merge=False), cache, 16)
+        parts = LlamaLikeModel(model).parts(attention, dtype, merge=False)
+        compare_steps(model, parts, cache, 16, by_table=by_table)
 
 
 def _failure(trial: Callable[[], None]) -> str:
@@ -113,7 +145,9 @@ def _failure(trial: Callable[[], None]) -> str:
 
 
 @torch.no_grad()
-def compare_steps(model: nn.Module, parts: DecoderParts, cache: PrefixCache, longest: int) -> None:
+def compare_steps(
+    model: nn.Module, parts: DecoderParts, cache: PrefixCache, longest: int, *, by_table: bool = False
+) -> None:
     """Compare some steps of some slots with the forward pass of the model.
 
     Args:
@@ -121,6 +155,7 @@ def compare_steps(model: nn.Module, parts: DecoderParts, cache: PrefixCache, lon
         parts: Its weights.
         cache: Keys and values of prefixes.
         longest: The last step is at the position of this many tokens.
+        by_table: Whether one kernel attends for all slots.
 
     Raises:
         ArithmeticError: If the logits differ.
@@ -129,7 +164,9 @@ def compare_steps(model: nn.Module, parts: DecoderParts, cache: PrefixCache, lon
     device = next(model.parameters()).device
     tokens = torch.stack(random_sequences(model, [TRIAL_STEPS] * len(requests)), dim=1).to(device)  # (steps, B)
     by_model = _step_logits(ModelSlots(model, TRIAL_STEPS), cache, requests, tokens, longest)
-    by_decoder = _step_logits(DecoderSlots(parts, cache, TRIAL_STEPS), cache, requests, tokens, longest)
+    by_decoder = _step_logits(
+        DecoderSlots(parts, cache, TRIAL_STEPS, by_table=by_table), cache, requests, tokens, longest
+    )
     check_logits(model, torch.cat(by_model), torch.cat(by_decoder))
 
 

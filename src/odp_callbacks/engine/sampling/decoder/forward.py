@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from odp_callbacks.engine.sampling.decoder.layers import DecoderLayer, DecoderParts
+from odp_callbacks.engine.sampling.decoder.ragged_attention import RaggedSlotAttention
 from odp_callbacks.engine.sampling.decoder.slot_attention import SlotAttention
 from odp_callbacks.engine.sampling.prefix_cache import PrefixCache
 from odp_callbacks.engine.sampling.shared_prefix import SharedPrefixView
@@ -18,11 +19,18 @@ class DecoderSlots:
         parts: The model's weights.
         cache: Keys and values of the prefixes.
         capacity: The largest number of tokens of a suffix.
+        by_table: Whether one kernel attends for all slots, whatever they read.
+
+    Attributes:
+        is_repeatable: Whether a step launches the same kernels on the same memory until the number of slots changes.
     """
 
-    def __init__(self, parts: DecoderParts, cache: PrefixCache, capacity: int) -> None:
-        self.parts = parts
-        self.attention = SlotAttention(parts.heads, len(parts.layers), cache, capacity, parts.dtype)
+    def __init__(self, parts: DecoderParts, cache: PrefixCache, capacity: int, *, by_table: bool = False) -> None:
+        self.parts, self.is_repeatable = parts, by_table
+        attention = RaggedSlotAttention if by_table else SlotAttention
+        self.attention: RaggedSlotAttention | SlotAttention = attention(
+            parts.heads, len(parts.layers), cache, capacity, parts.dtype
+        )
         width = parts.heads.width
         self._signs = torch.ones(width, device=parts.device)
         self._signs[: width // 2] = -1
@@ -33,11 +41,11 @@ class DecoderSlots:
 
     def set_row_count(self, row_count: int) -> None:
         """Add slots at the end."""
-        self.attention.suffixes.set_row_count(row_count)
+        self.attention.set_row_count(row_count)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Move the given slots to the front, in their order, and drop the others."""
-        self.attention.suffixes.keep_rows(rows)
+        self.attention.keep_rows(rows)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -67,7 +75,8 @@ class DecoderSlots:
         """Autocast for the head, where the model's layers computed under autocast."""
         if dtype == self.parts.dtype:
             return nullcontext()
-        return torch.autocast(device_type, self.parts.dtype)
+        # Without a cache: a captured step must not read weights that autocast may free.
+        return torch.autocast(device_type, self.parts.dtype, cache_enabled=not self.is_repeatable)
 
     def _add_layer(self, index: int, layer: DecoderLayer, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
         """Add what a layer computes to the hidden states ``(B, E)``."""

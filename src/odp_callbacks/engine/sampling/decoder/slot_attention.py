@@ -55,6 +55,14 @@ class SlotAttention:
         self._suffix_masks: dict[int, Tensor] = {}
         self._width = 0
 
+    def set_row_count(self, row_count: int) -> None:
+        """Add slots at the end."""
+        self.suffixes.set_row_count(row_count)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Move the given slots to the front, in their order, and drop the others."""
+        self.suffixes.keep_rows(rows)
+
     def set_view(self, view: SharedPrefixView) -> None:
         """Describe anew what the slots share.
 

@@ -93,6 +93,19 @@ class SuffixStorage:
         row_heads = torch.arange(self.row_count * heads.key_heads, device=device).view(-1, heads.key_heads)
         self._first_positions = row_heads * columns + self.reserved
 
+    def by_slot(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, ``(B, H', X + L, D)`` each.
+
+        Args:
+            layer_index: Index of the layer.
+        """
+        columns = self.reserved + self.capacity
+        keys, values = (
+            states[: self.row_count * self._vectors_of_row].view(-1, self.heads.key_heads, columns, self.heads.width)
+            for states in self._storages[layer_index]
+        )
+        return keys, values
+
     def set_lengths(self, lengths: Tensor) -> None:
         """Choose where the next keys and values are written.
 
