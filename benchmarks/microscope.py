@@ -8,7 +8,8 @@ question), which `git archive` writes into a temporary folder. Printed for each 
 
 as the geometric mean over seeds with its 95 % interval, and for tokens the number of significant tokens a second, new
 over old. Then Kish's effective share of the nodes, the occupancy of the slots, the stages' seconds, and the seconds of
-`diagnose` for the same nodes and continuations.
+`diagnose` for the same nodes and continuations. Seconds are those of the processor, so that other work on the machine
+does not count (those of stages are the clock's); with OMP_NUM_THREADS=1 they are the seconds of an idle machine.
 
 Run: python benchmarks/microscope.py [--worlds chain_sum products random] [--questions 32] [--seeds 3] [--budget 8000]
 """
