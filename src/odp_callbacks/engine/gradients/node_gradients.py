@@ -169,8 +169,8 @@ class NodeDifferentiator:
             _ideal_directions(record, outcomes[index], logits.student[place], self.config.temperature)
             for place, (index, record) in enumerate(zip(logits.node_indices, chosen, strict=True))
         ]
-        weights = torch.tensor([1 / record.inclusion for record in chosen], dtype=torch.float64)
-        distillation = self._distillation(logits, chosen).double().cpu() * weights[:, None]
+        weights = logits.student.new_tensor([1 / record.inclusion for record in chosen], dtype=torch.float64)
+        distillation = self._distillation(logits, chosen).double() * weights[:, None]
         directions = torch.cat([torch.stack(ideal, dim=1), distillation])  # (2 + K, N, V)
         positions = rollout.positions([record.depth for record in chosen])
         sums = in_less_memory(
@@ -273,8 +273,8 @@ def _ideal_directions(
     record: NodeRecord, outcomes: list[BranchOutcomes], student_logits: Tensor, temperature: float
 ) -> Tensor:
     """The ideal gradient on a node's logits from each half of its continuations, weighted; ``(2, V)`` float64."""
-    coefficients = half_coefficients(record, outcomes) / record.inclusion / temperature  # (2, A - 1)
-    logits = student_logits.double().cpu()
+    logits = student_logits.double()
+    coefficients = half_coefficients(record, outcomes).to(logits) / record.inclusion / temperature  # (2, A - 1)
     directions = -coefficients.sum(dim=1, keepdim=True) * torch.softmax(logits / temperature, dim=-1)
-    directions.index_add_(1, torch.from_numpy(record.tokens[1:]), coefficients)
+    directions.index_add_(1, torch.from_numpy(record.tokens[1:]).to(logits.device), coefficients)
     return directions

@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odp_callbacks.engine.sampling.randomness import random_bits
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
 from odp_callbacks.records import NodeRecord, StepSums, step_sums
 
-SKETCH_LENGTH = 2**16
+SKETCH_BITS = 16
+SKETCH_LENGTH = 2**SKETCH_BITS
 """Vectors longer than this are sketched to this length."""
 CHUNK_LENGTH = 2**20
 """Parameters that are sketched at a time."""
@@ -31,7 +33,7 @@ class StepAccumulator:
 
     def __init__(self, size: int, teachers: int, scale: Tensor | None = None) -> None:
         self.teachers = teachers
-        self.scale = None if scale is None else scale.float().cpu()
+        self.scale = None if scale is None else scale.float()
         self.length = min(size, SKETCH_LENGTH)
         self._sums: dict[tuple[str, bool], Tensor] = {}
         self.size = size
@@ -70,21 +72,37 @@ class StepAccumulator:
         return self._sums[key]
 
     def _sketch(self, vectors: Tensor) -> Tensor:
-        """Scale ``(D, P)`` and reduce it to ``(D, L)``."""
-        vectors = vectors.float().cpu()
+        """Scale ``(D, P)`` and reduce it to ``(D, L)``, on its own device; the result is on the CPU."""
+        vectors = vectors.float()
         if self.scale is not None:
+            self.scale = self.scale.to(vectors.device)
             vectors = vectors * self.scale
-        if self.size <= SKETCH_LENGTH:
-            return vectors
-        sketch = torch.zeros(len(vectors), SKETCH_LENGTH, dtype=torch.float32)
-        for start in range(0, self.size, CHUNK_LENGTH):
-            chunk = vectors[:, start : start + CHUNK_LENGTH]
-            # Buckets and signs are drawn again each time, because those of a large adapter would fill gigabytes.
-            generator = torch.Generator().manual_seed(start)
-            buckets = torch.randint(SKETCH_LENGTH, (chunk.shape[1],), generator=generator)
-            signs = torch.randint(2, (chunk.shape[1],), generator=generator, dtype=torch.int8) * 2 - 1
-            sketch.index_add_(1, buckets, chunk * signs)
-        return sketch
+        return (vectors if self.size <= SKETCH_LENGTH else count_sketch(vectors)).cpu()
+
+
+def count_sketch(vectors: Tensor) -> Tensor:
+    """Add each number, with a random sign, to one of :data:`SKETCH_LENGTH` numbers; both depend on its place alone.
+
+    Args:
+        vectors: ``(D, P)`` float32, on any device.
+
+    Returns:
+        ``(D, L)`` float32.
+
+    Examples:
+        >>> sketches = count_sketch(torch.eye(2, 100_000))
+        >>> sketches.shape, (sketches @ sketches.T).tolist()
+        (torch.Size([2, 65536]), [[1.0, 0.0], [0.0, 1.0]])
+    """
+    # An accelerator adds in any order; in float64 that does not show.
+    dtype = torch.float64 if vectors.device.type == "cuda" else torch.float32
+    sketch = torch.zeros(len(vectors), SKETCH_LENGTH, dtype=dtype, device=vectors.device)
+    for start in range(0, vectors.shape[1], CHUNK_LENGTH):
+        chunk = vectors[:, start : start + CHUNK_LENGTH]
+        bits = random_bits(torch.arange(start, start + chunk.shape[1], device=vectors.device))
+        signs = 1 - 2 * (bits >> SKETCH_BITS & 1)
+        sketch.index_add_(1, bits & (SKETCH_LENGTH - 1), (chunk * signs).to(dtype))
+    return sketch.float()
 
 
 def half_coefficients(record: NodeRecord, outcomes: list[BranchOutcomes]) -> Tensor:

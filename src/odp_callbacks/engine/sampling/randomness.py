@@ -79,11 +79,32 @@ def uniforms(keys: Tensor, counters: Tensor, columns: int) -> Tensor:
     """
     output_numbers = counters[:, None] * columns + torch.arange(1, columns + 1, device=keys.device)
     state = keys[:, None] + output_numbers * _INCREMENT  # int64 wraps around, as the generator needs
+    numbers: Tensor = _logical_right_shift(_mixed(state), 11).double() * 2.0**-53
+    return numbers
+
+
+def random_bits(numbers: Tensor) -> Tensor:
+    """Compute 64 bits for each number, each a function of it alone: output ``number + 1`` of SplitMix64 from 0.
+
+    Args:
+        numbers: int64 of any shape.
+
+    Returns:
+        int64 of the same shape, on the same device.
+
+    Examples:
+        >>> bits = random_bits(torch.arange(4096))
+        >>> len(bits.unique()), 1800 < int((bits & 1).sum()) < 2300
+        (4096, True)
+    """
+    return _mixed((numbers + 1) * _INCREMENT)
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """The function that SplitMix64 applies to its state."""
     state = (state ^ _logical_right_shift(state, 30)) * _FIRST_MULTIPLIER
     state = (state ^ _logical_right_shift(state, 27)) * _SECOND_MULTIPLIER
-    state = state ^ _logical_right_shift(state, 31)
-    numbers: Tensor = _logical_right_shift(state, 11).double() * 2.0**-53
-    return numbers
+    return state ^ _logical_right_shift(state, 31)
 
 
 def _logical_right_shift(values: Tensor, bits: int) -> Tensor:
