@@ -110,9 +110,11 @@ def module_gram_matrices(gradients: Sequence[Tensor], names: Sequence[str], modu
         ``(M, C, C)`` float64 on the CPU.
     """
     direction_count = len(gradients[0]) if gradients else 0
-    gram_matrices = torch.zeros(len(modules), direction_count, direction_count, dtype=torch.float64)
+    # Added up where the gradients are: each copy to the CPU would wait for the device.
+    device = gradients[0].device if gradients else None
+    gram_matrices = torch.zeros(len(modules), direction_count, direction_count, dtype=torch.float64, device=device)
     module_indices = {module: module_index for module_index, module in enumerate(modules)}
     for parameter_name, gradient in zip(names, gradients, strict=True):
         wide_gradient = gradient.double()
-        gram_matrices[module_indices[module_of(parameter_name)]] += (wide_gradient @ wide_gradient.mT).cpu()
-    return gram_matrices
+        gram_matrices[module_indices[module_of(parameter_name)]] += wide_gradient @ wide_gradient.mT
+    return gram_matrices.cpu()
