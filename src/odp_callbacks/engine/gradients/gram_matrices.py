@@ -49,9 +49,9 @@ class ScaledDirections:
         return cls(directions, scales, (scales != 0).nonzero().squeeze(1))
 
     def scaled(self, index: int | Tensor) -> Tensor:
-        """One direction divided by its scale, ``(V,)`` float64 on the CPU."""
+        """One direction divided by its scale, ``(V,)`` float64."""
         direction: Tensor = self.directions[index]
-        return direction.double().cpu() / self.scales[index]
+        return direction.double() / self.scales[index].to(direction.device)
 
     def gram_matrices(self, gradients: Sequence[Tensor], names: Sequence[str]) -> Tensor:
         """Gram matrices of the gradients of all ``C`` directions.
