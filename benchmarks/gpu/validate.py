@@ -213,7 +213,8 @@ def sampling_speed(validation: Validation) -> None:
                 keys=range(len(requests)), batch_size=len(requests),
             )  # fmt: skip
 
-        sample([replace(request, max_new_tokens=2) for request in requests])
+        # Twice: kernels are chosen and compiled when they are first needed.
+        sample([replace(request, max_new_tokens=4) for request in requests])
         seconds, peak, _ = validation.peak(sample)
         validation.note(f"tokens/s, {slots} slots", round(slots * length / seconds))
         validation.note(f"milliseconds a step, {slots} slots", round(1000 * seconds / length, 1))
@@ -226,8 +227,17 @@ def sampling_speed(validation: Validation) -> None:
     run()
     seconds, _, _ = validation.peak(run)
     validation.note("full forward tokens/s", round(ids.numel() / seconds))
-    bytes_read = sum(parameter.numel() * parameter.element_size() for parameter in validation.student.parameters())
+    student: Any = validation.student
+    embedding = student.get_input_embeddings().weight
+    is_read = [p for p in student.parameters() if p is not embedding or p is student.get_output_embeddings().weight]
+    bytes_read = sum(parameter.numel() * parameter.element_size() for parameter in is_read)
     validation.note("GiB of weights that a step reads at least", round(bytes_read / 2**30, 3))
+    source = torch.empty(2**20 if validation.smoke else 2**32, dtype=torch.uint8, device=validation.device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds, _, _ = validation.peak(lambda: [target.copy_(source) for _ in range(10)])
+    bytes_a_second = 20 * source.numel() / seconds
+    validation.note("milliseconds to read these once (roofline)", round(1000 * bytes_read / bytes_a_second, 2))
     vllm_speed(validation, all_slots, prompt, length)
 
 
@@ -258,22 +268,28 @@ def gradient_memory(validation: Validation) -> None:
     """Seconds and peak memory of the update's gradients and of token influence, one response after a short prompt."""
     teachers = {"base": BaseTeacher()}
     direction = distillation_direction("reverse_kl", None, None, 1.0)
-    gradients = UpdateGradients(validation.student, validation.tokenizer, teachers, direction, 1.0)
-    validation.note("body and head apart", gradients.model.splits)
-    for length in (8, 16) if validation.smoke else (1024, 2048, 4096):
-        question = validation.questions(1, 32)[0]
-        drawn = torch.randint(3, validation.shape["vocab_size"], (length,), generator=torch.Generator().manual_seed(1))
-        rollout = Rollout(question, tuple(drawn.tolist()), "", True, 1.0)
-        seconds, peak, (rows, directions) = validation.peak(lambda r=rollout: gradients.rows([r], [0.5]))
-        validation.note(f"gradient rows, {length} tokens", f"{seconds:.2f} s, {peak:.2f} GiB")
-        tangents = {name: row[:1] for name, row in rows.items()}
-        try:
-            seconds, peak, _ = validation.peak(
-                lambda r=rollout, t=tangents, d=directions: gradients.influences([r], t, d)
-            )
-            validation.note(f"token influence, {length} tokens", f"{seconds:.2f} s, {peak:.2f} GiB")
-        except torch.OutOfMemoryError:
-            validation.note(f"token influence, {length} tokens", "out of memory")
+    for name, limit in (("", None), (", at most 6 GiB", 6 * 2**30)):
+        gradients = UpdateGradients(
+            validation.student, validation.tokenizer, teachers, direction, 1.0, max_memory_bytes=limit
+        )
+        validation.note(f"body and head apart{name}", gradients.model.splits)
+        for length in (8, 16) if validation.smoke else (1024, 1024, 2048, 4096):
+            gradients_of_length(validation, gradients, length, name)
+
+
+def gradients_of_length(validation: Validation, gradients: UpdateGradients, length: int, name: str) -> None:
+    """The figures of one length; the first time that a length is run, kernels are chosen, so 1,024 is run twice."""
+    question = validation.questions(1, 32)[0]
+    drawn = torch.randint(3, validation.shape["vocab_size"], (length,), generator=torch.Generator().manual_seed(1))
+    rollout = Rollout(question, tuple(drawn.tolist()), "", True, 1.0)
+    seconds, peak, (rows, directions) = validation.peak(lambda: gradients.rows([rollout], [0.5]))
+    validation.note(f"gradient rows, {length} tokens{name}", f"{seconds:.2f} s, {peak:.2f} GiB")
+    tangents = {parameter: row[:1] for parameter, row in rows.items()}
+    try:
+        seconds, peak, _ = validation.peak(lambda: gradients.influences([rollout], tangents, directions))
+        validation.note(f"token influence, {length} tokens{name}", f"{seconds:.2f} s, {peak:.2f} GiB")
+    except torch.OutOfMemoryError:
+        validation.note(f"token influence, {length} tokens{name}", "out of memory")
 
 
 def probe_and_update(validation: Validation) -> None:
