@@ -73,14 +73,32 @@ def gram_of_rows(questions: Floats, tokens: Floats, success: Floats, directions:
         >>> gram_of_rows(np.ones(3), np.ones((3, 2)), success, directions).cross.shape
         (3, 3, 1, 2)
     """
-    groups, teachers, classes, size = directions.shape
-    flat = directions.reshape(-1, size)
-    products = (flat @ flat.T).reshape(groups, teachers, classes, groups, teachers, classes)
+    flat = directions.reshape(-1, directions.shape[-1])
+    return gram_of_products(
+        questions, tokens, success @ success.T, success @ flat.T, flat @ flat.T, directions.shape[1]
+    )
+
+
+def gram_of_products(
+    questions: Floats, tokens: Floats, success: Floats, cross: Floats, directions: Floats, teachers: int
+) -> UpdateGram:
+    """Arrange inner products of gradients that were computed elsewhere.
+
+    Args:
+        questions: ``(F,)``.
+        tokens: ``(F, C)``.
+        success: ``(F, F)``, of the success gradients.
+        cross: ``(F, D)``, of the success gradients and all ``D = F K C`` directions, by group, teacher and class.
+        directions: ``(D, D)``, of the directions.
+        teachers: ``K``.
+    """
+    groups, classes = np.asarray(tokens).shape
+    products = directions.reshape(groups, teachers, classes, groups, teachers, classes)
     return UpdateGram(
         np.asarray(questions, float),
         np.asarray(tokens, float),
-        success @ success.T,
-        (success @ flat.T).reshape(groups, groups, teachers, classes),
+        success,
+        cross.reshape(groups, groups, teachers, classes),
         np.einsum("fkchkd->fhkcd", products),
         np.einsum("fkchld->fhkl", products),
     )

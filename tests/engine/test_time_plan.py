@@ -6,9 +6,12 @@ import math
 import pytest
 
 from odp_callbacks.analysis.time_shortage import response_limit, time_shortage
+from odp_callbacks.engine.teachers import ServedTeacher
+from odp_callbacks.engine.teachers.served import SCORED_TOKENS
 from tests.helpers.clocks import clock_of
-from tests.helpers.models import tiny
+from tests.helpers.models import tiny, tiny_base
 from tests.helpers.probes import make_probe
+from tests.helpers.served import ModelClient
 
 ROWS = [{"prompt": " ".join(letters), "answer": "a"} for letters in ("ab", "cd", "ef", "fa", "bd", "ce", "da", "eb")]
 LONG = {"max_new_tokens": 200, "rollouts_per_question": 2, "continuations": 2}
@@ -125,3 +128,24 @@ def test_rules_and_influences_are_dropped_before_the_gain(student, monkeypatch):
     assert dropped[60.0] == (False, False, len(ROWS))
     assert dropped[12.0][0]
     assert dropped[12.0][2] >= 3
+
+
+@pytest.mark.parametrize("mode", [{"budget": 0}, {"update": False}, {}], ids=["update alone", "nodes alone", "both"])
+def test_the_time_of_a_teachers_server_is_planned(student, mode, monkeypatch):
+    """A server that takes ten times as long for a token as the student does for a pass over it."""
+    with clock_of(student, monkeypatch, seconds_per_token=0.002) as clock:
+
+        class SlowClient(ModelClient):
+            def get_sequence_logprobs(self, sequences, *arguments, **options):
+                clock.seconds += 0.02 * sum(map(len, sequences))
+                return super().get_sequence_logprobs(sequences, *arguments, **options)
+
+        teacher = ServedTeacher(SlowClient(tiny_base(seed=11, max_position_embeddings=512)), top_k=6)
+        teacher.clock = clock
+        report = make_probe(student, parity_reward, {"served": teacher}, seconds=20.0, **{**LONG, **mode}).run(ROWS)
+        assert teacher.costs.predict(SCORED_TOKENS, 1.0) == pytest.approx(0.02)
+    assert clock.seconds <= 1.1 * 20.0
+    assert report.nodes if not mode.get("update", True) else report.updates
+    assert (
+        len({rollout.question for rollout in report.rollouts}) - report.left_out.get("questions_without_update", 0) >= 3
+    )

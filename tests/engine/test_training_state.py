@@ -33,6 +33,38 @@ def test_random_streams_and_modes_are_put_back(fails):
     assert [m.training for model in (first, second) for m in model.modules()] == modes
 
 
+@pytest.mark.parametrize("is_cached_before", [True, False])
+def test_casts_of_autocasting_stay_valid_and_none_is_added(is_cached_before):
+    layer, states = torch.nn.Linear(3, 3), torch.ones(1, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = layer(states).detach() if is_cached_before else None
+        with preserving_training_state(), torch.enable_grad():
+            first = layer(states).detach()
+            with torch.no_grad():
+                layer.weight.add_(1.0)
+            assert not torch.equal(layer(states).detach(), first), "the weights of the moment are read"
+        assert torch.is_autocast_cache_enabled()
+        # The cache shows that it is as it was: it still has the cast that was made before, or none.
+        assert not is_cached_before or torch.equal(layer(states), before)
+        assert is_cached_before or not torch.equal(layer(states), first)
+
+
+def test_a_probe_within_autocasting_leaves_the_step_bit_for_bit(tokenizer):
+    def gradients(with_probe):
+        student = tiny().float()
+        probe = Probe(student, tokenizer, lambda prompts, completions, **_: [0.5] * len(completions), "base",
+                      ProbeConfig(max_new_tokens=3, rollouts_per_question=2, nodes=1))  # fmt: skip
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(2):  # before the first forward of the training, and between forward and backward
+                if with_probe:
+                    probe.run([{"prompt": "a b"}])
+                loss = student(torch.tensor([[1, 6, 7]])).logits.float().square().sum()
+        loss.backward()
+        return [parameter.grad for parameter in student.parameters() if parameter.requires_grad]
+
+    assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
+
+
 @pytest.mark.parametrize("outside", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_gradients_are_off_but_can_be_had(outside):
     with outside():

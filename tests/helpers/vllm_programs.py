@@ -45,6 +45,7 @@ def in_process(base: Path) -> dict[str, Any]:
     from odp_callbacks.engine.engines import VllmInProcess
     from odp_callbacks.engine.engines.agreement import check_agreement
     from odp_callbacks.engine.sampling.randomness import Randomness
+    from odp_callbacks.engine.teachers import BaseTeacher
     from tests.helpers.models import EOS, word_tokenizer
     from tests.helpers.vllm import served_student
 
@@ -56,6 +57,10 @@ def in_process(base: Path) -> dict[str, Any]:
         engine.sync(student, seed)
         options: dict[str, Any] = {"max_new_tokens": 16, "stop_token_ids": [EOS], "randomness": Randomness(0)}
         differences.append(check_agreement(engine, student, [torch.tensor([1, 6, 7])] * 4, **options))
+    with BaseTeacher().policy(student):
+        engine.sync(student, 3)
+        differences.append(check_agreement(engine, student, [torch.tensor([1, 6, 7])] * 4, **options))
+    engine.sync(student, 4)
     sampling: dict[str, Any] = {"temperature": 1.0, "stop_token_ids": [EOS]}
     many = engine.sample([[1, 6]] * 64, max_tokens=[200] * 64, seeds=range(64), **sampling, seconds=0.02)
     few = engine.sample([[1, 6]] * 8, max_tokens=[8] * 8, seeds=range(8), **sampling)

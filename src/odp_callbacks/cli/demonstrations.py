@@ -24,6 +24,7 @@ from odp_callbacks.engine.demonstrations import (
     demonstration_columns,
     sample_demonstrations,
 )
+from odp_callbacks.engine.engines.choice import LOCAL
 from odp_callbacks.engine.prompts import Row
 from odp_callbacks.engine.teachers.demonstration_contexts import DEMONSTRATIONS, SUMMARY, source_column
 from odp_callbacks.files import check_can_be_written, local_path
@@ -180,11 +181,12 @@ def _with_summaries(
 ) -> list[Row]:
     """The rows with a summary of their first correct response."""
     assert options.summaries is not None
+    sampling = replace(options.sample, max_new_tokens=options.summary_max_new_tokens)
     if options.summaries != SAME_MODEL:
         model, tokenizer = load_named_model("summaries", options.summaries, inform, options)
         store.identity = {"model": options.summaries}
+        sampling = replace(sampling, engine=LOCAL)  # the engine has the other model
     asked = [{**row, DEMONSTRATIONS: row[source_column(DEMONSTRATIONS, options.source)]} for row in rows]
-    sampling = replace(options.sample, max_new_tokens=options.summary_max_new_tokens)
     summaries = summarise_demonstrations(
         model, tokenizer, asked, sampling, seed=options.seed, store=store, progress=show
     )

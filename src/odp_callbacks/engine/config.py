@@ -65,6 +65,7 @@ class ProbeOptions(TypedDict, total=False):
     batch_size: int
     max_memory_bytes: float | None
     reward_timeout: float | None
+    reward_processes: int
     engine: SamplingEngine | str
 
 
@@ -136,7 +137,9 @@ class ProbeConfig:
             Where the graph of all layers takes more, layers are computed again one by one in the backward passes. None
             allows half of what is free.
         reward_timeout: Maximum number of seconds that one call of the reward function may take; None sets no limit.
-        engine: What samples rollouts and continuations: ``"local"``, the student's own model; the address of a vLLM
+        reward_processes: Number of processes in which the reward function is called, for one that is slow or that
+            fails outside the main thread; it must be a function of a module. 0 calls it in the probe's own process.
+        engine: What samples from the student: ``"local"``, the student's own model; the address of a vLLM
             server; ``"trainer"``, the vLLM engine of TRL's trainer; a ``vllm.LLM``; or an object with the methods of
             :class:`~odp_callbacks.engine.engines.SamplingEngine`.
 
@@ -180,6 +183,7 @@ class ProbeConfig:
     batch_size: int = 256
     max_memory_bytes: float | None = None
     reward_timeout: float | None = 120.0
+    reward_processes: int = 0
     engine: SamplingEngine | str = "local"
 
     def __post_init__(self) -> None:
@@ -189,6 +193,10 @@ class ProbeConfig:
             is_open = given is None and option == "rollouts_per_question"
             if not is_open and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
                 raise ValueError(f"`{option}` must be a positive integer, but {given!r} was given.")
+        if type(self.reward_processes) is not int or self.reward_processes < 0:
+            raise ValueError(
+                f"`reward_processes` must be a number of processes or 0, but {self.reward_processes!r} was given."
+            )
         if self.projections is not None and (type(self.projections) is not int or self.projections < 2):
             raise ValueError(f"`projections` must be an integer above 1 or None, but {self.projections!r} was given.")
         if self.budget is not None and (type(self.budget) is not int or self.budget < 0):

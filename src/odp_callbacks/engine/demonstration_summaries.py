@@ -9,8 +9,10 @@ from odp_callbacks.engine.answers import END_OF_THINKING
 from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.demonstration_store import DemonstrationStore
 from odp_callbacks.engine.demonstrations import DemonstrationOptions
+from odp_callbacks.engine.engines.choice import as_engine
+from odp_callbacks.engine.engines.student_engine import prepared_engine
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
-from odp_callbacks.engine.rollouts import end_tokens, sample_rollouts
+from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts
 from odp_callbacks.engine.sampling.randomness import Randomness
 from odp_callbacks.engine.teachers.context import prompt_in_context
 from odp_callbacks.engine.teachers.demonstration_contexts import DEMONSTRATIONS
@@ -47,7 +49,7 @@ def summarise_demonstrations(
         model: The student, or another causal language model.
         tokenizer: Its tokenizer.
         rows: Rows with the column ``demonstrations``.
-        options: Temperature, length and batch size; the other options are not read. None for the defaults.
+        options: Temperature, length, batch size and engine; the other options are not read. None for the defaults.
         template: What the model is asked, in place of the row's prompt or of its last user message. A model with a chat
             template is asked in a message.
         seed: Seed of all random draws.
@@ -59,6 +61,7 @@ def summarise_demonstrations(
         a summary says is not verified.
 
     Raises:
+        EngineError: If the engine does not sample from the model.
         ValueError: If a row lacks the column, or is too long.
     """
     options = options or DemonstrationOptions()
@@ -76,11 +79,33 @@ def summarise_demonstrations(
     missing = [place for place, key in keys.items() if key not in stored]
     report("summaries", len(questions) - len(missing), len(questions))
     block_size = max(1, options.batch_size // SUMMARY_TRIES)
-    with preserving_training_state(model):
+    eos_token_ids, randomness = end_tokens(model, tokenizer), Randomness(Randomness(seed).key("summaries"))
+    with (
+        preserving_training_state(model),
+        prepared_engine(
+            as_engine(options.engine) if missing else None,
+            model,
+            [questions[place].prompt_ids for place in missing],
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=eos_token_ids,
+            randomness=randomness,
+        ) as engine,
+    ):
         for first in range(0, len(missing), block_size):
             places = missing[first : first + block_size]
-            sampled = _sample(model, tokenizer, [questions[place] for place in places], options, seed)
-            for place, summary in zip(places, sampled, strict=True):
+            rollouts = sample_rollouts(
+                model,
+                tokenizer,
+                [questions[place] for place in places],
+                per_question=SUMMARY_TRIES,
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                eos_token_ids=eos_token_ids,
+                randomness=randomness,
+                batch_size=options.batch_size,
+                engine=engine,
+            )
+            for place, summary in zip(places, _summaries(rollouts), strict=True):
                 summaries[place] = summary
                 if store is not None:
                     store.write(keys[place], {"summary": summary})
@@ -109,21 +134,8 @@ def _encode(
     return questions
 
 
-def _sample(
-    model: nn.Module, tokenizer: Any, questions: Sequence[Question], options: DemonstrationOptions, seed: int
-) -> list[str | None]:
+def _summaries(rollouts: Sequence[Rollout]) -> list[str | None]:
     """The first complete summary of each; only the text after a thinking part."""
-    rollouts = sample_rollouts(
-        model,
-        tokenizer,
-        questions,
-        per_question=SUMMARY_TRIES,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        eos_token_ids=end_tokens(model, tokenizer),
-        randomness=Randomness(Randomness(seed).key("summaries")),
-        batch_size=options.batch_size,
-    )
     summaries: list[str | None] = []
     for first in range(0, len(rollouts), SUMMARY_TRIES):
         tries = rollouts[first : first + SUMMARY_TRIES]

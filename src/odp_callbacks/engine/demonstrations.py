@@ -13,6 +13,9 @@ from torch import nn
 
 from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.demonstration_store import DemonstrationStore
+from odp_callbacks.engine.engines.choice import as_engine
+from odp_callbacks.engine.engines.interface import SamplingEngine
+from odp_callbacks.engine.engines.student_engine import StudentEngine, prepared_engine
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
 from odp_callbacks.engine.rewards import RewardFunction, check_columns, check_reward
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts, score_rollouts
@@ -41,6 +44,9 @@ class DemonstrationOptions:
         eos_token_ids: Additional tokens that end a response.
         chat_template_kwargs: Options of the chat template, such as ``{"enable_thinking": True}``.
         batch_size: Maximum number of responses sampled at a time.
+        engine: What samples: ``"local"``, the model itself; the address of a vLLM server; a ``vllm.LLM``; or an object
+            with the methods of :class:`~odp_callbacks.engine.engines.SamplingEngine`. It has the model's base, and
+            gets its adapter if there is one.
 
     Raises:
         ValueError: If an option is out of range.
@@ -55,6 +61,7 @@ class DemonstrationOptions:
     eos_token_ids: tuple[int, ...] = ()
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
+    engine: SamplingEngine | str = "local"
 
     def __post_init__(self) -> None:
         for name in ("tries", "max_new_tokens", "batch_size"):
@@ -69,10 +76,11 @@ class DemonstrationOptions:
             raise ValueError(f"`success_threshold` must lie in (0, 1], but {self.success_threshold!r} was given.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be a positive number, but {self.temperature!r} was given.")
+        as_engine(self.engine)  # checks it
 
     def identity(self) -> dict[str, Any]:
-        """The options that the responses depend on."""
-        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        """The options that decide which responses are demonstrations."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("batch_size", "engine")}
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ def sample_demonstrations(
 
     Raises:
         TypeError: If ``reward`` is not a function.
+        EngineError: If the engine does not sample from the model.
         ValueError: If a row has no prompt, is too long, or lacks a column of the reward function.
     """
     options = options or DemonstrationOptions()
@@ -159,8 +168,20 @@ def sample_demonstrations(
     block_size = max(1, options.batch_size // FIRST_ROUND)
     report = progress or (lambda stage, done, total: None)
     report("demonstrations", len(complete), len(questions))
-    with preserving_training_state(model), closing(Verifier(reward)) as verifier:
-        sampler = _Sampler(model, tokenizer, verifier, options, Randomness(seed))
+    eos_token_ids, randomness = end_tokens(model, tokenizer, options.eos_token_ids), Randomness(seed)
+    with (
+        preserving_training_state(model),
+        closing(Verifier(reward)) as verifier,
+        prepared_engine(
+            as_engine(options.engine) if missing else None,
+            model,
+            [questions[place].prompt_ids for place in missing],
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=eos_token_ids,
+            randomness=randomness,
+        ) as engine,
+    ):
+        sampler = _Sampler(model, tokenizer, verifier, options, eos_token_ids, randomness, engine)
         for first in range(0, len(missing), block_size):
             places = missing[first : first + block_size]
             sampled = sampler.sample([questions[place] for place in places])
@@ -203,12 +224,13 @@ class _Sampler:
     tokenizer: Any
     verifier: Verifier
     options: DemonstrationOptions
+    eos_token_ids: tuple[int, ...]
     randomness: Randomness
+    engine: StudentEngine | None
 
     def sample(self, questions: Sequence[Question]) -> list[Demonstrations]:
         """Sample rounds for those questions whose demonstrations are incomplete, until the tries are used up."""
         by_question = [Demonstrations() for _ in questions]
-        eos_token_ids = end_tokens(self.model, self.tokenizer, self.options.eos_token_ids)
         for round_number, size in enumerate(round_sizes(self.options.tries)):
             places = [place for place, one in enumerate(by_question) if not one.is_complete(self.options)]
             if not places:
@@ -220,10 +242,11 @@ class _Sampler:
                 per_question=size,
                 max_new_tokens=self.options.max_new_tokens,
                 temperature=self.options.temperature,
-                eos_token_ids=eos_token_ids,
+                eos_token_ids=self.eos_token_ids,
                 # The draws of a round are named after it: they are no repetition of the rounds before.
                 randomness=Randomness(self.randomness.key("demonstrations", round_number)),
                 batch_size=self.options.batch_size,
+                engine=self.engine,
             )
             for number, rollout in enumerate(score_rollouts(self.verifier, rollouts)):
                 place = places[number // size]

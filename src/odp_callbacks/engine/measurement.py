@@ -39,8 +39,9 @@ from odp_callbacks.engine.teachers import ServedTeacher
 from odp_callbacks.engine.time_plan import TimePlan
 from odp_callbacks.engine.timing import StageTimer
 from odp_callbacks.engine.tree.continuations import ContinuationCost
-from odp_callbacks.engine.unit_costs import UnitCosts, work_of_sequence
+from odp_callbacks.engine.unit_costs import UnitCosts, work_of_sequences
 from odp_callbacks.engine.update.cost_trial import try_update
+from odp_callbacks.engine.update.failures import measured_or_none
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.engine.update.measurement import UpdateMeasurement, UpdateMeter
 from odp_callbacks.engine.update.update_time import GAIN
@@ -167,7 +168,7 @@ class Measurement:
         }
         square_roots = None if self.preconditioner is None else self.preconditioner.square_roots(self.student)
         rollout_tokens = sum(len(rollout.response_ids) for rollout in sampled) if not rollouts_are_given else 0
-        node_time = NodeTime(self.plan, self.student, len(self.differentiator.teachers))
+        node_time = NodeTime(self.plan, self.student, len(self.differentiator.teachers), self.served_teachers)
         if config.update and config.measures_nodes and not node_time.fits(rollouts):
             # Nothing is kept for nodes, so that the update gets all the time.
             left_out["questions_without_nodes"] = len({id(rollout.question) for rollout in rollouts})
@@ -231,7 +232,7 @@ class Measurement:
             left_out: Receives what there was no time for.
 
         Returns:
-            What was measured; None if there was no time for one question.
+            What was measured; None if there was no time for one question, or with a warning if the gradients failed.
         """
         config, differentiator = self.config, self.differentiator
         time = self.plan.for_update()
@@ -240,15 +241,19 @@ class Measurement:
         )
         total = len(rollouts) * (1 + config.influence + len(config.rules or ()))
         with self.timer.stage("update", total) as progress:
-            measured = meter.measure(
-                rollouts,
-                influence=config.influence,
-                rules=config.rules,
-                square_roots=square_roots,
-                progress=progress,
-                time=time,
+            measured = measured_or_none(
+                lambda: meter.measure(
+                    rollouts,
+                    influence=config.influence,
+                    rules=config.rules,
+                    square_roots=square_roots,
+                    progress=progress,
+                    time=time,
+                ),
+                "the update",
             )
-        if self.deadline.is_finite:
+        has_failed = measured is None and time.questions > 0
+        if self.deadline.is_finite and not has_failed:
             question_count = len({id(rollout.question) for rollout in rollouts})
             missing = question_count - time.questions
             left_out |= {"questions_without_update": missing} if missing else {}
@@ -303,7 +308,7 @@ class Measurement:
 
     def prompt_work(self, questions: Sequence[Question]) -> list[float]:
         """The work of one pass over each question's prompt."""
-        return [work_of_sequence(self.student, len(question.prompt_ids)) for question in questions]
+        return work_of_sequences(self.student, [len(question.prompt_ids) for question in questions])
 
     def prepare_engine(self, questions: Sequence[Question]) -> None:
         """Give the engine the student as it is now, if another one than the student's own model samples."""

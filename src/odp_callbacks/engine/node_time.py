@@ -1,15 +1,16 @@
 """The time for single tokens: which questions there is time for, and what is kept for the gradients at the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from odp_callbacks.engine.deadline import Deadline
 from odp_callbacks.engine.rollouts import Rollout, question_indices
+from odp_callbacks.engine.teachers import ServedTeacher
 from odp_callbacks.engine.time_plan import TimePlan
 from odp_callbacks.engine.tree.planning import MeasuredNodes
-from odp_callbacks.engine.unit_costs import PASS, TOKENS, questions_in_time, work_of_sequence
+from odp_callbacks.engine.unit_costs import PASS, TOKENS, questions_in_time, work_of_sequences
 
 GRADIENTS, STEP_GRADIENTS = "node gradients", "step gradients"
 """Kinds of work in the costs."""
@@ -29,12 +30,14 @@ class NodeTime:
         plan: The deadlines of the stages.
         student: The student.
         teachers: How many teachers there are, ``K``.
+        served: Those behind servers, by name.
         left_out: What was left out for lack of time.
     """
 
     plan: TimePlan
     student: nn.Module
     teachers: int
+    served: Mapping[str, ServedTeacher] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -53,7 +56,7 @@ class NodeTime:
     def gradient_work(self, rollout: Rollout, depth: int, branches: int) -> float:
         """The work of the gradients of a node, in forward passes: one for each direction, up to the node."""
         directions = branches - 1 + self.teachers
-        return directions * work_of_sequence(self.student, len(rollout.question.prompt_ids) + depth)
+        return directions * work_of_sequences(self.student, [len(rollout.question.prompt_ids) + depth])[0]
 
     def gradient_seconds(self, work: float) -> float:
         """Seconds for the gradients of nodes with so much work."""
@@ -64,7 +67,7 @@ class NodeTime:
         """Seconds for the step alignment of rollouts."""
         if not self.plan.config.step_alignment:
             return 0.0
-        work = sum(work_of_sequence(self.student, len(rollout.sequence)) for rollout in rollouts)
+        work = sum(work_of_sequences(self.student, [len(rollout.sequence) for rollout in rollouts]))
         costs = self.plan.costs
         return (
             costs.predict(STEP_GRADIENTS, work)
@@ -77,6 +80,7 @@ class NodeTime:
         if not self.is_limited:
             return True
         seconds = max(0.0, self.plan.end.remaining_seconds - self.plan.end_of_update.remaining_seconds)
+        # The update asks the servers about all responses, and its answers serve the nodes.
         mean = self._pass_seconds_of(rollouts) / max(1, len({id(rollout.question) for rollout in rollouts}))
         return mean <= 2 * FIXED_SHARE * seconds
 
@@ -85,8 +89,16 @@ class NodeTime:
 
         These are twice the student's logits, those of the teachers, and the keys and values of continuations.
         """
-        work = sum(work_of_sequence(self.student, len(rollout.sequence)) for rollout in rollouts)
-        return self.pass_seconds((3 + self.teachers) * work)
+        work = sum(work_of_sequences(self.student, [len(rollout.sequence) for rollout in rollouts]))
+        return self.pass_seconds((3 + self.teachers - len(self.served)) * work)
+
+    def _server_seconds_of(self, rollouts: Sequence[Rollout]) -> float:
+        """Seconds that the servers of teachers take for responses that they have not been asked about."""
+        responses = [rollout.response_ids for rollout in rollouts]
+        return sum(
+            teacher.seconds_for([rollout.question.teacher_prompt_ids[name] for rollout in rollouts], responses)
+            for name, teacher in self.served.items()
+        )
 
     def affordable(self, rollouts: Sequence[Rollout]) -> list[int]:
         """Return the rollouts whose nodes there is time for; the last questions in the order of the probe are left out.
@@ -102,7 +114,7 @@ class NodeTime:
         question_of = question_indices(rollouts)
         count = 1 + max(question_of)
         limit = FIXED_SHARE * self.plan.end.remaining_seconds
-        mean = max(1e-9, self._pass_seconds_of(rollouts) / count)
+        mean = max(1e-9, (self._pass_seconds_of(rollouts) + self._server_seconds_of(rollouts)) / count)
         # The number depends on all questions alike, so that the first ones in a random order are a random choice.
         kept_count = min(count, max(int(limit // mean), int(mean <= 2 * limit)))
         kept = set(self.plan.order(count)[:kept_count])

@@ -67,6 +67,7 @@ class Probe:
         config: The configuration, with the options applied.
         modules: Names of the student's LoRA modules that are trained at present.
         eos_token_ids: Tokens that end a response.
+        engine: Samples in place of the student's own model; None: that model does.
         summed_directions: For each teacher ``(P,)`` float32 on the CPU, its distillation gradient summed over the
             rollouts of the last run that measured the update; empty before. None (the default): not kept.
 
@@ -94,7 +95,7 @@ class Probe:
     ) -> None:
         check_reward(reward)
         self.config = resolve_config(config, options)
-        self._engine, self._run_count = as_engine(self.config.engine), 0
+        self.engine, self._run_count = as_engine(self.config.engine), 0
         self.tokenizer = tokenizer = text_tokenizer(tokenizer)
         self.reward = reward
         self.teachers: dict[str, Teacher] = as_teachers(teachers)
@@ -103,7 +104,7 @@ class Probe:
         self.student = student
         self._other_parameters: set[str] = set()
         self._warn_of_other_parameters()
-        self._verifier = Verifier(reward, self.config.reward_timeout)
+        self._verifier = Verifier(reward, self.config.reward_timeout, processes=self.config.reward_processes)
         self.eos_token_ids = end_tokens(student, tokenizer, self.config.eos_token_ids)
         direction = distillation_direction(
             self.config.divergence, self.config.beta, self.config.top_k, self.config.temperature
@@ -263,7 +264,7 @@ class Probe:
             self.student_in_place(),
             preserving_training_state(self.student),
             closing(self._verifier),
-            engine_of_run(self._engine, self.student, self._run_count) as engine,
+            engine_of_run(self.engine, self.student, self._run_count) as engine,
         ):
             usable = self._usable(rows, ids, ValueError)
             questions = usable.questions

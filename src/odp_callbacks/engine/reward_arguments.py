@@ -25,6 +25,10 @@ class UnscoredError(RewardError):
     """The reward function gave None to everything, so that there is nothing to measure."""
 
 
+class RewardTimeoutError(RewardError):
+    """One call of the reward function took longer than its timeout."""
+
+
 class RewardSignatureError(RewardError, TypeError):
     """The reward function needs an argument that nothing provides."""
 

@@ -78,12 +78,27 @@ def score(
     """
     if not questions:
         return []
+    arguments = call_arguments(reward, questions, completions, completion_ids, host)
+    return call_with_user_defaults(_rewards_of_call, reward, arguments, len(questions))
+
+
+def call_arguments(
+    reward: RewardFunction,
+    questions: Sequence[Question],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    host: RewardHost = NO_HOST,
+) -> dict[str, Any]:
+    """What one call of a reward function is given; the arguments are those of :func:`score`.
+
+    Raises:
+        RewardSignatureError: If the function needs an argument that is not there.
+    """
     responses = [
         [{"role": "assistant", "content": text}] if is_conversational(question.row["prompt"]) else text
         for question, text in zip(questions, completions, strict=True)
     ]
-    arguments = reward_arguments(reward, questions, responses, completion_ids, host)
-    return call_with_user_defaults(_rewards_of_call, reward, arguments, len(questions))
+    return reward_arguments(reward, questions, responses, completion_ids, host)
 
 
 def _rewards_of_call(reward: RewardFunction, arguments: Mapping[str, Any], expected: int) -> list[float]:
@@ -91,11 +106,22 @@ def _rewards_of_call(reward: RewardFunction, arguments: Mapping[str, Any], expec
     result: Any = reward(**arguments)
     if inspect.isawaitable(result):
         result = wait_for(result)
-    return _check_rewards(result, expected)
+    return checked_rewards(result, expected)
 
 
-def _check_rewards(result: object, expected: int) -> list[float]:
-    """Convert what a reward function returned to floats, or raise :class:`RewardError`."""
+def checked_rewards(result: object, expected: int) -> list[float]:
+    """Convert what a reward function returned to floats.
+
+    Args:
+        result: What it returned.
+        expected: Number of completions.
+
+    Returns:
+        One float in [0, 1] for each completion; NaN for None.
+
+    Raises:
+        RewardError: If the result has another length, or contains anything but None and numbers in [0, 1].
+    """
     numbers = _as_iterator(result)
     if numbers is None:
         raise RewardError(

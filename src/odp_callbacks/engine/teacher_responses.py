@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from odp_callbacks.engine.config import ProbeConfig
+from odp_callbacks.engine.engines.choice import engine_of_other_policies
+from odp_callbacks.engine.engines.student_engine import prepared_engine
 from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Question, Row
@@ -33,7 +35,7 @@ def sample_teacher_responses(
 
     A distilling teacher only reads the student's responses. Here it writes its own, with the temperature, the length
     and the reward of the student's rollouts, so that both success rates can be compared. The student is afterwards as
-    it was before.
+    it was before. Teachers on the student's base are sampled by the probe's engine, other models by themselves.
 
     Args:
         probe: Has the student, the teachers, the reward function and the configuration.
@@ -55,7 +57,10 @@ def sample_teacher_responses(
     report = progress or (lambda stage, done, total: None)
     questions, config = probe.encode(rows), probe.config
     records: list[TeacherResponse] = []
-    with preserving_training_state(probe.student), closing(Verifier(probe.reward, config.reward_timeout)) as verifier:
+    with (
+        preserving_training_state(probe.student),
+        closing(Verifier(probe.reward, config.reward_timeout, processes=config.reward_processes)) as verifier,
+    ):
         for number, (name, teacher) in enumerate(probe.teachers.items()):
             report("teachers' responses", number, len(probe.teachers))
             sampled = _rollouts(name, teacher, probe, questions, responses, seed, journal)
@@ -79,11 +84,24 @@ def _rollouts(
     asked = [replace(question, prompt_ids=question.teacher_prompt_ids[name]) for question in questions]
     own_tokenizer = getattr(teacher, "tokenizer", None)
     tokenizer = probe.tokenizer if own_tokenizer is None else own_tokenizer
-    with (
-        teacher.policy(probe.student) as (model, parameters),
-        _with_parameters(model, parameters),
-        preserving_training_state(model),
-    ):
+    # The draws are named after the teacher, so that they do not depend on the other teachers.
+    randomness = Randomness(Randomness(seed).key("teacher responses", name))
+    with ExitStack() as stack:
+        model, parameters = stack.enter_context(teacher.policy(probe.student))
+        stack.enter_context(_with_parameters(model, parameters))
+        stack.enter_context(preserving_training_state(model))
+        eos_token_ids = end_tokens(model, tokenizer, config.eos_token_ids)
+        engine = stack.enter_context(
+            prepared_engine(
+                # The engine has the student's base, so that another model has to sample by itself.
+                engine_of_other_policies(probe.engine) if model is probe.student else None,
+                model,
+                [question.prompt_ids for question in asked],
+                max_new_tokens=config.max_new_tokens,
+                stop_token_ids=eos_token_ids,
+                randomness=randomness,
+            )
+        )
         return sample_rollouts(
             model,
             tokenizer,
@@ -91,11 +109,11 @@ def _rollouts(
             per_question=responses,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            eos_token_ids=end_tokens(model, tokenizer, config.eos_token_ids),
-            # The draws are named after the teacher, so that they do not depend on the other teachers.
-            randomness=Randomness(Randomness(seed).key("teacher responses", name)),
+            eos_token_ids=eos_token_ids,
+            randomness=randomness,
             batch_size=config.batch_size,
             journal=journal,
+            engine=engine,
         )
 
 

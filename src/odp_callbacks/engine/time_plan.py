@@ -66,7 +66,7 @@ class TimePlan:
         """
         if not self.deadline.is_finite:
             return None
-        if not self.config.update:
+        if not (self.config.update and self.costs.knows(GAIN)):
             return self.deadline.at_share(ROLLOUT_SHARE)
         share = self._measured_share(prompt_work)
         of_prompts = share * self.config.rollouts * self.costs.predict(GAIN, sum(prompt_work))

@@ -26,11 +26,17 @@ def preserving_training_state(*models: nn.Module) -> Iterator[None]:
     modules run uncompiled: otherwise each of a probe's many shapes would be compiled, and would evict the graphs that
     the training needs. The user's functions run under the defaults of torch that hold outside.
 
+    Autocasting goes on without its cache. The casts that the training has in there stay valid and unseen, and none is
+    added: each backward pass would leave the casts of its own parameters until the outermost block of autocasting ends,
+    and a student whose weights are moved on trial would be read as it was before.
+
     Args:
         *models: The models that the measurement runs.
     """
     with ExitStack() as stack:
         stack.callback(_restore_random_state, _random_state())
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         stack.enter_context(remembering_user_defaults())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

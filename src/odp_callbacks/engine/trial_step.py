@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.engines.choice import engine_of_other_policies
+from odp_callbacks.engine.engines.student_engine import prepared_engine
 from odp_callbacks.engine.probe import Probe
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import sample_rollouts, score_rollouts
@@ -56,7 +58,8 @@ def success_by_question(probe: Probe, questions: Sequence[Question], per_questio
     """Sample the student's responses and return the mean reward of each question, ``(N,)``.
 
     Draws depend on the seed and the question alone. The same seed before and after a step therefore gives responses
-    that differ only where the step changes them, and a narrower interval of the difference.
+    that differ only where the step changes them, and a narrower interval of the difference. The engine of the probe
+    gets the student as it is now, so each call sends the adapter anew.
 
     Args:
         probe: Has the student, its tokenizer, the verifier and the options of sampling.
@@ -68,7 +71,19 @@ def success_by_question(probe: Probe, questions: Sequence[Question], per_questio
         ValueError: If a response got no reward.
     """
     config = probe.config
-    with preserving_training_state(probe.student), closing(Verifier(probe.reward, config.reward_timeout)) as verifier:
+    randomness = Randomness(seed)
+    with (
+        preserving_training_state(probe.student),
+        closing(Verifier(probe.reward, config.reward_timeout, processes=config.reward_processes)) as verifier,
+        prepared_engine(
+            engine_of_other_policies(probe.engine),
+            probe.student,
+            [question.prompt_ids for question in questions],
+            max_new_tokens=config.max_new_tokens,
+            stop_token_ids=probe.eos_token_ids,
+            randomness=randomness,
+        ) as engine,
+    ):
         verifier.host = probe.reward_host
         rollouts = sample_rollouts(
             probe.student,
@@ -78,8 +93,9 @@ def success_by_question(probe: Probe, questions: Sequence[Question], per_questio
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             eos_token_ids=probe.eos_token_ids,
-            randomness=Randomness(seed),
+            randomness=randomness,
             batch_size=config.batch_size,
+            engine=engine,
         )
         rewards = np.array([rollout.reward for rollout in score_rollouts(verifier, rollouts)])
     if np.isnan(rewards).any():

@@ -63,23 +63,24 @@ class UnitCosts:
         self.record(kind, amount, clock() - start)
 
 
-def work_of_sequence(model: nn.Module, length: int) -> float:
-    """The work of one pass of a model over a sequence, relative to a token of a short sequence.
+def work_of_sequences(model: nn.Module, lengths: Sequence[int]) -> list[float]:
+    """The work of a pass of a model over each sequence, relative to a token of a short sequence.
 
     A token costs a product with each parameter, and with the keys and values of half of the positions on average.
 
     Args:
-        model: A causal language model.
-        length: Tokens of the sequence.
+        model: A causal language model, whose sizes are read once.
+        lengths: Tokens of each sequence.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2))
-        >>> round(work_of_sequence(model, 10), 1), round(work_of_sequence(model, 1000), 1)
-        (10.7, 8246.4)
+        >>> [round(work, 1) for work in work_of_sequences(model, [10, 1000])]
+        [10.7, 8246.4]
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return length * (1 + length * layer_sizes(model).hidden * _layer_count(model) / max(1, parameters))
+    parameters = max(1, sum(parameter.numel() for parameter in model.parameters()))
+    hidden, layers = layer_sizes(model).hidden, _layer_count(model)
+    return [length * (1 + length * hidden * layers / parameters) for length in lengths]
 
 
 def _layer_count(model: nn.Module) -> int:

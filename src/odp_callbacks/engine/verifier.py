@@ -1,4 +1,4 @@
-"""Scoring finished responses in another thread while the model goes on sampling.
+"""Scoring finished responses in another thread, or in processes, while the model goes on sampling.
 
 Some verifiers fail outside the main thread without raising an error: one that limits its own time by a signal counts
 every response there as wrong. The verifier therefore first scores some responses in both threads, and stays in the main
@@ -19,17 +19,15 @@ from typing import Any
 import torch
 
 from odp_callbacks.engine.prompts import Question
-from odp_callbacks.engine.rewards import RewardError, RewardFunction, RewardHost, score
+from odp_callbacks.engine.reward_arguments import RewardTimeoutError
+from odp_callbacks.engine.reward_processes import RewardProcesses
+from odp_callbacks.engine.rewards import RewardFunction, RewardHost, call_arguments, checked_rewards, score
 from odp_callbacks.engine.user_defaults import user_dtype_is_set
 
 BATCH_SIZE = 64
 """Maximum number of responses that are scored in one call."""
 Submission = tuple[int, Question, str, Sequence[int]]
 """A response to score: its number, question, text and token ids."""
-
-
-class RewardTimeoutError(RewardError):
-    """One call of the reward function took longer than its timeout."""
 
 
 class _Interrupt(BaseException):
@@ -56,17 +54,21 @@ class Verifier:
     Args:
         reward: A TRL reward function. One with an attribute ``main_thread_only`` that is true is called in this thread.
         timeout: Maximum number of seconds that one call may take; None for no limit.
+        processes: Number of processes that call the function at a time; 0 calls it in this one.
 
     Attributes:
         host: What a trainer passes to reward functions; a callback sets it before each probe.
         threaded: Whether the other thread gives the same rewards; None until that is known.
     """
 
-    def __init__(self, reward: RewardFunction, timeout: float | None = None) -> None:
+    def __init__(self, reward: RewardFunction, timeout: float | None = None, *, processes: int = 0) -> None:
         self.reward = reward
         self.timeout = timeout
         self.host = RewardHost()
+        self._processes = RewardProcesses(reward, processes) if processes else None
         self.threaded: bool | None = False if getattr(reward, "main_thread_only", False) else None
+        if self._processes is not None:
+            self.threaded = True  # it waits there for the processes, each of which calls in its main thread
         self._trial: tuple[_Job, list[float]] | None = None  # with the rewards that are expected
         self._queue: SimpleQueue[_Job | None] | None = None
         self._thread: threading.Thread | None = None
@@ -84,8 +86,23 @@ class Verifier:
         Raises:
             RewardTimeoutError: If the call exceeds the timeout. Only a call in the main thread can be interrupted.
         """
+        if self._processes is not None:
+            return self._score_in_processes(self._processes, questions, completions, completion_ids)
         with _interrupt_after(self.timeout, len(questions)):
             return score(self.reward, questions, completions, completion_ids, self.host)
+
+    def _score_in_processes(self, processes: RewardProcesses, *columns: Sequence[Any]) -> list[float]:
+        """Score in several calls, as many as there are processes; the columns are the arguments of :meth:`score`."""
+        count = len(columns[0])
+        size = max(1, math.ceil(count / processes.count))
+        parts = [[column[first : first + size] for column in columns] for first in range(0, count, size)]
+        calls = [call_arguments(self.reward, part[0], part[1], part[2], self.host) for part in parts]
+        try:
+            results = processes.call(calls, self.timeout)
+        except RewardTimeoutError:
+            raise _timeout_error(self.timeout, size) from None
+        scored = [checked_rewards(result, len(part[0])) for part, result in zip(parts, results, strict=True)]
+        return [reward for rewards in scored for reward in rewards]
 
     def try_thread(self, rewards: Sequence[float], *arguments: Any) -> None:
         """Score responses again in the other thread, to find out whether it gives the same rewards.
@@ -107,6 +124,8 @@ class Verifier:
         if thread is not None:
             # The thread must not draw from the training's random streams after the probe.
             thread.join(self.timeout)
+        if self._processes is not None:
+            self._processes.close()
 
     def _release_thread(self) -> None:
         """Let the thread end after its current work; no later call waits for it."""
@@ -144,6 +163,8 @@ class Verifier:
 
     def _score_job(self, job: _Job) -> list[float]:
         questions, completions, completion_ids = job.arguments
+        if self._processes is not None:
+            return self._score_in_processes(self._processes, questions, completions, completion_ids)
         return score(self.reward, questions, completions, completion_ids, self.host)
 
     def _score_jobs(self, queue: "SimpleQueue[_Job | None]") -> None:
@@ -158,7 +179,7 @@ class Verifier:
     @property
     def uses_thread(self) -> bool:
         """Whether to score in the other thread: all threads share a default dtype, which must be the user's."""
-        return bool(self.threaded) and user_dtype_is_set()
+        return bool(self.threaded) and (self._processes is not None or user_dtype_is_set())
 
     def open(self) -> "Scoring":
         """Start to collect responses that are scored as they finish."""

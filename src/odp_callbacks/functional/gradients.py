@@ -59,15 +59,22 @@ def _active_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every LoRA parameter of an active adapter, by name."""
     from peft.tuners.lora import LoraLayer
 
+    modules = dict(model.named_modules())  # walked once: of a deep model it takes longer than all that follows
     active: set[int] = set()
-    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+    for layer in (module for module in modules.values() if isinstance(module, LoraLayer)):
         for container in (getattr(layer, name) for name in layer.adapter_layer_names):
             for adapter in layer.active_adapters:
                 if adapter in container:
                     content = container[adapter]
                     parameters = [content] if isinstance(content, nn.Parameter) else content.parameters()
                     active.update(id(parameter) for parameter in parameters)
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in active}
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in active:
+                active.remove(id(parameter))  # a shared parameter has its first name
+                found[f"{prefix}.{name}" if prefix else name] = parameter
+    return found
 
 
 def _tied_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, bool]]:

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from odp_callbacks.engine.engines.merged_weights import merged_weights
-from odp_callbacks.engine.engines.saved_adapter import save_adapter
+from odp_callbacks.engine.engines.saved_adapter import adapter_in_use, save_adapter
+from odp_callbacks.engine.teachers import AdapterTeacher, BaseTeacher
 from tests.helpers.models import randomise, tiny, tiny_base
 
 PROMPT = torch.tensor([[1, 6, 7, 8]])
@@ -34,6 +35,28 @@ def test_two_adapters_at_a_time_are_refused(student, tmp_path):
     student.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="`engine` needs a student that uses one adapter"):
         save_adapter(student, tmp_path)
+
+
+def test_while_a_teacher_is_run_on_the_student_its_adapter_is_saved(student, tmp_path):
+    student.add_adapter("other", LoraConfig(r=3, target_modules=["up_proj"]))
+    randomise(student, "other", 0.3, 1).double()
+    with AdapterTeacher("other").policy(student), torch.no_grad():
+        assert adapter_in_use(student) == "other"
+        loaded = PeftModel.from_pretrained(tiny_base(), save_adapter(student, tmp_path))
+        torch.testing.assert_close(loaded(PROMPT).logits, student(PROMPT).logits, rtol=1e-5, atol=1e-5)
+    assert adapter_in_use(student) == "default"
+
+
+def test_without_its_adapter_the_student_is_its_base(student, tmp_path):
+    with BaseTeacher().policy(student):
+        assert adapter_in_use(student) is None
+        with pytest.raises(ValueError, match="but this one uses none"):
+            save_adapter(student, tmp_path)
+        merged = dict(merged_weights(student))
+    base = tiny_base()
+    assert merged
+    assert all(torch.equal(weight, base.state_dict()[name]) for name, weight in merged.items())
+    assert dict(merged_weights(base)).keys() == dict(base.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("every_weight", [False, True])

@@ -16,6 +16,10 @@ from odp_callbacks.engine.engines.student_engine import StudentEngine
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import sample_rollouts
 from odp_callbacks.engine.sampling.randomness import Randomness
+from odp_callbacks.engine.teacher_responses import sample_teacher_responses
+from odp_callbacks.engine.teachers import BaseTeacher, Teacher
+from odp_callbacks.engine.trial_step import success_by_question, trial_step
+from odp_callbacks.functional import lora_parameters
 from tests.helpers.models import EOS, word_tokenizer
 from tests.helpers.vllm import run_program, served_student
 
@@ -49,6 +53,39 @@ def test_the_adapter_of_the_moment_is_the_one_that_is_sampled(engine, vllm_serve
     engine.sync(first, 4)
     assert check_agreement(engine, first, PROMPTS, **CHECK) < 1e-4
     engine.release()
+    assert vllm_server.model_names() == ["student"]
+
+
+def test_without_its_adapter_the_served_base_is_sampled(engine, vllm_server):
+    student = served_student(1)
+    engine.sync(student, 0)
+    with BaseTeacher().policy(student):
+        with pytest.raises(EngineError, match="does not sample from the student"):
+            check_agreement(engine, student, PROMPTS, **CHECK)
+        engine.sync(student, 1)
+        assert check_agreement(engine, student, PROMPTS, **CHECK) < 1e-4
+        assert vllm_server.model_names() == ["student"]
+
+
+def test_a_step_on_trial_and_responses_of_teachers_come_from_the_server(engine, vllm_server):
+    student, rows = served_student(1), [{"prompt": prompt} for prompt in ("a b", "c d", "e f", "f")]
+    teachers = {"base": "base", "hint": Teacher("c {prompt}")}
+
+    def reward(prompts, completions, **columns):
+        return [float("d" in completion.split()) for completion in completions]
+
+    def rates(engine):
+        probe = Probe(student, word_tokenizer(), reward, teachers, engine=engine, max_new_tokens=4, budget=0)
+        responses = sample_teacher_responses(probe, rows, responses=50)
+        of_teachers = [[one.reward for one in responses if one.teacher == name] for name in teachers]
+        size = sum(parameter.numel() for parameter in lora_parameters(student).values())
+        with trial_step(student, torch.ones(size), 8.0):
+            moved = success_by_question(probe, probe.encode(rows), 50, seed=0)
+        return [*map(np.mean, of_teachers), moved.mean()]
+
+    of_server, own = rates(engine), rates("local")
+    assert own[1] - max(own[0], own[2]) > 0.3, "the policies differ"
+    assert np.abs(np.subtract(of_server, own)).max() < 0.18  # 200 draws each: 3.6 standard errors of a difference
     assert vllm_server.model_names() == ["student"]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from odp_callbacks.engine.gradients.chunked_attention import ChunkedAttention
+from odp_callbacks.engine.gradients.tangent_rules import TangentRules
 
 BIAS = torch.randn(1, 4, 7, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 WINDOW = torch.ones(7, 7, dtype=torch.bool).tril().triu(-2)[None, None]
@@ -34,7 +34,7 @@ def test_values_and_tangents_are_those_of_the_plain_kernel(options: dict[str, An
 
     with sdpa_kernel(SDPBackend.MATH):
         expected = torch.func.vmap(both)(*tangents)
-    with ChunkedAttention(numbers):
+    with TangentRules(numbers):
         found = torch.func.vmap(both)(*tangents)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
@@ -42,5 +42,5 @@ def test_values_and_tangents_are_those_of_the_plain_kernel(options: dict[str, An
 
 def test_dropout_is_refused() -> None:
     states = torch.zeros(1, 1, 2, 2)
-    with ChunkedAttention(), pytest.raises(NotImplementedError, match="no dropout"):
+    with TangentRules(), pytest.raises(NotImplementedError, match="no dropout"):
         scaled_dot_product_attention(states, states, states, dropout_p=0.1)

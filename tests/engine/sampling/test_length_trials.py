@@ -11,7 +11,7 @@ from torch import nn
 from odp_callbacks.engine.gradients.logits import node_logits, response_logits
 from odp_callbacks.engine.gradients.random_projection import projected_gram_matrices
 from odp_callbacks.engine.gradients.vjp import node_gram_matrices, summed_vjps
-from odp_callbacks.engine.sampling.backend_selection import BACKENDS, SELECTION, backend_of
+from odp_callbacks.engine.sampling.backend_selection import BACKENDS, SELECTION, backend_of, depends_on_length
 from odp_callbacks.engine.sampling.backends import prefill_rollouts
 from odp_callbacks.engine.sampling.requests import ContinuationRequest
 from odp_callbacks.engine.training_state import preserving_training_state
@@ -153,3 +153,20 @@ def _trial_shapes(model: nn.Module, longest: int) -> list[tuple[int, int]]:
 def test_a_trial_stays_within_the_context() -> None:
     model = tiny("gpt2", max_position_embeddings=20)
     assert max(longest for _, longest in _trial_shapes(model, 18)) == 20
+
+
+def test_whether_logits_depend_on_the_length_is_found_without_a_trial_of_backends() -> None:
+    """A teacher only runs whole sequences."""
+    model = tiny("llama", max_position_embeddings=256)
+    shapes: list[tuple[int, int]] = []
+    stop = count_tokens(model, shapes)
+    assert not depends_on_length(model, 1, 70)
+    assert [length for _, length in shapes if length > 1] == [2, 8, 32, 80]
+    shapes.clear()
+    assert not depends_on_length(model, 3, 80)
+    assert not shapes
+    stop()
+    dynamic = long_student("dynamic")
+    for _ in range(2):
+        assert depends_on_length(dynamic, 1, 60)
+        SELECTION.verdict(dynamic, 1, 60)  # what it finds is used, too

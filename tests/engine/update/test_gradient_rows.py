@@ -114,11 +114,11 @@ def test_a_head_with_lora_of_its_own_belongs_to_the_body() -> None:
 
 
 def test_logits_are_held_for_a_few_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from odp_callbacks.engine.update import batch_directions
+    from odp_callbacks.engine.update import split_model
 
     student = tiny()
     whole, _ = make_gradients(student).rows(make_rollouts(), ADVANTAGES)
-    monkeypatch.setattr(batch_directions, "MAXIMUM_LOGITS", 25)  # two positions of 12 logits
+    monkeypatch.setattr(split_model, "MAXIMUM_LOGITS", 25)  # two positions of 12 logits
     pieces, _ = make_gradients(student).rows(make_rollouts(), ADVANTAGES)
     for name, row in whole.items():
         torch.testing.assert_close(pieces[name], row)

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.prompts import as_questions
 from odp_callbacks.engine.rollouts import Rollout
-from odp_callbacks.engine.update import batches
-from odp_callbacks.engine.update import response_log_probs as module
+from odp_callbacks.engine.update import batches, split_model
 from odp_callbacks.engine.update.response_log_probs import response_log_probs
 from odp_callbacks.engine.update.split_model import SplitModel
 from odp_callbacks.functional import lora_parameters
@@ -36,7 +35,7 @@ def plain(student: nn.Module, rollout: Rollout, temperature: float) -> Tensor:
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_they_are_those_of_single_sequences(family: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "BATCH_TOKENS", {"cpu": 20})
-    monkeypatch.setattr(module, "MAXIMUM_LOGITS", 40)
+    monkeypatch.setattr(split_model, "MAXIMUM_LOGITS", 40)
     student, rollouts = tiny(family), make_rollouts()
     tolerance = 1e-4 if family == "gemma2" else 1e-9  # Gemma's softmax is in float32
     for found, rollout in zip(response_log_probs(SplitModel(student), rollouts, temperature), rollouts, strict=True):

@@ -60,6 +60,24 @@ def as_engine(engine: object) -> SamplingEngine | None:
     )
 
 
+def engine_of_other_policies(engine: SamplingEngine | None) -> SamplingEngine | None:
+    """The engine as far as it can also sample from other policies than the training's.
+
+    These are the student after a step on trial, and a teacher on the student's base. The server of TRL's trainer gets
+    the training's own weights alone: it could not be given them back.
+
+    Returns:
+        The engine; None where the model itself has to sample.
+
+    Examples:
+        >>> engine_of_other_policies(as_engine("http://localhost:8000"))
+        VllmServer('http://localhost:8000')
+    """
+    from odp_callbacks.engine.engines.trl_trainer import TrainerServerEngine
+
+    return None if isinstance(engine, TrainerServerEngine) else engine
+
+
 def check_engine(engine: object) -> None:
     """Raise ``ValueError`` unless an option names an engine; the trainer's may be named before the trainer is known."""
     if engine != TRAINER:

@@ -107,12 +107,12 @@ class CompletionsClient:
         return [answer for answer in answers if answer is not None]
 
     def sample(
-        self, model: str, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]
+        self, model: str | None, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]
     ) -> list[EngineSample]:
         """Sample one response to each prompt.
 
         Args:
-            model: The name under which the server knows the model or adapter.
+            model: The name under which the server knows the model or adapter; None for the model that it serves.
             prompts: Token ids.
             **options: How to sample.
 
@@ -121,7 +121,7 @@ class CompletionsClient:
         """
         bodies = [
             {
-                "model": model,
+                **({} if model is None else {"model": model}),
                 "prompt": list(prompt),
                 "max_tokens": limit,
                 "seed": seed,

@@ -76,10 +76,10 @@ class SamplingEngine(Protocol):
     tolerance: float
 
     def sync(self, student: nn.Module, step: int) -> None:
-        """Take over the student's LoRA adapter as it is now.
+        """Take over the policy that the student has now: its LoRA adapter, or its base while no adapter is active.
 
         Args:
-            student: The student, a model with LoRA.
+            student: The student, usually a model with LoRA.
             step: Distinguishes this adapter from the earlier ones.
 
         Raises:

@@ -16,7 +16,7 @@ def merged_weights(student: nn.Module, *, every_weight: bool = False) -> Iterato
 
     Args:
         student: A model with LoRA.
-        every_weight: Whether to give all other weights of the model, too.
+        every_weight: Whether to give all other weights of the model, too; a model without LoRA gives them anyway.
 
     Yields:
         Names as in the model without LoRA, and weights.
@@ -41,9 +41,10 @@ def merged_weights(student: nn.Module, *, every_weight: bool = False) -> Iterato
             )
         with torch.no_grad():
             merged = copy.deepcopy(layer)
-            merged.merge(adapter_names=layer.active_adapters)
+            if not layer.disable_adapters:
+                merged.merge(adapter_names=layer.active_adapters)
         yield name_in_base(f"{name}.weight"), merged.get_base_layer().weight.detach()
-    if every_weight:
+    if every_weight or not layers:
         merged_names = {name_in_base(f"{name}.weight") for name in layers}
         inner = tuple(f"{name}." for name in layers)
         for name, parameter in student.named_parameters():

@@ -41,7 +41,7 @@ class NamedAdapter:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def save_adapter(student: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save_adapter(student: Any, folder: str | os.PathLike[str]) -> Path:
     """Save the adapter that a student uses at the moment, in peft's format.
 
     Args:
@@ -57,7 +57,13 @@ def save_adapter(student: nn.Module, folder: str | os.PathLike[str]) -> Path:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    name, configuration = active_adapter(student)
+    name = adapter_in_use(student)
+    configurations = getattr(student, "peft_config", None) or {}
+    if name not in configurations:
+        raise ValueError(
+            f"`engine` needs a student that uses one adapter, but this one uses {name or 'none'} of "
+            f"{sorted(configurations)}; give a model of peft, or leave `engine` out."
+        )
     path = Path(folder).resolve()
     weights = get_peft_model_state_dict(student, adapter_name=name, save_embedding_layers=False)
     named = {key if key.startswith(PREFIX) else PREFIX + key: value for key, value in weights.items()}
@@ -66,25 +72,32 @@ def save_adapter(student: nn.Module, folder: str | os.PathLike[str]) -> Path:
     named = {key: value.float() if value.element_size() > 4 else value for key, value in named.items()}
     save_file(named, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
     options = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in configuration.to_dict().items()
+        key: sorted(value) if isinstance(value, set) else value for key, value in configurations[name].to_dict().items()
     }
     options["inference_mode"] = True
     (path / "adapter_config.json").write_text(json.dumps(options, default=str, indent=1), encoding="utf-8")
     return path
 
 
-def active_adapter(student: Any) -> tuple[str, Any]:
-    """Name and configuration of the adapter that a student uses.
+def adapter_in_use(student: nn.Module) -> str | None:
+    """Name of the adapter that a student computes with; None for a model that computes without one.
+
+    The layers tell it: while a teacher is run on the student, they may use another adapter than peft's model says.
 
     Raises:
-        ValueError: If it does not use exactly one.
+        ValueError: If there are several.
+
+    Examples:
+        >>> adapter_in_use(nn.Linear(1, 1)) is None
+        True
     """
-    configurations = getattr(student, "peft_config", None) or {}
-    active = getattr(student, "active_adapters", [])
-    names = list(active() if callable(active) else active)
-    if len(names) != 1 or names[0] not in configurations:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in student.modules() if isinstance(module, BaseTunerLayer)]
+    names = sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
+    if len(names) > 1:
         raise ValueError(
-            f"`engine` needs a student that uses one adapter, but this one uses {names or 'none'}; call "
+            f"`engine` needs a student that uses one adapter, but this one uses {names}; call "
             "`student.set_adapter(name)`, or leave `engine` out."
         )
-    return names[0], configurations[names[0]]
+    return names[0] if names else None

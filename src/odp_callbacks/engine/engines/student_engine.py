@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -61,8 +62,40 @@ class StudentEngine:
 
 
 @contextmanager
+def prepared_engine(
+    engine: SamplingEngine | None,
+    student: nn.Module,
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    randomness: Randomness,
+) -> Iterator[StudentEngine | None]:
+    """The engine with a student's policy of the moment, for sampling beside a probe; it gives that back at the end.
+
+    Args:
+        engine: The engine; None where the model itself samples, and then nothing is done.
+        student: The student, in evaluation mode, with the weights and the adapter that shall be sampled from.
+        prompts: ``(P,)`` int64 each; a few tell whether the engine samples from this policy.
+        max_new_tokens: The largest number of tokens that a response may have.
+        stop_token_ids: Tokens that end a response.
+        randomness: The source of all random draws.
+
+    Raises:
+        EngineError: If the engine does not sample from the student.
+    """
+    with engine_of_run(engine, student, step=0) as own:
+        if own is not None:
+            own.prepare(prompts, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, randomness=randomness)
+        yield own
+
+
+@contextmanager
 def engine_of_run(engine: SamplingEngine | None, student: nn.Module, step: int) -> Iterator[StudentEngine | None]:
     """The engine for one run of a probe; it gives back what it took at the end, whatever happens.
+
+    An engine on the same device (one with a true ``is_colocated``) also finds the memory free that torch has kept for
+    the probe's tensors.
 
     Args:
         engine: The engine; None where the student's own model samples.
@@ -81,3 +114,5 @@ def engine_of_run(engine: SamplingEngine | None, student: nn.Module, step: int) 
         yield StudentEngine(engine, student, step)
     finally:
         engine.release()
+        if getattr(engine, "is_colocated", False):
+            torch.cuda.empty_cache()  # does nothing where no GPU is used

@@ -65,7 +65,10 @@ class ColocatedEngine:
 
     Attributes:
         name: ``"vLLM of the trainer"``.
+        is_colocated: It is on the student's device.
     """
+
+    is_colocated = True
 
     def __init__(self, holder: Any, *, tolerance: float = TOLERANCE) -> None:
         self.holder, self.llm, self.tolerance = holder, holder.llm, tolerance
@@ -89,6 +92,7 @@ class ColocatedEngine:
                 self.llm.llm_engine.is_sleeping()
             )
             if self._was_sleeping:
+                torch.cuda.empty_cache()  # it takes its memory from the device, beside what torch keeps
                 self.llm.wake_up()
             else:
                 self._kept = self._copies([name for name, _ in merged_weights(student)])

@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from odp_callbacks.engine.engines.interface import TOLERANCE, UNFINISHED, EngineError, EngineSample, SamplingOptions
-from odp_callbacks.engine.engines.saved_adapter import NamedAdapter
+from odp_callbacks.engine.engines.saved_adapter import NamedAdapter, adapter_in_use
 
 
 class VllmInProcess:
@@ -23,20 +23,30 @@ class VllmInProcess:
 
     Attributes:
         name: ``"vllm.LLM"``.
+        is_colocated: It is on the student's device.
     """
+
+    is_colocated = True
 
     def __init__(self, llm: Any, *, tolerance: float = TOLERANCE) -> None:
         self.llm, self.tolerance = llm, tolerance
         self.name = "vllm.LLM"
         self._adapter: Any = None
+        self._is_base = False
         self._saved: NamedAdapter | None = None
         self._count = 0
 
     def sync(self, student: nn.Module, step: int) -> None:
-        """Save the student's adapter; the engine loads it under a new name with the first request."""
+        """Save the student's adapter; the engine loads it under a new name with the first request.
+
+        A model that computes without an adapter is the engine's own.
+        """
+        self.release()
+        if adapter_in_use(student) is None:
+            self._is_base = True
+            return
         from vllm.lora.request import LoRARequest
 
-        self.release()
         self._count += 1
         self._saved = NamedAdapter(student, step)
         # vLLM tells adapters apart by their numbers, too; the user's own ones are small.
@@ -46,13 +56,13 @@ class VllmInProcess:
 
     def sample(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[EngineSample]:
         """Sample one response to each prompt from the adapter that was saved last."""
-        if self._adapter is None:
+        if self._adapter is None and not self._is_base:
             raise EngineError(f"`engine` ({self.name}) has no adapter; call `sync` first.")
         return sample_with_llm(self.llm, self.name, self._adapter, prompts, **options)
 
     def release(self) -> None:
         """Unload the adapter, and remove its folder."""
-        adapter, self._adapter = self._adapter, None
+        adapter, self._adapter, self._is_base = self._adapter, None, False
         saved, self._saved = self._saved, None
         with suppress(Exception):  # what made the engine fail was said before, or will be at the next probe
             if adapter is not None:

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from odp_callbacks.engine.engines.completions_client import CompletionsClient
 from odp_callbacks.engine.engines.interface import TOLERANCE, EngineError, EngineSample, SamplingOptions
-from odp_callbacks.engine.engines.saved_adapter import NamedAdapter
+from odp_callbacks.engine.engines.saved_adapter import NamedAdapter, adapter_in_use
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable that holds the key of the server, the same that vLLM reads."""
@@ -59,15 +59,21 @@ class VllmServer:
         self.tolerance = tolerance
         self.folder = None if folder is None else os.fspath(folder)
         self._adapter: NamedAdapter | None = None
-        self._is_loaded = False
+        self._is_loaded = self._is_base = False
 
     def __repr__(self) -> str:
         """The address alone: records keep it, and a key must not be in there."""
         return f"VllmServer({self.name!r})"
 
     def sync(self, student: nn.Module, step: int) -> None:
-        """Save the student's adapter, and load it under a new name; the one before is unloaded."""
+        """Save the student's adapter, and load it under a new name; the one before is unloaded.
+
+        A model that computes without an adapter is the one that the server serves.
+        """
         self.release()
+        if adapter_in_use(student) is None:
+            self._is_base = True
+            return
         self._adapter = adapter = NamedAdapter(student, step, self.folder)
         adapter.path.chmod(0o755)  # the server may run as another user
         try:
@@ -85,6 +91,8 @@ class VllmServer:
 
     def sample(self, prompts: Sequence[Sequence[int]], **options: Unpack[SamplingOptions]) -> list[EngineSample]:
         """Sample one response to each prompt from the adapter that was loaded last."""
+        if self._is_base:
+            return self.client.sample(None, prompts, **options)
         if self._adapter is None or not self._is_loaded:
             raise EngineError(f"`engine` ({self.name}) has no adapter; call `sync` first.")
         return self.client.sample(self._adapter.name, prompts, **options)
@@ -92,7 +100,7 @@ class VllmServer:
     def release(self) -> None:
         """Unload the adapter, and remove its folder; a server that is gone has nothing to unload."""
         adapter, was_loaded = self._adapter, self._is_loaded
-        self._adapter, self._is_loaded = None, False
+        self._adapter, self._is_loaded, self._is_base = None, False, False
         if adapter is None:
             return
         try:

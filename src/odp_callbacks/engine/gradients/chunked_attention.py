@@ -4,47 +4,33 @@ Forward-mode derivatives exist for the plain kernel only. It holds the scores of
 tangents. For a chunk of queries they grow linearly with the length of the sequence.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 CHUNK_NUMBERS = 2**22
-"""Scores that are held at a time, at most, for each direction; a single query may have more."""
+"""Scores that are held at a time, at most, for each direction, on a CPU; a single query may have more."""
+CHUNK_NUMBERS_ELSEWHERE = 2**25
+"""The same on another device that has the memory: it is idle between the operators of small chunks."""
+BYTES_OF_SCORE = 512
+"""What a score takes in all directions of a pass, by an estimate that leaves room for all else."""
 
 
-class ChunkedAttention(TorchFunctionMode):
-    """Within the block, scaled dot product attention is computed for a chunk of queries at a time.
+def numbers_at_a_time(device: torch.device, memory: int) -> int:
+    """How many scores are held at a time for each direction, at most.
 
     Args:
-        numbers: Scores that are held at a time, at most.
+        device: Where they are.
+        memory: What a pass may use there, in bytes.
 
     Examples:
-        >>> query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
-        >>> attend = nn.functional.scaled_dot_product_attention
-        >>> with ChunkedAttention(numbers=10):
-        ...     chunked = attend(query, key, value, is_causal=True)
-        >>> torch.allclose(chunked, attend(query, key, value, is_causal=True), atol=1e-6)
+        >>> numbers_at_a_time(torch.device("cpu"), 2**40) == CHUNK_NUMBERS
+        True
+        >>> numbers_at_a_time(torch.device("cuda"), 2**40) == CHUNK_NUMBERS_ELSEWHERE
         True
     """
-
-    def __init__(self, numbers: int = CHUNK_NUMBERS) -> None:
-        super().__init__()
-        self.numbers = numbers
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Replace the one function, and call all others."""
-        if func is nn.functional.scaled_dot_product_attention:
-            return chunked_attention(self.numbers, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    if device.type == "cpu":
+        return CHUNK_NUMBERS
+    return max(CHUNK_NUMBERS, min(CHUNK_NUMBERS_ELSEWHERE, memory // BYTES_OF_SCORE))
 
 
 def chunked_attention(
@@ -73,6 +59,13 @@ def chunked_attention(
 
     Returns:
         ``(..., A, T, E)``.
+
+    Examples:
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
+        >>> chunked = chunked_attention(10, query, key, value, is_causal=True)
+        >>> whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        >>> torch.allclose(chunked, whole, atol=1e-6)
+        True
     """
     if dropout_p:
         raise NotImplementedError("attention in chunks has no dropout")

@@ -106,7 +106,10 @@ def _try(student: nn.Module) -> GraphVerdict:
         given = direction.clone()
         options = {"retain_graph": retain, "materialize_grads": True, "allow_unused": True}
         gradients = torch.autograd.grad(logits, list(parameters.values()), given, **options)
-        return torch.cat([gradient.flatten().double().cpu() for gradient in gradients])
+        rows = [gradient.flatten() for gradient in gradients]
+        if len({row.device for row in rows}) > 1:  # a student in parts on several devices
+            rows = [row.cpu() for row in rows]
+        return torch.cat(rows).cpu().double()
 
     logits = run()
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)

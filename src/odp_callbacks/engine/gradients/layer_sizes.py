@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from odp_callbacks.engine.module_attributes import module_attribute
+
 COMMON_HEAD_SIZE = 64
 """Features of an attention head where its module does not say it."""
 
@@ -71,23 +73,25 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
     """Features that a linear layer reads and writes; None for other modules."""
-    input_size, output_size = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    input_size, output_size = module_attribute(module, "in_features"), module_attribute(module, "out_features")
     if isinstance(input_size, int) and isinstance(output_size, int):
         return input_size, output_size
-    output_size = getattr(module, "nf", None)  # transformers' Conv1D, whose weight is transposed
-    weight = getattr(module, "weight", None)
+    output_size = module_attribute(module, "nf")  # transformers' Conv1D, whose weight is transposed
+    weight = module_attribute(module, "weight")
     return (int(weight.shape[0]), output_size) if isinstance(output_size, int) and weight is not None else None
 
 
-def _head_count(module: Any) -> int:
+def _head_count(module: nn.Module) -> int:
     """Query heads of an attention module; 0 for other modules."""
     for name in ("num_heads", "num_attention_heads", "n_head", "n_heads"):
-        if isinstance(count := getattr(module, name, None), int):
+        if isinstance(count := module_attribute(module, name), int):
             return count
-    head_size = getattr(module, "head_dim", None)
+    head_size = module_attribute(module, "head_dim")
+    if not isinstance(head_size, int) or head_size <= 0:
+        return 0
     for name in ("q_proj", "q_b_proj", "o_proj", "qkv_proj"):
-        projection = getattr(module, name, None)
+        projection = module_attribute(module, name)
         size = getattr(projection, "in_features" if name == "o_proj" else "out_features", None)
-        if isinstance(head_size, int) and head_size > 0 and isinstance(size, int):
+        if isinstance(size, int):
             return size // head_size
     return 0

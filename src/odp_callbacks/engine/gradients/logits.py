@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from odp_callbacks.engine.attention_plans import without_attention_plans
+from odp_callbacks.engine.gradients.float32_head import float32_head
 from odp_callbacks.engine.sampling.backend_selection import BACKENDS, backend_of, depends_on_length, independent_groups
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
 from odp_callbacks.engine.sampling.prefix_cache import extend_prefix_cache, prefill
@@ -13,6 +15,7 @@ from odp_callbacks.engine.sampling.rotary_state import dynamic_rotaries, forget_
 from odp_callbacks.functional.gradients import logits_at
 
 
+@without_attention_plans()
 def node_logits(
     model: nn.Module,
     sequences: Sequence[Tensor],
@@ -98,7 +101,8 @@ def response_logits(
     """Logits at chosen depths of responses; the keys and values of equal prompts are computed once.
 
     The logits of the student and of every teacher are computed by this function, so those of a teacher that equals
-    the student are bit-identical to the student's.
+    the student are bit-identical to the student's. The head's product is computed in float32 at least
+    (:func:`~odp_callbacks.engine.gradients.float32_head.float32_head`).
 
     Args:
         model: Causal language model, in the mode that the caller wants.
@@ -129,12 +133,14 @@ def response_logits(
         )
         prompt_of_response = [prompt_indices[tuple(prompt.tolist())] for prompt in prompts]
         extensions = [torch.cat([prompt[-1:], prefix]) for prompt, prefix in zip(prompts, prefixes, strict=True)]
-        return extend_prefix_cache(model, prompt_cache, extensions, prompt_of_response, depths, parameters)[1]
+        with float32_head(model):
+            return extend_prefix_cache(model, prompt_cache, extensions, prompt_of_response, depths, parameters)[1]
     sequences = [torch.cat([prompt, prefix]) for prompt, prefix in zip(prompts, prefixes, strict=True)]
     positions = [
         [len(prompt) - 1 + depth for depth in of_response] for prompt, of_response in zip(prompts, depths, strict=True)
     ]
-    return node_logits(model, sequences, positions, parameters)
+    with float32_head(model):
+        return node_logits(model, sequences, positions, parameters)
 
 
 def _batches(positions: Sequence[Sequence[int]], vocabulary: int, max_elements: int) -> Iterator[tuple[int, int]]:

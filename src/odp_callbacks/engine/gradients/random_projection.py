@@ -20,7 +20,7 @@ from odp_callbacks.engine.gradients.recomputed_vjp import on_hidden_states
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
 from odp_callbacks.engine.sampling.randomness import Randomness
-from odp_callbacks.engine.update.forward_mode import tangents_in_memory, tangents_of_states
+from odp_callbacks.engine.update.forward_mode import TangentMemory, tangents_of_states
 from odp_callbacks.engine.update.split_model import SplitModel, head_has_lora
 from odp_callbacks.functional.gradients import lora_parameters
 
@@ -89,14 +89,16 @@ def projected_gram_matrices(
             _scaled_on_states(split, hidden[node : node + 1], own, parameters) for node, own in enumerate(cotangents)
         ]
         length = max(positions) + 1
-        at_a_time = min(tangents_in_memory(model, length, max_memory_bytes), useful_directions(model, length))
+        memory = TangentMemory.of(model, parameters)
+        at_a_time = min(memory.directions(length, max_memory_bytes), useful_directions(model, length))
+        scores = memory.scores(max_memory_bytes)
         sketch_parts: list[list[Tensor]] = [[] for _ in cotangents]
         for first in range(0, projections, at_a_time):
             tangents = _random_signs(parameters, min(at_a_time, projections - first), generator)
             if square_roots is not None:
                 # The product of a scaled gradient with signs is that of the gradient with scaled signs.
                 tangents = {name: signs * square_roots[name].to(signs) for name, signs in tangents.items()}
-            products = tangents_of_states(states, model, parameters, tangents)  # (k, N, H)
+            products = tangents_of_states(states, model, parameters, tangents, scores=scores)  # (k, N, H)
             for node, (on_states, scales) in enumerate(of_nodes):
                 coordinates = on_states.double() @ products[:, node].double().mT  # (C, k)
                 sketch_parts[node].append(coordinates * scales.to(coordinates)[:, None])

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.attention_plans import without_attention_plans
 from odp_callbacks.engine.gradients.gram_matrices import (
     NodeGrams,
     ScaledDirections,
@@ -47,7 +48,7 @@ def differentiable_states(
     split = SplitModel(model, split=not head_has_lora(model))
     layout = layout_of_sequences([input_ids[: max(positions) + 1]], [positions])
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in lora_parameters(model).items()}
-    with torch.inference_mode(False), torch.enable_grad():
+    with without_attention_plans(), torch.inference_mode(False), torch.enable_grad():
         tape = LayerTape(model, lambda: split.run(layout, leaves), leaves, fresh_graphs=fresh_graphs)
         yield split, leaves, tape
 

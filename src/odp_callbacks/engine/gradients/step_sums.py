@@ -5,16 +5,16 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from odp_callbacks.engine.sampling.randomness import random_bits
 from odp_callbacks.engine.tree.continuation_tree import BranchOutcomes
 from odp_callbacks.records import NodeRecord, StepSums, step_sums
 
-SKETCH_BITS = 16
-SKETCH_LENGTH = 2**SKETCH_BITS
-"""Vectors longer than this are sketched to this length."""
+SKETCH_LENGTH = 2**16
+"""Vectors longer than this are sketched to this length, a power of two."""
 CHUNK_LENGTH = 2**20
-"""Parameters that are sketched at a time."""
+"""Parameters that are sketched at a time, a multiple of the sketch's length."""
 
 
 class StepAccumulator:
@@ -83,6 +83,9 @@ class StepAccumulator:
 def count_sketch(vectors: Tensor) -> Tensor:
     """Add each number, with a random sign, to one of :data:`SKETCH_LENGTH` numbers; both depend on its place alone.
 
+    The numbers are shuffled in blocks of that length, and the blocks are added. So those of one block never meet, two
+    of different blocks meet with the probability of a count sketch, and nothing depends on the order of additions.
+
     Args:
         vectors: ``(D, P)`` float32, on any device.
 
@@ -94,15 +97,20 @@ def count_sketch(vectors: Tensor) -> Tensor:
         >>> sketches.shape, (sketches @ sketches.T).tolist()
         (torch.Size([2, 65536]), [[1.0, 0.0], [0.0, 1.0]])
     """
-    # An accelerator adds in any order; in float64 that does not show.
-    dtype = torch.float64 if vectors.device.type == "cuda" else torch.float32
-    sketch = torch.zeros(len(vectors), SKETCH_LENGTH, dtype=dtype, device=vectors.device)
-    for start in range(0, vectors.shape[1], CHUNK_LENGTH):
-        chunk = vectors[:, start : start + CHUNK_LENGTH]
-        bits = random_bits(torch.arange(start, start + chunk.shape[1], device=vectors.device))
-        signs = 1 - 2 * (bits >> SKETCH_BITS & 1)
-        sketch.index_add_(1, bits & (SKETCH_LENGTH - 1), (chunk * signs).to(dtype))
-    return sketch.float()
+    device, mask = vectors.device, SKETCH_LENGTH - 1
+    sketch = torch.zeros(len(vectors), SKETCH_LENGTH, device=device)
+    places = torch.arange(SKETCH_LENGTH, device=device)
+    for first in range(0, vectors.shape[1], CHUNK_LENGTH):
+        chunk = vectors[:, first : first + CHUNK_LENGTH]
+        blocks = torch.arange(-(-chunk.shape[1] // SKETCH_LENGTH), device=device)
+        signs = 1 - 2 * (random_bits(torch.arange(first, first + chunk.shape[1], device=device)) & 1)
+        padded = functional.pad(chunk * signs, (0, len(blocks) * SKETCH_LENGTH - chunk.shape[1]))
+        # A product with an odd number, and a sum, permute the numbers below a power of two.
+        bits = random_bits(-1 - first // SKETCH_LENGTH - blocks)[:, None]  # negative: no place of a number
+        order = (places * (bits | 1) + (bits >> 32)) & mask  # (b, L)
+        shuffled = padded.view(len(vectors), len(blocks), -1).gather(2, order.expand(len(vectors), -1, -1))
+        sketch += shuffled.sum(dim=1)
+    return sketch
 
 
 def half_coefficients(record: NodeRecord, outcomes: list[BranchOutcomes]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from odp_callbacks.analysis.paper.prefix_tree import Ancestors, OwnPath, check_counting
 from odp_callbacks.engine.config import ProbeConfig, check_option_names
+from odp_callbacks.engine.engines.interface import SamplingEngine
 
 PUBLISHED = {
     "rollouts_per_question": ("G, the rollouts of a question,", 200),
@@ -30,6 +31,8 @@ SHARED = (
     "batch_size",
     "max_memory_bytes",
     "reward_timeout",
+    "reward_processes",
+    "engine",
 )
 """Options with the meaning and the checks that they have in :class:`~odp_callbacks.engine.config.ProbeConfig`."""
 COUNTS = ("rollouts_per_question", "enriched_visits", "minimum_visits", "first_window", "paths_per_class")
@@ -72,6 +75,9 @@ class PaperConfig:
         max_memory_bytes: Maximum number of bytes that continuations may take at a time. None allows half of what is
             free.
         reward_timeout: Maximum number of seconds that one call of the reward function may take; None sets no limit.
+        reward_processes: Number of processes in which the reward function is called, as in
+            :class:`~odp_callbacks.engine.config.ProbeConfig`.
+        engine: What samples, as in :class:`~odp_callbacks.engine.config.ProbeConfig`.
 
     Raises:
         ValueError: If an option is out of range; the message says what would work.
@@ -102,6 +108,8 @@ class PaperConfig:
     batch_size: int = 256
     max_memory_bytes: float | None = None
     reward_timeout: float | None = 120.0
+    reward_processes: int = 0
+    engine: SamplingEngine | str = "local"
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -12,6 +12,7 @@ from torch import nn
 from odp_callbacks.analysis.paper.prefix_tree import Children, PrefixTree, TreeResponse, prefix_tree
 from odp_callbacks.analysis.paper.records import PaperRecord, PathRecord, QuestionRecord
 from odp_callbacks.analysis.paper.representative_paths import representative_paths
+from odp_callbacks.engine.engines.student_engine import StudentEngine
 from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.paper.config import PaperConfig
 from odp_callbacks.engine.paper.path_policies import PathPolicies, PathReader
@@ -60,6 +61,7 @@ class PaperMeasurement:
         seed: Seed of everything random.
         timer: Times the stages and reports their progress.
         journal: Stores rollouts as they finish.
+        engine: Samples in place of the student's own model; None: that model does.
     """
 
     student: nn.Module
@@ -71,6 +73,7 @@ class PaperMeasurement:
     seed: int
     timer: StageTimer
     journal: Journal | None = None
+    engine: StudentEngine | None = None
 
     @property
     def randomness(self) -> Randomness:
@@ -96,7 +99,16 @@ class PaperMeasurement:
             self.eos_token_ids,
             self.randomness,
             self.journal,
+            self.engine,
         )
+        if self.engine is not None:
+            with self.timer.stage("engine", 1):
+                self.engine.prepare(
+                    [question.prompt_ids for question in questions],
+                    max_new_tokens=self.config.max_new_tokens,
+                    stop_token_ids=self.eos_token_ids,
+                    randomness=self.randomness,
+                )
         records: list[QuestionRecord] = []
         left_out: Counter[str] = Counter()
         rollout_tokens = 0
@@ -133,6 +145,7 @@ class PaperMeasurement:
                 randomness=self.randomness,
                 batch_size=config.batch_size,
                 journal=self.journal,
+                engine=self.engine,
             )
         with self.timer.stage("verifier", len(rollouts)):
             rollouts = score_rollouts(self.verifier, rollouts)

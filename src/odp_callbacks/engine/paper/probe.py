@@ -10,6 +10,8 @@ from torch import nn
 
 from odp_callbacks.analysis.paper.records import PaperRecord
 from odp_callbacks.engine.chat_template import ChatTemplate
+from odp_callbacks.engine.engines.choice import as_engine
+from odp_callbacks.engine.engines.student_engine import engine_of_run
 from odp_callbacks.engine.journal import Journal
 from odp_callbacks.engine.paper.config import PaperConfig, resolve_paper_config
 from odp_callbacks.engine.paper.measurement import PaperMeasurement
@@ -66,8 +68,9 @@ class PaperProbe:
         self.teachers: dict[str, Teacher] = as_teachers(teachers)
         for teacher in self.teachers.values():
             teacher.check(student, tokenizer)
+        self._engine, self._run_count = as_engine(self.config.engine), 0
         self.eos_token_ids = end_tokens(student, tokenizer, self.config.eos_token_ids)
-        self._verifier = Verifier(reward, self.config.reward_timeout)
+        self._verifier = Verifier(reward, self.config.reward_timeout, processes=self.config.reward_processes)
         self._encoder = QuestionEncoder(
             student,
             tokenizer,
@@ -100,9 +103,15 @@ class PaperProbe:
                 rows and student.
 
         Raises:
-            ValueError: If no row can be used.
+            EngineError: If the engine does not sample from the student.
+        ValueError: If no row can be used.
         """
-        with preserving_training_state(self.student), closing(self._verifier):
+        self._run_count += 1
+        with (
+            preserving_training_state(self.student),
+            closing(self._verifier),
+            engine_of_run(self._engine, self.student, self._run_count) as engine,
+        ):
             usable = self._encoder.encode_usable(rows, ids, ValueError)
             if usable.complaint:
                 warnings.warn(usable.complaint, stacklevel=2)
@@ -116,6 +125,7 @@ class PaperProbe:
                 seed,
                 StageTimer(progress),
                 journal,
+                engine,
             ).run(usable.questions)
         unusable = {"unusable row": len(usable.errors)} if usable.errors else {}
         return replace(record, left_out={**record.left_out, **unusable})

@@ -11,6 +11,7 @@ from torch import nn
 from odp_callbacks.analysis.paper.depth_windows import ranked_depths
 from odp_callbacks.analysis.paper.enrichment import missing_visits
 from odp_callbacks.analysis.paper.prefix_tree import PrefixTree, TreeResponse
+from odp_callbacks.engine.engines.student_engine import StudentEngine
 from odp_callbacks.engine.journal import Journal, sample_unless_stored
 from odp_callbacks.engine.paper.config import PaperConfig
 from odp_callbacks.engine.paper.path_policies import PathPolicies
@@ -129,6 +130,7 @@ class TargetedSampler:
         eos_token_ids: Tokens that end a response.
         randomness: Random draws; those of a rollout depend on its question, prefix, token and number only.
         journal: Stores rollouts as they finish.
+        engine: Samples in place of the student's own model; None: that model does.
         cost: What has been sampled so far.
     """
 
@@ -139,6 +141,7 @@ class TargetedSampler:
     eos_token_ids: Sequence[int]
     randomness: Randomness
     journal: Journal | None = None
+    engine: StudentEngine | None = None
     cost: TargetedCost = field(default_factory=TargetedCost)
 
     def sample(
@@ -237,6 +240,7 @@ class TargetedSampler:
                 ],
                 [index for index, of_question in enumerate(paths) for _ in of_question],
                 max_new_tokens=config.max_new_tokens,
+                engine=self.engine,
             )
             return sample_continuations(
                 self.student,

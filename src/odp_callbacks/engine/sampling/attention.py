@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.module_attributes import module_attribute
 from odp_callbacks.engine.sampling.fused_kernels import fused_attention
 from odp_callbacks.engine.sampling.shared_prefix import SharedPrefixView
 
@@ -225,7 +226,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], sink_scores: Tensor | None = N
 def model_configs(model: nn.Module) -> list[Any]:
     """Collect the configurations that modules of ``model`` read; for a model with several parts, also its text's."""
     configs: dict[int, Any] = {}
-    for config in (module.config for module in model.modules() if hasattr(module, "config")):
+    found = (module_attribute(module, "config") for module in model.modules())
+    for config in (config for config in found if config is not None):
         for part in (config, getattr(config, "get_text_config", lambda config=config: config)()):
             configs[id(part)] = part
     return list(configs.values())

@@ -30,6 +30,7 @@ class BackendSelection:
     def __init__(self) -> None:
         self._short_trials: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
         self._verdicts: WeakKeyDictionary[nn.Module, LengthVerdicts] = WeakKeyDictionary()
+        self._independence: WeakKeyDictionary[nn.Module, LengthVerdicts] = WeakKeyDictionary()
         self._warned: WeakSet[nn.Module] = WeakSet()
 
     def verdict(self, model: nn.Module, shortest: int, longest: int) -> LengthVerdict:
@@ -63,6 +64,35 @@ class BackendSelection:
                 known = self._try_lengths(model, shortest, longest)
                 verdicts.found.append(known)
         return known
+
+    def is_independent(self, model: nn.Module, shortest: int, longest: int) -> bool:
+        """Whether logits depend only on the tokens before them, between these lengths of a forward pass.
+
+        No backend is tried for it: most teachers, and the student of an update, only run whole sequences.
+
+        Args:
+            model: Causal language model, in evaluation mode.
+            shortest: The smallest number of tokens in a forward pass.
+            longest: The largest.
+
+        Raises:
+            ValueError: If the model's logits are not as wide as its vocabulary.
+        """
+        shortest, longest = max(1, min(shortest, longest)), max(1, longest)
+        own = self._independence.setdefault(model, LengthVerdicts())
+        for verdicts in (self._verdicts.get(model, LengthVerdicts()), own):
+            if (known := verdicts.covering(shortest, longest)) is not None:
+                return known.independent
+            if verdicts.ruling_out(shortest, longest) is not None:
+                return False
+        with preserving_rotary_state(model), torch.inference_mode(False):
+            check_logit_width(model)
+            if all(verdict.independent for verdict in own.found):
+                own.found.append(_try_independence(model, 1, _longest_allowed(model, rounded_up(longest))))
+            if (known := own.covering(shortest, longest)) is None:
+                known = _try_independence(model, shortest, longest)
+                own.found.append(known)
+        return known.independent
 
     def _try_lengths(self, model: nn.Module, shortest: int, longest: int) -> LengthVerdict:
         """Try ``model`` at these lengths."""
@@ -98,6 +128,7 @@ class BackendSelection:
         """Forget all models."""
         self._short_trials.clear()
         self._verdicts.clear()
+        self._independence.clear()
         self._warned.clear()
 
 
@@ -127,7 +158,7 @@ def depends_on_length(model: nn.Module, shortest: int, longest: int) -> bool:
         shortest: The smallest number of tokens in a forward pass.
         longest: The largest. No model is known to change at so few tokens as the shortest trial has.
     """
-    return longest > SHORTEST_TRIAL and not SELECTION.verdict(model, shortest, longest).independent
+    return longest > SHORTEST_TRIAL and not SELECTION.is_independent(model, shortest, longest)
 
 
 def independent_groups(model: nn.Module, lengths: Sequence[int]) -> list[list[int]]:
@@ -153,6 +184,16 @@ def independent_groups(model: nn.Module, lengths: Sequence[int]) -> list[list[in
         else:
             groups.append([index])
     return groups
+
+
+def _try_independence(model: nn.Module, shortest: int, longest: int) -> LengthVerdict:
+    """Try whether the logits of a model depend on the length, and no backend."""
+    with exact_arithmetic(model):
+        try:
+            check_independence(model, shortest, longest)
+        except ArithmeticError as error:
+            return LengthVerdict(shortest, longest, False, FULL_FORWARD, False, str(error))
+    return LengthVerdict(shortest, longest, True, FULL_FORWARD, False)
 
 
 def _short_trials(model: nn.Module) -> dict[str, Callable[[], None]]:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.module_attributes import module_attribute
 from odp_callbacks.engine.replaced_forward import replaced_forward
 from odp_callbacks.engine.sampling.memory import free_bytes
 
@@ -37,10 +39,12 @@ def exact_arithmetic(model: nn.Module) -> Iterator[None]:
 
 def computes_exactly(model: nn.Module) -> bool:
     """Whether ``model`` computes in float32 at least, now."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors if tensor.device.type != "meta"):
-        return False
-    return not _is_quantised(model) and not any(tensor.dtype in HALF_PRECISION for tensor in tensors)
+    devices: set[str] = set()
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.dtype in HALF_PRECISION:
+            return False  # most of the answers, without looking at a thousand other tensors
+        devices.add(tensor.device.type)
+    return not any(torch.is_autocast_enabled(device) for device in devices - {"meta"}) and not _is_quantised(model)
 
 
 def _is_quantised(model: nn.Module) -> bool:
@@ -53,7 +57,7 @@ def _can_be_copied(model: nn.Module) -> bool:
     """Whether weights in half precision can be replaced by copies in float32."""
     parameters = list(model.parameters())
     half = [parameter for parameter in parameters if parameter.dtype in HALF_PRECISION]
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs = [module_attribute(module, "config") for module in model.modules()]
     # The flash attention package has kernels for half precision only.
     if any("flash" in str(getattr(config, "_attn_implementation", "")) for config in configs) or _is_quantised(model):
         return False

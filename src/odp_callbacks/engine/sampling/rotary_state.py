@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odp_callbacks.engine.module_attributes import module_attribute
+
 LONGEST_SO_FAR = "max_seq_len_cached"
 """Ending of the attributes in which transformers' rotary embeddings remember the longest sequence."""
 
@@ -22,7 +24,7 @@ def preserving_rotary_state(*models: nn.Module) -> Iterator[None]:
         (module, _plain_attributes(module), dict(module._buffers))
         for model in models
         for module in model.modules()
-        if hasattr(module, LONGEST_SO_FAR)
+        if module_attribute(module, LONGEST_SO_FAR) is not None
     ]
     try:
         yield
@@ -42,7 +44,8 @@ def dynamic_rotaries(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if hasattr(module, LONGEST_SO_FAR) and "dynamic" in str(getattr(module, "rope_type", ""))
+        if module_attribute(module, LONGEST_SO_FAR) is not None
+        and "dynamic" in str(module_attribute(module, "rope_type"))
     ]
 
 
@@ -78,7 +81,7 @@ class FixedRotaries:
         self._rotaries = [
             module
             for module in model.modules()
-            if any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
+            if any(kind in str(module_attribute(module, "rope_type")) for kind in ("dynamic", "longrope"))
         ]
         self._dynamic = dynamic_rotaries(model)
         self._buffers: dict[int, list[dict[str, Any]]] = {}

@@ -28,14 +28,19 @@ def active_adapter(student: nn.Module, adapter: str | None) -> Iterator[None]:
     previous_states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = adapter is None
-            if adapter is not None:
-                # A wrapper without this adapter runs its original module.
-                layer._active_adapter = [adapter] if adapter in _adapters_of(layer) else []
+            # A wrapper without this adapter runs its original module.
+            own = layer._active_adapter if adapter is None else [adapter] if adapter in _adapters_of(layer) else []
+            _set_state(layer, own, adapter is None)
         yield
     finally:
-        for layer, adapters, disabled in previous_states:
-            layer._active_adapter, layer._disable_adapters = adapters, disabled
+        for state in previous_states:
+            _set_state(*state)
+
+
+def _set_state(layer: Any, adapters: str | list[str], disabled: bool) -> None:
+    """Set the two attributes; ``nn.Module`` takes longer for it, since it looks for parameters of that name first."""
+    object.__setattr__(layer, "_active_adapter", adapters)
+    object.__setattr__(layer, "_disable_adapters", disabled)
 
 
 def _adapters_of(layer: Any) -> set[str]:

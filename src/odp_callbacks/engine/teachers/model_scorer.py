@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from odp_callbacks.engine.gradients.float32_head import float32_head
 from odp_callbacks.engine.gradients.logits import node_logits
 from odp_callbacks.functional.gradients import evaluation_mode
 from odp_callbacks.functional.policies import token_log_probs
@@ -51,7 +52,7 @@ class ModelScorer:
         parts: dict[str, list[Any]] = {
             name: [] for name in ("logprobs", "logprob_token_ids", "actual_logprobs", "actual_token_ids")
         }
-        with torch.no_grad(), evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.model), float32_head(self.model):
             for sequence, start in zip(sequences, prompt_lengths, strict=True):
                 tokens = torch.tensor(sequence)
                 (logits,) = node_logits(self.model, [tokens[:-1]], [range(start - 1, len(tokens) - 1)])

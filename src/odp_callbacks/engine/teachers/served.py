@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odp_callbacks.analysis.teacher_coverage import Coverage
+from odp_callbacks.engine.deadline import Clock
 from odp_callbacks.engine.engines.completions_client import CompletionsClient
 from odp_callbacks.engine.engines.vllm_server import KEY_VARIABLE
 from odp_callbacks.engine.prompts import text_tokenizer
@@ -16,10 +18,13 @@ from odp_callbacks.engine.teachers.context import Context
 from odp_callbacks.engine.teachers.kinds import Teacher
 from odp_callbacks.engine.teachers.prompt_log_probs import ARGUMENT, TokenLogProbs, ask_client, ask_server
 from odp_callbacks.engine.teachers.token_spans import TokenAlignment
+from odp_callbacks.engine.unit_costs import UnitCosts
 from odp_callbacks.functional.returned_tokens import ReturnedTokens
 
 MAXIMUM_BYTES = 2**30
 """Bytes of an answer, at most: a token takes about 80, and there are ``top_k`` of them at each position."""
+SCORED_TOKENS = "scored tokens"
+"""A kind of work: tokens of prompts and responses that a server has read."""
 KEPT_NUMBERS = 2**24
 """Log-probabilities that are kept, at most: one probe asks several times about the same responses."""
 
@@ -51,6 +56,8 @@ class ServedTeacher(Teacher):
 
     Attributes:
         coverage: How much of the teacher's policy came back since the last probe began.
+        costs: What the server took for its answers in all probes.
+        clock: Tells the time.
 
     Raises:
         ValueError: If the address or an option cannot be used.
@@ -93,7 +100,8 @@ class ServedTeacher(Teacher):
                 f"but {url!r} was given."
             )
         self.name: str = getattr(self.client, "name", type(self.client).__name__)
-        self.coverage = Coverage()
+        self.coverage, self.costs = Coverage(), UnitCosts()
+        self.clock: Clock = time.perf_counter
         self._alignment: TokenAlignment | None = None
         self._kept: dict[tuple[tuple[int, ...], tuple[int, ...]], ReturnedTokens] = {}
 
@@ -130,6 +138,17 @@ class ServedTeacher(Teacher):
         self.coverage = Coverage()
         self._kept.clear()
 
+    def seconds_for(self, prompts: Sequence[Tensor], responses: Sequence[Sequence[int]]) -> float:
+        """Seconds that the server will take, by what it has taken; 0 if that is unknown.
+
+        Args:
+            prompts: The teacher's prompt for each response, ``(P'_r,)`` int64.
+            responses: The student's response tokens; those that this probe has asked about take no time.
+        """
+        keys = {(tuple(prompt.tolist()), tuple(response)) for prompt, response in zip(prompts, responses, strict=True)}
+        tokens = sum(len(prompt) + len(response) for prompt, response in keys - self._kept.keys())
+        return self.costs.predict(SCORED_TOKENS, tokens)
+
     def returned_tokens(
         self, prompts: Sequence[Tensor], responses: Sequence[Sequence[int]], depths: Sequence[Sequence[int]]
     ) -> list[ReturnedTokens]:
@@ -148,7 +167,7 @@ class ServedTeacher(Teacher):
         """
         keys = [(tuple(prompt.tolist()), tuple(response)) for prompt, response in zip(prompts, responses, strict=True)]
         new = [key for key in dict.fromkeys(keys) if key not in self._kept]
-        scored = dict(zip(new, self._ask(new), strict=True))
+        scored = dict(zip(new, self._ask(new), strict=True)) if new else {}
         by_response = [self._kept[key] if key in self._kept else scored[key] for key in keys]
         for key, returned in scored.items():
             self._kept[key] = returned
@@ -161,12 +180,11 @@ class ServedTeacher(Teacher):
         encoded = [self._encode(response) for _, response in asked]
         sequences = [[*prompt, *tokens] for (prompt, _), (tokens, _) in zip(asked, encoded, strict=True)]
         starts = [len(prompt) for prompt, _ in asked]
-        if isinstance(self.client, CompletionsClient):
-            positions = ask_server(self.client, self.model_name, sequences, starts, self.top_k)
-        elif sequences:
-            positions = ask_client(self.client, self.name, sequences, starts, self.top_k)
-        else:
-            positions = []
+        with self.costs.measuring(SCORED_TOKENS, sum(map(len, sequences)), self.clock):
+            if isinstance(self.client, CompletionsClient):
+                positions = ask_server(self.client, self.model_name, sequences, starts, self.top_k)
+            else:
+                positions = ask_client(self.client, self.name, sequences, starts, self.top_k)
         scored = []
         for (_, response), (_, pairs), of_response in zip(asked, encoded, positions, strict=True):
             returned = self._returned(len(response), pairs, of_response)

@@ -12,7 +12,7 @@ from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.model_forward import check_embedded
 from odp_callbacks.engine.teachers import ServedTeacher, Teacher, teacher_prompt_ids
 from odp_callbacks.engine.update.backward import vector_jacobian_products
-from odp_callbacks.engine.update.split_model import MAXIMUM_LOGITS, SplitModel
+from odp_callbacks.engine.update.split_model import SplitModel, logits_at_a_time
 from odp_callbacks.functional.returned_tokens import ReturnedTokens
 from odp_callbacks.functional.tokens import policy_features
 from odp_callbacks.functional.top_k import top_k_predictors
@@ -58,6 +58,7 @@ class DirectionsOfBatches:
         direction: Descent direction of the distillation loss on the logits.
         temperature: Of the policy that was sampled.
         features: Also compute what rules may ask about each token.
+        max_memory_bytes: Limit for logits on an accelerator; None for half of what is free.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class DirectionsOfBatches:
         direction: Direction,
         temperature: float,
         features: bool,
+        max_memory_bytes: float | None = None,
     ) -> None:
         self.model, self.tokenizer, self.teachers = model, tokenizer, teachers
         self.direction, self.temperature, self._features = direction, temperature, features
+        self.max_memory_bytes = max_memory_bytes
         self._models: dict[int, SplitModel] = {}
 
     def teacher_states(self, rollouts: Sequence[Rollout], segments: Sequence[int]) -> list[TeacherStates]:
@@ -143,7 +146,8 @@ class DirectionsOfBatches:
         cotangents = hidden.new_zeros(1 + len(teacher_states), *hidden.shape)
         norms = torch.zeros(len(teacher_states), len(tokens), dtype=torch.float32)
         features: list[Tensor] = []
-        size = max(1, MAXIMUM_LOGITS // self.model.logits(hidden[:1]).shape[-1])
+        vocabulary = self.model.logits(hidden[:1]).shape[-1]
+        size = max(1, logits_at_a_time(device, self.max_memory_bytes) // vocabulary)
         for first in range(0, len(tokens), size):
             chunk = slice(first, first + size)
             with torch.enable_grad():

@@ -28,18 +28,19 @@ def tokens_in_memory(model: nn.Module, max_memory_bytes: float | None = None) ->
         model: The student.
         max_memory_bytes: Limit in bytes; None for half of what is free.
     """
-    return max(1, min(useful_tokens(next(model.parameters()).device), tokens_in_graph(model, max_memory_bytes)))
+    device = next(model.parameters()).device
+    return max(1, min(useful_tokens(device), tokens_in_graph(device, linear_features(model), max_memory_bytes)))
 
 
-def tokens_in_graph(model: nn.Module, max_memory_bytes: float | None = None) -> int:
+def tokens_in_graph(device: torch.device, features: int, max_memory_bytes: float | None = None) -> int:
     """The same, also where more tokens would not be faster.
 
     Args:
-        model: The student.
+        device: Where the student is.
+        features: Of its linear layers, by :func:`~odp_callbacks.engine.gradients.layer_sizes.linear_features`.
         max_memory_bytes: Limit in bytes; None for half of what is free.
     """
-    bytes_of_token = max(1.0, 4 * KEPT_TENSORS * linear_features(model))
-    return int(free_bytes(next(model.parameters()).device, max_memory_bytes) / bytes_of_token)
+    return int(free_bytes(device, max_memory_bytes) / max(1.0, 4 * KEPT_TENSORS * features))
 
 
 def useful_tokens(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.teachers import Teacher
 from odp_callbacks.engine.update.backward import WholeGraph
 from odp_callbacks.engine.update.batch_directions import BatchDirections, DirectionsOfBatches
-from odp_callbacks.engine.update.forward_mode import tangents_in_memory, tangents_of_states
+from odp_callbacks.engine.update.forward_mode import TangentMemory, tangents_of_states
 from odp_callbacks.engine.update.lora_segments import SegmentedLoraLinears, SegmentSums, segment_gradients
 from odp_callbacks.engine.update.segment_trial import why_no_segments
 from odp_callbacks.engine.update.split_model import SplitModel, head_has_lora
@@ -45,6 +45,8 @@ class UpdateGradients:
 
     Attributes:
         model: The student, body and head apart.
+        parameters: The student's LoRA parameters by name, as they were at the start.
+        tangent_memory: What directions take on their way forward.
         graphs: Keeps as much of a forward pass of the student as memory allows.
         no_segments: Why each segment of a batch needs passes of its own; empty if one pass serves all.
     """
@@ -63,9 +65,13 @@ class UpdateGradients:
         self.student, self.tokenizer, self.teachers = student, tokenizer, teachers
         self.direction, self._features = direction, features
         self._forward_mode = True
+        self.parameters = lora_parameters(student)
+        self.tangent_memory = TangentMemory.of(student, self.parameters)
         # LoRA parameters of the head do not act through the hidden states: then the head belongs to the body.
         self.model = SplitModel(student, split=not head_has_lora(student))
-        self._directions = DirectionsOfBatches(self.model, tokenizer, teachers, direction, temperature, features)
+        self._directions = DirectionsOfBatches(
+            self.model, tokenizer, teachers, direction, temperature, features, max_memory_bytes
+        )
         self._linears = SegmentedLoraLinears(student)
         self.graphs = StudentGraphs(student, max_memory_bytes)
         self.no_segments = why_no_segments(self.model, self._linears)
@@ -84,10 +90,9 @@ class UpdateGradients:
             distillation gradient of each teacher, summed over the batch. And the directions on the hidden states.
         """
         rows, directions = self.segment_rows(rollouts, advantages, [0] * len(rollouts))
-        parameters = lora_parameters(self.student)
-        parts = rows[0].split([p.numel() for p in parameters.values()], dim=1)
+        parts = rows[0].split([p.numel() for p in self.parameters.values()], dim=1)
         return {
-            name: part.view(-1, *p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)
+            name: part.view(-1, *p.shape) for (name, p), part in zip(self.parameters.items(), parts, strict=True)
         }, directions
 
     def segment_rows(
@@ -245,9 +250,14 @@ class UpdateGradients:
             return self._hidden_states(rollouts, values) if layout is None else self.model.run(layout, values)
 
         tokens = len(rollouts) * max(len(rollout.sequence) for rollout in rollouts)
-        at_a_time = tangents_in_memory(self.student, tokens, self.graphs.max_memory_bytes)
+        at_a_time = self.tangent_memory.directions(tokens, self.graphs.max_memory_bytes)
         moved = tangents_of_states(
-            states, self.student, self._detached_parameters(), tangents, at_a_time=at_a_time
+            states,
+            self.student,
+            self._detached_parameters(),
+            tangents,
+            at_a_time=at_a_time,
+            scores=self.tangent_memory.scores(self.graphs.max_memory_bytes),
         )  # (S, N, H)
         return torch.einsum("snh,knh->skn", moved, directions.cotangents[1:].to(moved)).double().cpu()
 
@@ -267,7 +277,7 @@ class UpdateGradients:
         return influences
 
     def _detached_parameters(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in lora_parameters(self.student).items()}
+        return {name: p.detach() for name, p in self.parameters.items()}
 
     def _leaves(self) -> dict[str, Tensor]:
         """The parameters as leaves of a graph, which the student's own parameters stay out of."""

@@ -42,7 +42,9 @@ class SegmentSums:
 
     def add(self, columns: slice, gradients: Tensor) -> None:
         """Add the gradients ``(B, *shape)`` of each sequence to the rows of their segments."""
-        self.rows[:, columns].index_add_(0, self.segment_of_row, gradients.flatten(1).to(self.rows))
+        flat = gradients.flatten(1)
+        flat = flat if flat.dtype == self.rows.dtype else flat.to(self.rows.dtype)
+        self.rows[:, columns].index_add_(0, self.segment_of_row, flat)
 
 
 @dataclass(frozen=True)
@@ -156,14 +158,19 @@ class _SegmentedProduct(torch.autograd.Function):
         sums: SegmentSums = context.sums
         if states.dim() < 3 or len(states) != len(sums.segment_of_row):
             raise UnknownRowsError(f"a LoRA layer reads a tensor of shape {tuple(states.shape)}")
-        wrote, read = gradient.flatten(1, -2), states.flatten(1, -2).to(gradient.dtype)  # (B, T, out), (B, T, in)
+        wrote, read, weight = gradient, states, layer.linear.weight
+        if states.dim() > 3:
+            wrote, read = gradient.flatten(1, -2), states.flatten(1, -2)  # (B, T, out), (B, T, in)
+        if read.dtype != gradient.dtype:
+            read = read.to(gradient.dtype)
         if layer.weight is not None:
             sums.add(layer.weight, torch.bmm(wrote.mT, read))
         if layer.bias is not None:
             sums.add(layer.bias, wrote.sum(dim=1))
         if not context.needs_input_grad[0]:
             return None, None, None, None
-        return (gradient @ layer.linear.weight.to(gradient.dtype)).to(states.dtype), None, None, None
+        backward = gradient @ (weight if weight.dtype == gradient.dtype else weight.to(gradient.dtype))
+        return backward if backward.dtype == states.dtype else backward.to(states.dtype), None, None, None
 
 
 def _forward_of(layer: SegmentedLinear, sums: SegmentSums) -> Callable[[Tensor], Tensor]:

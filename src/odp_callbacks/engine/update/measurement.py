@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odp_callbacks.engine.attention_plans import without_attention_plans
 from odp_callbacks.engine.rollouts import Rollout, question_indices
 from odp_callbacks.engine.sampling.memory import free_bytes
-from odp_callbacks.engine.unit_costs import work_of_sequence
+from odp_callbacks.engine.unit_costs import work_of_sequences
 from odp_callbacks.engine.update.batch_directions import BatchDirections
 from odp_callbacks.engine.update.batches import (
     batches_of_rollouts,
@@ -18,18 +19,16 @@ from odp_callbacks.engine.update.batches import (
     parts_within,
     tokens_in_memory,
 )
-from odp_callbacks.engine.update.forward_mode import bytes_of_tangent
+from odp_callbacks.engine.update.failures import measured_or_none
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
-from odp_callbacks.engine.update.module_products import with_module_products
+from odp_callbacks.engine.update.gradient_sums import GradientSums, device_of_sums
 from odp_callbacks.engine.update.response_tokens import Rule
 from odp_callbacks.engine.update.rollout_places import RolloutPlaces
 from odp_callbacks.engine.update.row_sketch import RowSketch
 from odp_callbacks.engine.update.rule_measurement import RuleMeter, features_of_batches, places_of
-from odp_callbacks.engine.update.update_rows import UpdateRows
 from odp_callbacks.engine.update.update_time import INFLUENCE, UpdateTime
-from odp_callbacks.functional.gradients import lora_parameters
 from odp_callbacks.records import Floats
-from odp_callbacks.update_records import CLASSES, TokenInfluence, UpdateGram, UpdateRecord
+from odp_callbacks.update_records import CLASSES, RuleProducts, TokenInfluence, UpdateGram, UpdateRecord
 
 MAXIMUM_GROUPS = 64
 """More questions than these share groups: the cost of an interval grows with the square of the number of groups."""
@@ -71,7 +70,9 @@ class UpdateMeter:
         self.gradients = gradients
         self.success_threshold = success_threshold
         self.max_memory_bytes = max_memory_bytes
+        self._bytes_beside_sums = max_memory_bytes
 
+    @without_attention_plans()
     def measure(
         self,
         rollouts: Sequence[Rollout],
@@ -96,7 +97,7 @@ class UpdateMeter:
         """
         time = time or UpdateTime()
         teachers = tuple(self.gradients.teachers)
-        parameters = lora_parameters(self.gradients.student)
+        parameters = self.gradients.parameters
         size = sum(p.numel() for p in parameters.values())
         question_count = len(set(question_indices(rollouts)))
         rows_of_group = 1 + len(teachers) * (len(CLASSES) + bool(rules))
@@ -104,11 +105,10 @@ class UpdateMeter:
         sketch = self._sketch(groups * rows_of_group)
         folds = max(1, min(FOLDS, groups)) if influence else 1
         places = RolloutPlaces.of(rollouts, time.order(question_count), self.success_threshold, groups, folds)
-        sums = UpdateRows(groups, len(teachers), sketch)
-        scaled = None if square_roots is None else UpdateRows(groups, len(teachers), sketch)
-        scale = None if square_roots is None else torch.cat([square_roots[name].flatten().cpu() for name in parameters])
-        summed = torch.zeros(len(teachers), size)
-        of_folds = torch.zeros(folds, size)
+        device = self._device_of_sums(
+            size, groups * rows_of_group * (1 + bool(square_roots)) + folds + len(teachers), sketch, bool(rules)
+        )
+        sums = GradientSums(groups, folds, len(teachers), parameters, sketch, square_roots, device)
         stored: list[tuple[list[int], BatchDirections]] = []
         measured: set[int] = set()
         done = 0
@@ -117,12 +117,8 @@ class UpdateMeter:
             for batch, rows, on_hidden in self._gradients(rollouts, places, set(part)):
                 for (group, kind), of_segment in rows.items():
                     inside = [i for i in batch if (places.group[i], places.kind[i]) == (group, kind)]
-                    count, of_segment = sum(len(rollouts[i].response_ids) for i in inside), of_segment.float().cpu()
-                    sums.add(group, kind, of_segment, count)
-                    if scaled is not None and scale is not None:
-                        scaled.add(group, kind, of_segment * scale, count)
-                    summed += of_segment[1:]
-                    of_folds[places.fold[inside[0]]] += of_segment[0]
+                    count = sum(len(rollouts[i].response_ids) for i in inside)
+                    sums.add(group, kind, places.fold[inside[0]], of_segment, count)
                 if influence or rules:
                     stored.append((batch, on_hidden.cpu()))
                 done += len(batch)
@@ -136,36 +132,38 @@ class UpdateMeter:
         stored = [([new_index[index] for index in batch], directions) for batch, directions in stored]
         groups = min(groups, len(measured))
         rollouts, places = [rollouts[index] for index in kept], places.subset(kept, groups)
-        questions = places.questions_by(places.group, groups)
-        columns = dict(zip(parameters, sketch.widths, strict=True))
-        gram, preconditioned = (
-            None
-            if of_geometry is None
-            else with_module_products(of_geometry.gram(questions), of_geometry.success, of_geometry.directions, columns)
-            for of_geometry in (sums.first(groups), None if scaled is None else scaled.first(groups))
-        )
-        assert gram is not None
+        gram, preconditioned = sums.grams(places.questions_by(places.group, groups))
         if places.folds > 1:
             gram = replace(gram, folds=places.fold_of_group)
             preconditioned = None if preconditioned is None else replace(preconditioned, folds=places.fold_of_group)
         token_influence = None
         if influence and groups > 1:
-            norms = summed.double().norm(dim=-1).numpy()
-            means = of_folds[: places.folds] / torch.from_numpy(places.questions_by(places.fold, places.folds))[:, None]
-            token_influence = self._influence(rollouts, stored, places, means.float(), norms, done, progress, time)
+            norms = sums.directions.double().norm(dim=-1).cpu().numpy()
+            counts = torch.from_numpy(places.questions_by(places.fold, places.folds)).to(device)
+            means = sums.success[: places.folds] / counts[:, None]
+            token_influence = measured_or_none(
+                lambda: self._influence(rollouts, stored, places, means.float(), norms, done, progress, time),
+                "the influence of tokens",
+            )
             done *= 2
         features, products = features_of_batches(rollouts, stored), None
         if rules and features is not None:
-            meter = RuleMeter(self.gradients, rules, rollouts, places.correct, places.group, stored, features)
-            products = meter.measure(sums.first(groups), progress, done, time)
+
+            def of_rules() -> RuleProducts | None:
+                meter = RuleMeter(self.gradients, rules, rollouts, places.correct, places.group, stored, features)
+                return meter.measure(sums.rows.first(groups), progress, done, time)
+
+            products = measured_or_none(of_rules, "the gain of rules")
         record = UpdateRecord(gram, token_influence, features, products)
-        return UpdateMeasurement(record.with_rollouts(np.array(kept, dtype=np.int64)), preconditioned, summed)
+        record = record.with_rollouts(np.array(kept, dtype=np.int64))
+        return UpdateMeasurement(record, preconditioned, sums.directions.cpu())
 
     def _work(self, rollouts: Sequence[Rollout], places: RolloutPlaces) -> list[float]:
         """The work for the rollouts of each question."""
         work = [0.0] * (1 + max(places.question, default=-1))
-        for rollout, question in zip(rollouts, places.question, strict=True):
-            work[question] += work_of_sequence(self.gradients.student, len(rollout.sequence))
+        of_rollouts = work_of_sequences(self.gradients.student, [len(rollout.sequence) for rollout in rollouts])
+        for of_rollout, question in zip(of_rollouts, places.question, strict=True):
+            work[question] += of_rollout
         return work
 
     def _gradients(
@@ -180,10 +178,8 @@ class UpdateMeter:
         keys: list[tuple[object, ...]] = [
             (fold, question not in successes) for fold, question in zip(places.fold, question_of, strict=True)
         ]
-        memory = free_bytes(next(gradients.student.parameters()).device, self.max_memory_bytes) / 4
-        row_bytes = (
-            4 * (1 + len(gradients.teachers)) * sum(p.numel() for p in lora_parameters(gradients.student).values())
-        )
+        memory = free_bytes(next(gradients.student.parameters()).device, self._bytes_beside_sums) / 4
+        row_bytes = 4 * (1 + len(gradients.teachers)) * sum(p.numel() for p in gradients.parameters.values())
 
         def measured(batch: list[int]) -> tuple[dict[tuple[int, int], Tensor], BatchDirections]:
             inside = sorted({groups[i] for i in batch})
@@ -200,7 +196,7 @@ class UpdateMeter:
             segments,
             keys,
             among=[index for index, question in enumerate(question_of) if question in questions],
-            max_tokens=tokens_in_memory(gradients.student, self.max_memory_bytes),
+            max_tokens=tokens_in_memory(gradients.student, self._bytes_beside_sums),
             max_segments=1 if gradients.no_segments else max(1, int(memory // row_bytes)),
         ):
             for part, (rows, on_hidden) in in_smaller_batches(measured, batch):
@@ -219,8 +215,9 @@ class UpdateMeter:
     ) -> TokenInfluence | None:
         """Measure every token's influence; None if there is no time for all of them."""
         folds = places.folds
-        work = [sum(work_of_sequence(self.gradients.student, len(rollouts[i].sequence)) for i in b) for b, _ in stored]
-        parameters = lora_parameters(self.gradients.student)
+        of_rollouts = work_of_sequences(self.gradients.student, [len(rollout.sequence) for rollout in rollouts])
+        work = [sum(of_rollouts[index] for index in batch) for batch, _ in stored]
+        parameters = self.gradients.parameters
         count = sum(len(rollout.response_ids) for rollout in rollouts)
         teachers = len(self.gradients.teachers)
         by_fold = np.full((folds, count, teachers), np.nan, dtype=np.float32)
@@ -265,7 +262,6 @@ class UpdateMeter:
         on_hidden: BatchDirections,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield parts of a batch and the influences ``(S, K, N)`` of their tokens."""
-        student = self.gradients.student
         ends = np.cumsum([len(rollouts[i].response_ids) for i in batch])
         last_of = dict(zip(batch, ends.tolist(), strict=True))
 
@@ -280,9 +276,22 @@ class UpdateMeter:
         # Several rollouts at a time only as far as all directions still go through together.
         directions = 1 + len(next(iter(tangents.values())))
         lengths = [len(rollouts[i].question.prompt_ids) + len(rollouts[i].response_ids) for i in batch]
-        memory = free_bytes(next(student.parameters()).device, self.max_memory_bytes)
-        for fitting in parts_within(batch, lengths, memory / (directions * bytes_of_tangent(student))):
+        bytes_of_token = self.gradients.tangent_memory.bytes_of_token
+        memory = free_bytes(self.gradients.tangent_memory.device, self._bytes_beside_sums)
+        for fitting in parts_within(batch, lengths, memory / (directions * bytes_of_token)):
             yield from in_smaller_batches(influences, fitting)
+
+    def _device_of_sums(self, size: int, rows: int, sketch: RowSketch, with_rules: bool) -> torch.device:
+        """Where the sums of gradients are kept, which take memory from the batches if it is on their device."""
+        student = self.gradients.tangent_memory.device
+        if sketch.error:
+            return torch.device("cpu")
+        numbers = size * rows * (2 if with_rules else 1)  # the sums of a rule stand beside those of all tokens
+        device = device_of_sums(student, numbers, self.max_memory_bytes)
+        self._bytes_beside_sums = self.max_memory_bytes
+        if self.max_memory_bytes is not None and device == student and device.type != "cpu":
+            self._bytes_beside_sums = self.max_memory_bytes - 4 * numbers
+        return device
 
     def _group_count(self, questions: int, row_numbers: int) -> int:
         """As many groups as memory allows, one for each question if there are few."""
@@ -292,7 +301,7 @@ class UpdateMeter:
 
     def _sketch(self, rows: int) -> RowSketch:
         """A sketch with as many columns as memory allows for so many rows; usually it keeps all."""
-        sizes = [p.numel() for p in lora_parameters(self.gradients.student).values()]
+        sizes = [p.numel() for p in self.gradients.parameters.values()]
         limit = free_bytes(torch.device("cpu"), self.max_memory_bytes) / 2
         sketch = RowSketch(sizes, limit / (4 * max(rows, 1) * sum(sizes)))
         if sketch.error:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from odp_callbacks.engine.gradients.gram_matrices import lora_modules, module_of
@@ -17,18 +17,18 @@ def with_module_products(
 
     Args:
         gram: Of the same gradients.
-        success: ``(F, M)``, floating, on the CPU: the success gradient of each group.
-        directions: ``(F, K, C, M)``, floating, on the CPU.
+        success: ``(F, M)``, floating: the success gradient of each group.
+        directions: ``(F, K, C, M)``, floating, on the same device, which must have float64.
         columns: How many of the ``M`` columns each LoRA parameter has, by name and in their order.
     """
     names = lora_modules(list(columns))
     groups, teachers = directions.shape[:2]
-    cross = np.zeros((groups, groups, teachers, len(names)))
+    cross = torch.zeros(groups, groups, teachers, len(names), dtype=torch.float64, device=success.device)
     first = 0
     for name, width in columns.items():
         part = slice(first, first + width)
         first = part.stop
         of_teachers = directions[..., part].double().sum(dim=2).flatten(0, 1)  # (F K, p)
         products = success[:, part].double() @ of_teachers.mT
-        cross[..., names.index(module_of(name))] += products.view(groups, groups, teachers).numpy()
-    return replace(gram, modules=ModuleProducts(tuple(names), cross))
+        cross[..., names.index(module_of(name))] += products.view(groups, groups, teachers)
+    return replace(gram, modules=ModuleProducts(tuple(names), cross.cpu().numpy()))

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from odp_callbacks.engine.attention_plans import without_attention_plans
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
 from odp_callbacks.engine.update.batches import batches_of_rollouts, useful_tokens
-from odp_callbacks.engine.update.split_model import MAXIMUM_LOGITS, Parameters, SplitModel
+from odp_callbacks.engine.update.split_model import Parameters, SplitModel, logits_at_a_time
 from odp_callbacks.functional.policies import token_log_probs
 
 
+@without_attention_plans()
 @torch.no_grad()
 def response_log_probs(
     model: SplitModel, rollouts: Sequence[Rollout], temperature: float, parameters: Parameters = None
@@ -56,7 +58,7 @@ def _log_probs_of_tokens(
     model: SplitModel, hidden: Tensor, tokens: Tensor, temperature: float, parameters: Parameters
 ) -> Tensor:
     """``(N,)`` float64 on the CPU, for hidden states ``(N, H)`` and the tokens ``(N,)`` that were chosen there."""
-    size = max(1, MAXIMUM_LOGITS // vocabulary_size(model.model))
+    size = max(1, logits_at_a_time(hidden.device) // vocabulary_size(model.model))
     parts = []
     for states, chosen in zip(hidden.split(size), tokens.split(size), strict=True):
         logits = model.logits(states, parameters)  # (n, V)

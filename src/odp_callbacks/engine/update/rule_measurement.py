@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from odp_callbacks.engine.rollouts import Rollout
-from odp_callbacks.engine.unit_costs import work_of_sequence
+from odp_callbacks.engine.unit_costs import work_of_sequences
 from odp_callbacks.engine.update.batch_directions import BatchDirections
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.engine.update.response_tokens import (
@@ -19,7 +19,7 @@ from odp_callbacks.engine.update.response_tokens import (
     rule_weights,
 )
 from odp_callbacks.engine.update.row_sketch import RowSketch
-from odp_callbacks.engine.update.update_rows import UpdateRows
+from odp_callbacks.engine.update.update_rows import BLOCK_NUMBERS_ELSEWHERE, UpdateRows
 from odp_callbacks.engine.update.update_time import RULES, UpdateTime
 from odp_callbacks.records import Floats
 from odp_callbacks.update_records import RuleProducts, TokenFeatures
@@ -131,7 +131,7 @@ class RuleMeter:
             The products of the rules whose weights are not constant in each class; None if there are none.
         """
         time = time or UpdateTime()
-        work = sum(work_of_sequence(self.gradients.student, len(rollout.sequence)) for rollout in self.rollouts)
+        work = sum(work_of_sequences(self.gradients.student, [len(rollout.sequence) for rollout in self.rollouts]))
         whole = sums.directions.sum(dim=2)  # (F, K, P)
         measured = []
         for weights in self.weights.values():
@@ -169,7 +169,7 @@ class RuleMeter:
         of_batch = self.gradients.graphs.in_less_memory(
             lambda: self.gradients.weighted_rows(chosen, directions, of_tokens, segments), chosen
         )
-        rows[groups] += sketch(of_batch.float().cpu())
+        rows[groups] += sketch(of_batch.float().to(rows.device))
 
     def _tokens_by_group(self, weights: Floats, groups: int) -> Floats:
         """``(F, K)``, tokens with a weight above 0."""
@@ -179,6 +179,11 @@ class RuleMeter:
 
 def _products(first: Tensor, second: Tensor) -> Floats:
     """Inner products ``(F, F, K)`` of rows ``(F, K, P)``, or ``(F, P)`` for all teachers, and rows ``(F, K, P)``."""
-    wide = first.double() if first.dim() == 3 else first.double()[:, None].expand(-1, second.shape[1], -1)
-    products: Floats = torch.einsum("fkp,hkp->fhk", wide, second.double()).numpy()
-    return products
+    first = first if first.dim() == 3 else first[:, None].expand(-1, second.shape[1], -1)
+    # On a CPU in one piece, so that the order of the sums does not depend on a size of blocks.
+    width = first.shape[-1] if first.device.type == "cpu" else max(1, BLOCK_NUMBERS_ELSEWHERE // first[..., 0].numel())
+    products = torch.zeros(len(first), len(second), second.shape[1], dtype=torch.float64, device=first.device)
+    for left, right in zip(first.split(width, dim=-1), second.split(width, dim=-1), strict=True):
+        products += torch.einsum("fkp,hkp->fhk", left.double(), right.double())
+    found: Floats = products.cpu().numpy()
+    return found

@@ -15,6 +15,7 @@ from odp_callbacks.engine.gradients.layer_sizes import layer_sizes
 from odp_callbacks.engine.replaced_forward import replaced_forward
 from odp_callbacks.engine.sampling.backend_selection import depends_on_length, independent_groups
 from odp_callbacks.engine.sampling.exact_arithmetic import computes_exactly, exact_arithmetic
+from odp_callbacks.engine.sampling.memory import free_bytes
 from odp_callbacks.engine.sampling.rotary_state import FixedRotaries
 from odp_callbacks.engine.sampling.trial_logits import check_logits
 from odp_callbacks.engine.update.shared_prompts import SHARED_PROMPTS
@@ -27,12 +28,33 @@ from odp_callbacks.engine.update.token_layout import (
 from odp_callbacks.functional.gradients import call_with_parameters, forward_arguments, lora_parameters
 
 MAXIMUM_LOGITS = 2**23
-"""Logits of one model that are held at a time."""
+"""Logits of one model that are held at a time on a CPU, and elsewhere where memory is scarce."""
+MAXIMUM_LOGITS_ELSEWHERE = 2**26
+"""The same where there is memory: an accelerator is idle between the operators of a few positions."""
+BYTES_OF_LOGIT = 256
+"""What a logit takes with the directions and features that are computed from it, at most."""
 Parameters = Mapping[str, Tensor] | None
 """Replacements for parameters of a model, by name."""
 
 _REPRODUCED: WeakKeyDictionary[nn.Module, type[Any] | None] = WeakKeyDictionary()
 """For models whose body and head gave their logits in a trial, the type of the body's output; None for others."""
+
+
+def logits_at_a_time(device: torch.device, max_memory_bytes: float | None = None) -> int:
+    """How many logits of one model are held at a time.
+
+    Args:
+        device: Where they are.
+        max_memory_bytes: Memory to use, in bytes, at most; None for half of what is free.
+
+    Examples:
+        >>> logits_at_a_time(torch.device("cpu")) == MAXIMUM_LOGITS
+        True
+    """
+    if device.type == "cpu":
+        return MAXIMUM_LOGITS
+    fitting = free_bytes(device, max_memory_bytes) // BYTES_OF_LOGIT
+    return max(MAXIMUM_LOGITS, min(MAXIMUM_LOGITS_ELSEWHERE, fitting))
 
 
 class SplitModel:

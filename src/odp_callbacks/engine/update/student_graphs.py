@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from odp_callbacks.engine.gradients.graph_memory import Result, in_less_memory
 from odp_callbacks.engine.gradients.graph_trial import graph_verdict
+from odp_callbacks.engine.gradients.layer_sizes import linear_features
 from odp_callbacks.engine.gradients.layer_tape import LayerTape, UnchainedLayersError, recomputable_layers
 from odp_callbacks.engine.update.backward import WholeGraph
 from odp_callbacks.engine.update.batches import tokens_in_graph
@@ -26,7 +27,8 @@ class StudentGraphs:
 
     def __init__(self, student: nn.Module, max_memory_bytes: float | None = None) -> None:
         self.student, self.max_memory_bytes = student, max_memory_bytes
-        self._verdict = graph_verdict(student)
+        self._verdict, self._layers = graph_verdict(student), tuple(recomputable_layers(student).values())
+        self._linear_features = linear_features(student)
 
     def of(
         self, run: Callable[[], Tensor], tokens: int, leaves: Mapping[str, Tensor] | None = None
@@ -44,11 +46,11 @@ class StudentGraphs:
         Raises:
             ValueError: If neither way gives the student's gradients.
         """
-        verdict, layers = self._verdict, recomputable_layers(self.student).values()
+        verdict, device = self._verdict, next(self.student.parameters()).device
         recomputes = (
             not verdict.reusable
-            or any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
-            or tokens > tokens_in_graph(self.student, self.max_memory_bytes)
+            or any(getattr(layer, "gradient_checkpointing", False) for layer in self._layers)
+            or tokens > tokens_in_graph(device, self._linear_features, self.max_memory_bytes)
         )
         if recomputes and not verdict.why_no_tape:
             with suppress(UnchainedLayersError):
