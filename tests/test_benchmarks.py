@@ -20,6 +20,14 @@ def test_a_benchmark_is_listed_and_has_a_smoke_size(script: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_comparison_for_gpus_runs_on_a_tiny_student_wherever_it_is() -> None:
+    command = [sys.executable, str(FOLDER / "gpu" / "compare.py"), "--smoke", "--repeats", "1"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "4 slots: 4 rows are the same when replayed" in finished.stdout
+
+
+@pytest.mark.slow
 def test_the_validation_for_gpus_runs_on_a_tiny_student_wherever_it_is() -> None:
     """What is prepared for a machine with a GPU must not fail there for a reason that shows on any machine."""
     command = [sys.executable, str(FOLDER / "gpu" / "validate.py"), "--smoke"]
