@@ -9,7 +9,7 @@ question), which `git archive` writes into a temporary folder. Printed for each 
 as the geometric mean over seeds with its 95 % interval, and for tokens the number of significant tokens a second, new
 over old. Then Kish's effective share of the nodes, the occupancy of the slots, the stages' seconds, and the seconds of
 `diagnose` for the same nodes and continuations. Seconds are those of the processor, so that other work on the machine
-does not count (those of stages are the clock's); with OMP_NUM_THREADS=1 they are the seconds of an idle machine.
+does not count; with OMP_NUM_THREADS=1 they are the seconds of an idle machine.
 
 Run: python benchmarks/microscope.py [--worlds chain_sum products random] [--questions 32] [--seeds 3] [--budget 8000]
 """
@@ -31,6 +31,13 @@ from sizes import parse_sizes
 ROOT = Path(__file__).parent.parent
 EARLIER = "fdee2e6"
 """The last commit before the probe of single tokens was changed."""
+BY_PROCESSOR_TIME = """
+import runpy, sys, time
+time.perf_counter = time.process_time
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+"""Runs a script whose clocks, and those of the library's stages, are the processor's."""
 USUAL = {
     "worlds": ["chain_sum", "products", "random"],
     "questions": 32,
@@ -60,7 +67,7 @@ class Version:
 
     def __init__(self, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / "microscope_worker.py")],
+            [sys.executable, "-c", BY_PROCESSOR_TIME, str(ROOT / "benchmarks" / "microscope_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
