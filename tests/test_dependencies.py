@@ -35,13 +35,14 @@ CHOSEN_BY_THE_USER = {
     "pandas": "ProbeReport.to_pandas",
     "reasoning_gym": "questions of a task; without it, the error names the extra `demo`",
     "rich": "the progress bar of users who chose Lightning's rich one",
+    "triton": "comes with torch for CUDA; without it, attention goes on by blocks",
     "trl": "recognised where the user trains with it",
     "vllm": "an engine in the process, which the user made with it",
 }
 """Packages that the library imports only where their absence is handled, and why."""
 
 
-ELSEWHERE = {"accelerate", "pytorch_lightning", "vllm"}
+ELSEWHERE = {"accelerate", "deepspeed", "pytorch_lightning", "vllm"}
 """What another declared package brings along, and what tests import in an environment of its own."""
 
 
