@@ -47,7 +47,7 @@ def attend_by_table(
     slot_count = len(query_key_value)
     outputs = query_key_value.new_empty(slot_count, heads.key_heads * heads.queries_per_key * heads.width)
     states = [states for part in parts for states in part]
-    # float32 is multiplied as such: the student's own forward pass decides whether TF32 would do, and it seldom does.
+    # float32 is not rounded to TF32 ("ieee" below): logits are compared with those of the model's own forward pass.
     _attend[(slot_count, heads.key_heads)](
         query_key_value,
         *states,
