@@ -75,8 +75,8 @@ class DecoderSlots:
         """Autocast for the head, where the model's layers computed under autocast."""
         if dtype == self.parts.dtype:
             return nullcontext()
-        # Without a cache: a captured step must not read weights that autocast may free.
-        return torch.autocast(device_type, self.parts.dtype, cache_enabled=not self.is_repeatable)
+        # Without a cache: the training's must stay as it is, and a captured step must not read what autocast may free.
+        return torch.autocast(device_type, self.parts.dtype, cache_enabled=False)
 
     def _add_layer(self, index: int, layer: DecoderLayer, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
         """Add what a layer computes to the hidden states ``(B, E)``."""
