@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from validate import Validation
+from validate import Validation, prefixes_and_requests
 
 from odp_callbacks import BaseTeacher, Teacher
 from odp_callbacks.engine.gradients.loss_directions import distillation_direction
 from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.rollouts import Rollout
 from odp_callbacks.engine.sampling import backends, step_graph
-from odp_callbacks.engine.sampling.backends import prefill_rollouts, sample_continuations
-from odp_callbacks.engine.sampling.requests import ContinuationRequest
+from odp_callbacks.engine.sampling.backends import sample_continuations
 from odp_callbacks.engine.update import measurement
 from odp_callbacks.engine.update.gradient_rows import UpdateGradients
 from odp_callbacks.engine.update.measurement import UpdateMeter
@@ -42,12 +41,7 @@ def compare_sampling(validation: Validation, repeats: int) -> None:
     prompt, length, all_slots = (6, 6, (4,)) if validation.smoke else (256, 128, (8, 64, 256))
     choose, capture = backends.choose_decoder, step_graph.RepeatedStep.__init__.__defaults__
     for slots in all_slots:
-        prompts = [question.prompt_ids for question in validation.questions(max(1, slots // 8), prompt)]
-        prefixes = prefill_rollouts(validation.student, prompts, backend="shared prefix")
-        requests = [
-            ContinuationRequest(row % len(prompts), len(prompts[0]) - 1, int(prompts[0][-1]), length)
-            for row in range(slots)
-        ]
+        prefixes, requests = prefixes_and_requests(validation, slots, prompt, length)
         tokens: dict[str, list[tuple[int, ...]]] = {}
         for repeat in range(repeats):
             for way in WAYS:
@@ -56,7 +50,7 @@ def compare_sampling(validation: Validation, repeats: int) -> None:
                 if way == "kernel":
                     step_graph.RepeatedStep.__init__.__defaults__ = (no_capture,)
                 try:
-                    seconds, _, found = validation.peak(
+                    seconds, _, continuations = validation.peak(
                         lambda requests=requests, prefixes=prefixes: sample_continuations(
                             validation.student, prefixes, requests, temperature=1.0, eos_token_ids=(),
                             keys=range(len(requests)), batch_size=len(requests),
@@ -64,7 +58,7 @@ def compare_sampling(validation: Validation, repeats: int) -> None:
                     )  # fmt: skip
                 finally:
                     backends.choose_decoder, step_graph.RepeatedStep.__init__.__defaults__ = choose, capture
-                tokens[way] = [continuation.tokens for continuation in found]
+                tokens[way] = [continuation.tokens for continuation in continuations]
                 print(f"{slots} slots, {way}, run {repeat + 1}: {1000 * seconds / length:.1f} ms a step", flush=True)
         common = sum(map(tuple.__eq__, tokens["kernel"], tokens["captured"]))
         print(f"{slots} slots: {common} rows are the same when replayed", flush=True)
@@ -103,7 +97,7 @@ def compare_updates(validation: Validation, repeats: int) -> None:
     usual, places = UpdateMeter.measure, measurement.device_of_sums
     look("the first one", 0)
     for repeat in range(repeats):
-        own = look("as it is", 3 * repeat + 1)
+        usual_gram = look("as it is", 3 * repeat + 1)
         try:
             UpdateMeter.measure = usual.__wrapped__  # type: ignore[attr-defined]  # without the decorator
             look("with cuDNN's attention", 3 * repeat + 2)
@@ -111,10 +105,10 @@ def compare_updates(validation: Validation, repeats: int) -> None:
             UpdateMeter.measure = usual
         try:
             measurement.device_of_sums = lambda *_: torch.device("cpu")
-            other = look("with sums on the CPU", 3 * repeat + 1)
+            cpu_gram = look("with sums on the CPU", 3 * repeat + 1)
         finally:
             measurement.device_of_sums = places
-        difference = np.abs(own.cross - other.cross).max() / np.abs(other.cross).max()
+        difference = np.abs(usual_gram.cross - cpu_gram.cross).max() / np.abs(cpu_gram.cross).max()
         print(f"update, inner products of both places differ by {difference:.1e}", flush=True)
 
 

@@ -194,18 +194,25 @@ def steps_against_full_forward(validation: Validation) -> None:
             validation.note(f"total variation of steps by {name}, {attention}", round(worst, 6))
 
 
+def prefixes_and_requests(
+    validation: Validation, slots: int, prompt: int, length: int
+) -> tuple[PrefilledRollouts, list[ContinuationRequest]]:
+    """As many continuations as there are slots, eight of each prompt."""
+    prompts = [question.prompt_ids for question in validation.questions(max(1, slots // 8), prompt)]
+    requests = [
+        ContinuationRequest(row % len(prompts), len(prompts[0]) - 1, int(prompts[0][-1]), length)
+        for row in range(slots)
+    ]
+    return prefill_rollouts(validation.student, prompts, backend="shared prefix"), requests
+
+
 @torch.no_grad()
 def sampling_speed(validation: Validation) -> None:
     """Tokens per second of rollouts and continuations, beside the full forward over as many tokens and vLLM."""
     prompt, length = (6, 4) if validation.smoke else (256, 128)
     all_slots = (2, 4) if validation.smoke else (32, 64, 256)
     for slots in all_slots:
-        prompts = [question.prompt_ids for question in validation.questions(max(1, slots // 8), prompt)]
-        prefixes = prefill_rollouts(validation.student, prompts, backend="shared prefix")
-        requests = [
-            ContinuationRequest(row % len(prompts), len(prompts[0]) - 1, int(prompts[0][-1]), length)
-            for row in range(slots)
-        ]
+        prefixes, requests = prefixes_and_requests(validation, slots, prompt, length)
 
         def sample(requests: list[ContinuationRequest] = requests, prefixes: PrefilledRollouts = prefixes) -> None:
             sample_continuations(
@@ -213,7 +220,7 @@ def sampling_speed(validation: Validation) -> None:
                 keys=range(len(requests)), batch_size=len(requests),
             )  # fmt: skip
 
-        # Twice: kernels are chosen and compiled when they are first needed.
+        # A few tokens first: kernels are chosen and compiled when they are first needed.
         sample([replace(request, max_new_tokens=4) for request in requests])
         seconds, peak, _ = validation.peak(sample)
         validation.note(f"tokens/s, {slots} slots", round(slots * length / seconds))

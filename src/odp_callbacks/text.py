@@ -22,6 +22,16 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def short_reason(error: BaseException) -> str:
+    """The type of an exception and the beginning of what it says, for a warning.
+
+    Examples:
+        >>> short_reason(ValueError("wrong"))
+        'ValueError: wrong'
+    """
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
+
+
 def displayable(text: str, max_length: int = MAXIMUM_LENGTH) -> str:
     r"""Make white space and control characters visible and cut the text to one line.
 

@@ -1,7 +1,7 @@
 """Attention by kernels that need no plan for each shape of a batch.
 
-NVIDIA's cuDNN, which torch prefers on recent GPUs where attention has a mask, builds a plan for every new shape. That
-takes half a second forward and half a second backward, and every batch of a measurement has another shape.
+NVIDIA's cuDNN, which torch prefers on recent GPUs, builds a plan for every new shape, and every batch of a measurement
+has another shape. Most of the time of a look at update gain went there (``benchmarks/gpu/compare.py``).
 """
 
 from collections.abc import Iterator

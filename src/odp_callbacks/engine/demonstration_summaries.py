@@ -9,8 +9,6 @@ from odp_callbacks.engine.answers import END_OF_THINKING
 from odp_callbacks.engine.chat_template import ChatTemplate
 from odp_callbacks.engine.demonstration_store import DemonstrationStore
 from odp_callbacks.engine.demonstrations import DemonstrationOptions
-from odp_callbacks.engine.engines.choice import as_engine
-from odp_callbacks.engine.engines.student_engine import prepared_engine
 from odp_callbacks.engine.prompts import Question, Row, as_questions, check_length
 from odp_callbacks.engine.rollouts import Rollout, end_tokens, sample_rollouts
 from odp_callbacks.engine.sampling.randomness import Randomness
@@ -82,14 +80,7 @@ def summarise_demonstrations(
     eos_token_ids, randomness = end_tokens(model, tokenizer), Randomness(Randomness(seed).key("summaries"))
     with (
         preserving_training_state(model),
-        prepared_engine(
-            as_engine(options.engine) if missing else None,
-            model,
-            [questions[place].prompt_ids for place in missing],
-            max_new_tokens=options.max_new_tokens,
-            stop_token_ids=eos_token_ids,
-            randomness=randomness,
-        ) as engine,
+        options.prepared_engine(model, [questions[place] for place in missing], eos_token_ids, randomness) as engine,
     ):
         for first in range(0, len(missing), block_size):
             places = missing[first : first + block_size]

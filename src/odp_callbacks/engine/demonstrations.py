@@ -5,7 +5,7 @@ until there are as many as a context needs. Questions that no response solves ha
 """
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -77,6 +77,26 @@ class DemonstrationOptions:
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be a positive number, but {self.temperature!r} was given.")
         as_engine(self.engine)  # checks it
+
+    def prepared_engine(
+        self, model: nn.Module, questions: Sequence[Question], stop_token_ids: Sequence[int], randomness: Randomness
+    ) -> AbstractContextManager[StudentEngine | None]:
+        """The engine with the model's policy, while it samples; None where the model samples itself.
+
+        Args:
+            model: In evaluation mode.
+            questions: What it will be asked; without any, the engine is left alone.
+            stop_token_ids: Tokens that end a response.
+            randomness: The source of all random draws.
+        """
+        return prepared_engine(
+            as_engine(self.engine),
+            model,
+            questions,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            randomness=randomness,
+        )
 
     def identity(self) -> dict[str, Any]:
         """The options that decide which responses are demonstrations."""
@@ -172,14 +192,7 @@ def sample_demonstrations(
     with (
         preserving_training_state(model),
         closing(Verifier(reward)) as verifier,
-        prepared_engine(
-            as_engine(options.engine) if missing else None,
-            model,
-            [questions[place].prompt_ids for place in missing],
-            max_new_tokens=options.max_new_tokens,
-            stop_token_ids=eos_token_ids,
-            randomness=randomness,
-        ) as engine,
+        options.prepared_engine(model, [questions[place] for place in missing], eos_token_ids, randomness) as engine,
     ):
         sampler = _Sampler(model, tokenizer, verifier, options, eos_token_ids, randomness, engine)
         for first in range(0, len(missing), block_size):

@@ -37,7 +37,7 @@ from odp_callbacks.engine.tree.recording import is_scored, with_outcomes, withou
 from odp_callbacks.engine.tree.stream import ContinuationStream
 from odp_callbacks.engine.verifier import Verifier
 from odp_callbacks.records import Floats, NodeRecord
-from odp_callbacks.text import first_line
+from odp_callbacks.text import short_reason
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class NodeMeasurement:
         except Exception as error:
             warnings.warn(
                 "the gradients of the step alignment could not be computed, so the report has no step alignment; all "
-                f"else is in it ({type(error).__name__}: {first_line(error)[:200]}).",
+                f"else is in it ({short_reason(error)}).",
                 category=GradientWarning,
                 stacklevel=2,
             )

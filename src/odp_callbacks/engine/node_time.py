@@ -53,10 +53,15 @@ class NodeTime:
         """Seconds for each sampled token; 0 if nothing has been sampled."""
         return self.plan.costs.predict(TOKENS, 1.0)
 
-    def gradient_work(self, rollout: Rollout, depth: int, branches: int) -> float:
-        """The work of the gradients of a node, in forward passes: one for each direction, up to the node."""
-        directions = branches - 1 + self.teachers
-        return directions * work_of_sequences(self.student, [len(rollout.question.prompt_ids) + depth])[0]
+    def gradient_work(self, nodes: Sequence[tuple[Rollout, int, int]]) -> list[float]:
+        """The work of the gradients of each node, in forward passes: one for each direction, up to the node.
+
+        Args:
+            nodes: Rollout, depth and number of branches of each.
+        """
+        lengths = [len(rollout.question.prompt_ids) + depth for rollout, depth, _ in nodes]
+        works = zip(work_of_sequences(self.student, lengths), nodes, strict=True)
+        return [(branches - 1 + self.teachers) * work for work, (_, _, branches) in works]
 
     def gradient_seconds(self, work: float) -> float:
         """Seconds for the gradients of nodes with so much work."""
@@ -127,12 +132,16 @@ class NodeTime:
         seconds = self.token_seconds()
         return self.plan.end.remaining_seconds / seconds if seconds and self.is_limited else float("inf")
 
-    def gradient_tokens(self, rollout: Rollout, depth: int, branches: int) -> float:
-        """How many tokens could be sampled while the gradients of a node are computed; 0 without a deadline."""
+    def gradient_tokens(self, nodes: Sequence[tuple[Rollout, int, int]]) -> list[float]:
+        """How many tokens could be sampled while the gradients of each node are computed; 0 without a deadline.
+
+        Args:
+            nodes: Rollout, depth and number of branches of each.
+        """
         seconds = self.token_seconds()
         if not self.is_limited or not seconds:
-            return 0.0
-        return self.gradient_seconds(self.gradient_work(rollout, depth, branches)) / seconds
+            return [0.0] * len(nodes)
+        return [self.gradient_seconds(work) / seconds for work in self.gradient_work(nodes)]
 
     def for_continuations(self, rollouts: Sequence[Rollout], measured: MeasuredNodes) -> Deadline:
         """When continuations must have ended, so that there is time for the gradients.
@@ -186,7 +195,9 @@ class NodeTime:
 
     def _work(self, rollouts: Sequence[Rollout], measured: MeasuredNodes) -> list[float]:
         """The work of the gradients of each node."""
-        return [
-            self.gradient_work(rollouts[node.rollout], node.depth, len(branches))
-            for node, branches in zip(measured.nodes, measured.branches, strict=True)
-        ]
+        return self.gradient_work(
+            [
+                (rollouts[node.rollout], node.depth, len(branches))
+                for node, branches in zip(measured.nodes, measured.branches, strict=True)
+            ]
+        )

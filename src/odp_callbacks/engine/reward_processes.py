@@ -83,21 +83,21 @@ class RewardProcesses:
         if self._workers:
             return
         for _ in range(self.count):
-            own, other = Pipe()
+            near_end, far_end = Pipe()
             self._workers.append(
                 (
                     subprocess.Popen(
-                        [sys.executable, str(WORKER), str(other.fileno())],
-                        pass_fds=[other.fileno()],
+                        [sys.executable, str(WORKER), str(far_end.fileno())],
+                        pass_fds=[far_end.fileno()],
                         stdin=subprocess.DEVNULL,
                         env={**os.environ, **THREADS},
                     ),
-                    own,
+                    near_end,
                 )
             )
-            other.close()
+            far_end.close()
             with suppress(OSError):  # one that has ended already is noticed when it does not answer
-                own.send_bytes(pickle.dumps((sys.path, self._function)))
+                near_end.send_bytes(pickle.dumps((sys.path, self._function)))
         try:
             self._answers(self.count, START_SECONDS)
         except RewardTimeoutError:
@@ -119,8 +119,8 @@ class RewardProcesses:
         answers: dict[int, Any] = {}
         pending: dict[Any, int] = {connection: place for place, (_, connection) in enumerate(self._workers[:count])}
         while pending:
-            left = end - time.monotonic()
-            ready = wait(list(pending), None if left == math.inf else max(0.0, left))
+            remaining = end - time.monotonic()
+            ready = wait(list(pending), None if remaining == math.inf else max(0.0, remaining))
             if not ready:
                 raise RewardTimeoutError
             for connection in [connection for connection in pending if connection in ready]:

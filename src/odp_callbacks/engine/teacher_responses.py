@@ -96,7 +96,7 @@ def _rollouts(
                 # The engine has the student's base, so that another model has to sample by itself.
                 engine_of_other_policies(probe.engine) if model is probe.student else None,
                 model,
-                [question.prompt_ids for question in asked],
+                asked,
                 max_new_tokens=config.max_new_tokens,
                 stop_token_ids=eos_token_ids,
                 randomness=randomness,

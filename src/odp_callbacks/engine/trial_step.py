@@ -78,7 +78,7 @@ def success_by_question(probe: Probe, questions: Sequence[Question], per_questio
         prepared_engine(
             engine_of_other_policies(probe.engine),
             probe.student,
-            [question.prompt_ids for question in questions],
+            questions,
             max_new_tokens=config.max_new_tokens,
             stop_token_ids=probe.eos_token_ids,
             randomness=randomness,

@@ -68,13 +68,13 @@ def _active_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                     content = container[adapter]
                     parameters = [content] if isinstance(content, nn.Parameter) else content.parameters()
                     active.update(id(parameter) for parameter in parameters)
-    found: dict[str, nn.Parameter] = {}
+    by_name: dict[str, nn.Parameter] = {}
     for prefix, module in modules.items():
         for name, parameter in module._parameters.items():
             if id(parameter) in active:
                 active.remove(id(parameter))  # a shared parameter has its first name
-                found[f"{prefix}.{name}" if prefix else name] = parameter
-    return found
+                by_name[f"{prefix}.{name}" if prefix else name] = parameter
+    return by_name
 
 
 def _tied_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, bool]]:

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from odp_callbacks.engine.engines.agreement import check_agreement
 from odp_callbacks.engine.engines.interface import EngineSample, SamplingEngine, SamplingOptions, check_samples
+from odp_callbacks.engine.prompts import Question
 from odp_callbacks.engine.sampling.model_forward import vocabulary_size
 from odp_callbacks.engine.sampling.randomness import Randomness
 
@@ -31,12 +32,17 @@ class StudentEngine:
         self._vocabulary = vocabulary_size(student)
 
     def prepare(
-        self, prompts: Sequence[Tensor], *, max_new_tokens: int, stop_token_ids: Sequence[int], randomness: Randomness
+        self,
+        questions: Sequence[Question],
+        *,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int],
+        randomness: Randomness,
     ) -> None:
         """Give the engine the student's adapter, and check that it samples from that.
 
         Args:
-            prompts: ``(P,)`` int64 each, of the probe's questions.
+            questions: Those of the probe; a few prompts tell whether the engine samples from this policy.
             max_new_tokens: The largest number of tokens that a response may have.
             stop_token_ids: Tokens that end a response.
             randomness: The source of all random draws.
@@ -48,7 +54,7 @@ class StudentEngine:
         check_agreement(
             self.engine,
             self.student,
-            prompts,
+            [question.prompt_ids for question in questions],
             max_new_tokens=max_new_tokens,
             stop_token_ids=stop_token_ids,
             randomness=randomness,
@@ -65,7 +71,7 @@ class StudentEngine:
 def prepared_engine(
     engine: SamplingEngine | None,
     student: nn.Module,
-    prompts: Sequence[Tensor],
+    questions: Sequence[Question],
     *,
     max_new_tokens: int,
     stop_token_ids: Sequence[int],
@@ -76,7 +82,7 @@ def prepared_engine(
     Args:
         engine: The engine; None where the model itself samples, and then nothing is done.
         student: The student, in evaluation mode, with the weights and the adapter that shall be sampled from.
-        prompts: ``(P,)`` int64 each; a few tell whether the engine samples from this policy.
+        questions: What it will be asked; without any, nothing is done.
         max_new_tokens: The largest number of tokens that a response may have.
         stop_token_ids: Tokens that end a response.
         randomness: The source of all random draws.
@@ -84,10 +90,12 @@ def prepared_engine(
     Raises:
         EngineError: If the engine does not sample from the student.
     """
-    with engine_of_run(engine, student, step=0) as own:
-        if own is not None:
-            own.prepare(prompts, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, randomness=randomness)
-        yield own
+    with engine_of_run(engine if questions else None, student, step=0) as of_student:
+        if of_student is not None:
+            of_student.prepare(
+                questions, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, randomness=randomness
+            )
+        yield of_student
 
 
 @contextmanager

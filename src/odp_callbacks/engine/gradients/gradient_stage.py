@@ -22,7 +22,7 @@ from odp_callbacks.engine.tree.nodes import every_node
 from odp_callbacks.engine.tree.planning import MeasuredNodes
 from odp_callbacks.engine.tree.recording import is_scored, without_outcomes
 from odp_callbacks.records import Floats, NodeRecord
-from odp_callbacks.text import first_line
+from odp_callbacks.text import short_reason
 
 
 class GradientWarning(UserWarning):
@@ -145,7 +145,7 @@ class GradientStage:
             warnings.warn(
                 f"the gradients of {len(self.failures)} nodes could not be computed, so the figures of single tokens "
                 "that need them are NaN; the outcomes of their continuations are in the report "
-                f"({type(error).__name__}: {first_line(error)[:200]}).",
+                f"({short_reason(error)}).",
                 category=GradientWarning,
                 stacklevel=2,
             )

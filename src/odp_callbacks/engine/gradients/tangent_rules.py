@@ -48,8 +48,8 @@ class TangentRules(TorchFunctionMode):
             with self:  # the products of the attention follow the rules, too
                 return chunked_attention(self.numbers, *args, **(kwargs or {}))
         rule, named = _RULES.get(func), kwargs or {}
-        found = None if rule is None or (named and rule is not _layer_norm) else rule(func, *args, **named)
-        return func(*args, **named) if found is None else found
+        result = None if rule is None or (named and rule is not _layer_norm) else rule(func, *args, **named)
+        return func(*args, **named) if result is None else result
 
 
 def _parts(value: Any) -> tuple[Any, Tensor | None]:
@@ -126,11 +126,11 @@ def _layer_norm(
     operator: Operator, states: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor | None:
     """Layer normalisation with constant parameters; None for others."""
-    own, tangent = _parts(states)
+    primal, tangent = _parts(states)
     if tangent is None or weight is None or _parts(weight)[1] is not None or _parts(bias)[1] is not None:
         return None
     normalised_tangent = _parts(operator(states, shape, None, None, eps))[1]
-    return _dual(operator(own, shape, weight, bias, eps), normalised_tangent * weight)
+    return _dual(operator(primal, shape, weight, bias, eps), normalised_tangent * weight)
 
 
 _RULES: dict[Operator, Callable[..., Tensor | None]] = {

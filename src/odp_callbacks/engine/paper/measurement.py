@@ -104,7 +104,7 @@ class PaperMeasurement:
         if self.engine is not None:
             with self.timer.stage("engine", 1):
                 self.engine.prepare(
-                    [question.prompt_ids for question in questions],
+                    questions,
                     max_new_tokens=self.config.max_new_tokens,
                     stop_token_ids=self.eos_token_ids,
                     randomness=self.randomness,

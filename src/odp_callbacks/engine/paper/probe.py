@@ -104,7 +104,7 @@ class PaperProbe:
 
         Raises:
             EngineError: If the engine does not sample from the student.
-        ValueError: If no row can be used.
+            ValueError: If no row can be used.
         """
         self._run_count += 1
         with (

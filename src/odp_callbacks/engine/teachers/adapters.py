@@ -29,8 +29,8 @@ def active_adapter(student: nn.Module, adapter: str | None) -> Iterator[None]:
     try:
         for layer in layers:
             # A wrapper without this adapter runs its original module.
-            own = layer._active_adapter if adapter is None else [adapter] if adapter in _adapters_of(layer) else []
-            _set_state(layer, own, adapter is None)
+            active = layer._active_adapter if adapter is None else [adapter] if adapter in _adapters_of(layer) else []
+            _set_state(layer, active, adapter is None)
         yield
     finally:
         for state in previous_states:

@@ -46,8 +46,8 @@ class TimeInTokens(Protocol):
     def affordable_tokens(self) -> float:
         """The time that is left."""
 
-    def gradient_tokens(self, rollout: Rollout, depth: int, branches: int) -> float:
-        """What the gradients of a node take."""
+    def gradient_tokens(self, nodes: Sequence[tuple[Rollout, int, int]]) -> list[float]:
+        """What the gradients of each node take, given as rollout, depth and number of branches."""
 
 
 def thin_nodes(
@@ -96,8 +96,14 @@ def thin_nodes(
     budget = share * token_budget
     if time is not None:
         members = [0.0] * len(costs)
-        for node, group in zip(nodes, tree.group_of_node, strict=True):
-            members[group] += time.gradient_tokens(rollouts[node.rollout], node.depth, len(branches[group]))
+        of_nodes = time.gradient_tokens(
+            [
+                (rollouts[node.rollout], node.depth, len(branches[group]))
+                for node, group in zip(nodes, tree.group_of_node, strict=True)
+            ]
+        )
+        for tokens, group in zip(of_nodes, tree.group_of_node, strict=True):
+            members[group] += tokens
         count = 1 if config.adaptive else config.continuations
         # A wave that may not end in time counts nowhere, so there must be time for the longest continuations.
         with_gradients = [

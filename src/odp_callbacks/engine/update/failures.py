@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from odp_callbacks.engine.engines.interface import EngineError
 from odp_callbacks.engine.gradients.gradient_stage import GradientWarning
-from odp_callbacks.text import first_line
+from odp_callbacks.text import short_reason
 
 Result = TypeVar("Result")
 
@@ -34,7 +34,7 @@ def measured_or_none(measure: Callable[[], Result], what: str) -> Result | None:
     except (MemoryError, RuntimeError) as error:
         warnings.warn(
             f"{what} could not be measured, so its figures are missing; all else is in the report "
-            f"({type(error).__name__}: {first_line(error)[:200]}).",
+            f"({short_reason(error)}).",
             category=GradientWarning,
             stacklevel=2,
         )

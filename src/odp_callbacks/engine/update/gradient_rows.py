@@ -27,7 +27,7 @@ from odp_callbacks.engine.update.split_model import SplitModel, head_has_lora
 from odp_callbacks.engine.update.student_graphs import StudentGraphs
 from odp_callbacks.engine.update.token_layout import TokenLayout
 from odp_callbacks.functional.gradients import lora_parameters
-from odp_callbacks.text import first_line
+from odp_callbacks.text import short_reason
 
 
 class UpdateGradients:
@@ -235,7 +235,7 @@ class UpdateGradients:
                     self._forward_mode = False
                     warnings.warn(
                         "the student has a layer without forward-mode derivatives, so the influence of tokens takes "
-                        f"one backward for each token: {type(error).__name__}: {first_line(error)[:200]}",
+                        f"one backward for each token: {short_reason(error)}",
                         stacklevel=2,
                     )
             return self._influences_by_backward(rollouts, tangents, directions)

@@ -105,7 +105,7 @@ class UpdateMeter:
         sketch = self._sketch(groups * rows_of_group)
         folds = max(1, min(FOLDS, groups)) if influence else 1
         places = RolloutPlaces.of(rollouts, time.order(question_count), self.success_threshold, groups, folds)
-        device = self._device_of_sums(
+        device, self._bytes_beside_sums = self._device_of_sums(
             size, groups * rows_of_group * (1 + bool(square_roots)) + folds + len(teachers), sketch, bool(rules)
         )
         sums = GradientSums(groups, folds, len(teachers), parameters, sketch, square_roots, device)
@@ -281,17 +281,18 @@ class UpdateMeter:
         for fitting in parts_within(batch, lengths, memory / (directions * bytes_of_token)):
             yield from in_smaller_batches(influences, fitting)
 
-    def _device_of_sums(self, size: int, rows: int, sketch: RowSketch, with_rules: bool) -> torch.device:
-        """Where the sums of gradients are kept, which take memory from the batches if it is on their device."""
-        student = self.gradients.tangent_memory.device
+    def _device_of_sums(
+        self, size: int, rows: int, sketch: RowSketch, with_rules: bool
+    ) -> tuple[torch.device, float | None]:
+        """Where the sums of gradients are kept, and the limit in bytes that batches beside them have."""
+        student, limit = self.gradients.tangent_memory.device, self.max_memory_bytes
         if sketch.error:
-            return torch.device("cpu")
+            return torch.device("cpu"), limit
         numbers = size * rows * (2 if with_rules else 1)  # the sums of a rule stand beside those of all tokens
-        device = device_of_sums(student, numbers, self.max_memory_bytes)
-        self._bytes_beside_sums = self.max_memory_bytes
-        if self.max_memory_bytes is not None and device == student and device.type != "cpu":
-            self._bytes_beside_sums = self.max_memory_bytes - 4 * numbers
-        return device
+        device = device_of_sums(student, numbers, limit)
+        if limit is not None and device == student and device.type != "cpu":
+            limit -= 4 * numbers
+        return device, limit
 
     def _group_count(self, questions: int, row_numbers: int) -> int:
         """As many groups as memory allows, one for each question if there are few."""

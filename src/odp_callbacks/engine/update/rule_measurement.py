@@ -185,5 +185,5 @@ def _products(first: Tensor, second: Tensor) -> Floats:
     products = torch.zeros(len(first), len(second), second.shape[1], dtype=torch.float64, device=first.device)
     for left, right in zip(first.split(width, dim=-1), second.split(width, dim=-1), strict=True):
         products += torch.einsum("fkp,hkp->fhk", left.double(), right.double())
-    found: Floats = products.cpu().numpy()
-    return found
+    moved: Floats = products.cpu().numpy()
+    return moved

@@ -104,5 +104,5 @@ def products_in_blocks(success: Tensor, directions: Tensor, numbers: int) -> tup
     for of_success, of_directions in zip(success.split(width, dim=1), directions.split(width, dim=1), strict=True):
         block = torch.cat([of_success, of_directions]).double()
         products += block @ block.mT
-    found: Floats = products.cpu().numpy()
-    return found[:groups, :groups], found[:groups, groups:], found[groups:, groups:]
+    moved: Floats = products.cpu().numpy()
+    return moved[:groups, :groups], moved[:groups, groups:], moved[groups:, groups:]

@@ -32,7 +32,7 @@ def can_attend_by_table(device: torch.device, dtype: torch.dtype) -> bool:
 @remembered
 def _has_triton() -> bool:
     try:
-        import triton  # noqa: F401
+        import triton  # noqa: F401  # only whether it is there
     except ImportError:
         return False
     return True

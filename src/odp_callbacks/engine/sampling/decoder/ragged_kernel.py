@@ -15,9 +15,6 @@ from odp_callbacks.engine.sampling.decoder.layers import HeadShape
 POSITIONS_PER_BLOCK = 64
 SMALLEST_TILE = 16
 """Rows of the smallest matrix product of Triton."""
-TABLE_ROWS = ("prompt", "prompt_length", "response", "response_length", "response_start", "suffix_start")
-"""What the table says of each slot: indices of its sequences, how many positions of them it reads, and where in the
-text the response and the suffix start."""
 
 
 def attend_by_table(
@@ -35,7 +32,8 @@ def attend_by_table(
         query_key_value: ``(B, H', queries_per_key + 2, D)``, contiguous: queries, key and value of each head of keys.
         parts: Keys and values of prompts, of responses and of suffixes, ``(S, H', T, D)`` each. Suffix number ``i`` is
             that of slot ``i``.
-        table: ``(6, B)`` int64, the rows of :data:`TABLE_ROWS`.
+        table: ``(6, B)`` int64, for each slot the index of its prompt, and how many positions of it are read; the same
+            of its response; and where in the text the response and the suffix start.
         suffix_lengths: ``(B,)`` int64, tokens before this one; its own key and value stand behind them.
         heads: Sizes of the attention.
         scaling: Factor of the scores.
@@ -67,7 +65,7 @@ def attend_by_table(
     return outputs
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
 def _attend_to_part(  # type: ignore[no-untyped-def]  # Triton compiles it
     query,
     highest,
@@ -84,7 +82,10 @@ def _attend_to_part(  # type: ignore[no-untyped-def]  # Triton compiles it
     padded_width: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Add the positions from ``first`` to ``stop`` of one sequence to a softmax that is being summed up."""
+    """Add the positions from ``first`` to ``stop`` of one sequence to a softmax that is being summed up.
+
+    It is called for each part in turn: a kernel has no lists of pointers to go through.
+    """
     columns = tl.arange(0, padded_width)
     for start in range(first, stop, block):
         positions = start + tl.arange(0, block)
@@ -103,7 +104,7 @@ def _attend_to_part(  # type: ignore[no-untyped-def]  # Triton compiles it
     return highest, total, context
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
 def _attend(  # type: ignore[no-untyped-def]  # Triton compiles it
     query_key_value,
     prompt_keys,
