@@ -85,7 +85,7 @@ def test_a_part_that_fails_leaves_the_gain(
 def test_with_a_limit_of_the_time_it_fails_alike(failing: Callable[..., None]) -> None:
     failing("segment_rows", RuntimeError("a kernel failed"))
     with pytest.warns(GradientWarning, match=LOST):
-        report = report_of(seconds=20)
+        report = report_of(seconds=600)  # far away: on a busy machine, 20 s left no time for nodes
     assert report.updates == ()
     assert report.nodes
     assert len(report.rollouts) == 4
